@@ -1,0 +1,701 @@
+"""Shared helpers of ra3.py, rmt.py, grpo_rlvr.py and eval_code.py. There is no algorithm in this file.
+
+What changes a gradient is in the scripts, with one exception: `token_logprobs`, which all of them need, stands here
+once and is pinned by tests. In the order of use:
+
+    1 errors and signals      UserError, launch, Interrupt
+    2 processes               setup, Ranks, all_sum
+    3 data                    read_rows, column
+    4 model                   load_tokenizer, load_model, shard, gathered, copy_weights
+    5 batches                 pad_right, micro_batches
+    6 sampling                uniforms, inverse_cdf
+    7 log-probabilities       token_logprobs
+    8 run folder              Run: args, metrics, curves, checkpoints, resume
+    9 sandbox                 run_tests (from sandbox.py)
+
+Shapes: B rows, T tokens, V vocabulary, N selected positions.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import gzip
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import tokenize
+import traceback
+import types
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from sandbox import run_tests  # noqa: F401  (section 9; the scripts import it from here)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+transformers.utils.logging.disable_progress_bar()
+TINY = Path(__file__).parent / "tiny"  # the embedded default: model, tokenizer, small corpora
+
+
+# ---------------------------------------------------------------- 1 errors and signals
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line and says what to change."""
+
+
+def launch(main: Callable, args) -> None:
+    """Run `main(args)`; a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    try:
+        main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # not sys.exit: other ranks may be inside a collective, and must not be waited for
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # a rank that fails leaves at once, so that torchrun ends the job instead of hanging
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Interrupt:
+    """SIGTERM (preemption) and Ctrl-C ask for a checkpoint; the loop looks at `requested` between updates."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        if self.signal and number == signal.SIGINT:  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def requested(self, ranks: "Ranks") -> bool:
+        """True on all ranks as soon as one of them got a signal (a collective: call it on all)."""
+        return bool(all_sum(float(self.signal != 0), ranks))
+
+
+# ---------------------------------------------------------------- 2 processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, size: int) -> slice:
+        """This rank's contiguous part of a global batch of `size` rows."""
+        return slice(size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size)
+
+
+def setup(seed: int) -> Ranks:
+    """Join torchrun's process group, or make one of a single process. gloo on CPU, nccl on GPU."""
+    if seed < 0:
+        raise UserError(f"--seed must not be negative, got {seed}")
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this node"
+            )
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    torch.manual_seed(seed)  # the models have no dropout; all sampling noise comes from `uniforms`
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def all_sum(value, ranks: Ranks):
+    """Sum of a number, a list of numbers or a dict of numbers over all ranks, in float64."""
+    if isinstance(value, dict):
+        return dict(zip(value, all_sum(list(value.values()), ranks)))
+    if ranks.world_size == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_max(value: float, ranks: Ranks) -> float:
+    """Largest of a number over all ranks."""
+    if ranks.world_size == 1:
+        return value
+    largest = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def all_gather_list(items: list, ranks: Ranks) -> list:
+    """Concatenation of every rank's list, in the order of the ranks, on all ranks."""
+    if ranks.world_size == 1:
+        return items
+    parts = [None] * ranks.world_size
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def together(action: Callable, ranks: Ranks):
+    """Run `action` on this rank; if it fails on any rank, all ranks raise the same UserError (no hang)."""
+    outcome, error = None, None
+    try:
+        outcome = action()
+    except UserError as caught:
+        error = str(caught)
+    except OSError as caught:
+        error = f"{caught.strerror or caught}: {caught.filename or ''} (is the disk full or the folder read-only?)"
+    errors = [e for e in all_gather_list([error], ranks) if e]
+    if errors:
+        raise UserError(errors[0])
+    return outcome
+
+
+# ---------------------------------------------------------------- 3 data
+
+
+def read_rows(source: str, split: str = "train") -> Iterator[dict]:
+    """Stream the rows of a data set, in order.
+
+    source: a .jsonl, .jsonl.gz, .json (a list), .parquet or .txt file; a folder (of .py files, else of such files);
+    `stdlib` (this Python's standard library); or a hub id, with a config or a data-file pattern after a colon
+    (`org/name:config`, `org/name:folder/*.arrow`). Raises UserError for what does not exist or cannot be read.
+    """
+    path = Path(source)
+    if source == "stdlib":
+        yield from _python_files(
+            Path(sysconfig.get_paths()["stdlib"]), skip=("test", "tests", "site-packages", "idlelib")
+        )
+    elif path.is_dir():
+        if any(path.rglob("*.py")):
+            yield from _python_files(path)
+            return
+        files = sorted(
+            p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt"))
+        )
+        if not files:
+            raise UserError(f"{source} holds no .py, .jsonl, .parquet or .txt file")
+        for file in files:
+            yield from _file_rows(file)
+    elif path.is_file():
+        yield from _file_rows(path)
+    elif path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".txt", ".py") or source.startswith(
+        (".", "/")
+    ):
+        raise UserError(f"no such data file or folder: {source}")
+    else:
+        yield from _hub_rows(source, split)
+
+
+def _python_files(folder: Path, skip: Sequence[str] = ()) -> Iterator[dict]:
+    for file in sorted(folder.rglob("*.py")):
+        if not any(part in skip for part in file.relative_to(folder).parts):
+            try:
+                with tokenize.open(file) as handle:  # honours the coding cookie and turns CRLF into LF
+                    yield {"text": handle.read(), "path": str(file.relative_to(folder))}
+            except (SyntaxError, UnicodeDecodeError, OSError):
+                continue  # not Python in its declared encoding
+
+
+def _file_rows(file: Path) -> Iterator[dict]:
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        elif file.suffix in (".txt", ".py"):
+            yield {"text": file.read_text(encoding="utf-8", errors="replace"), "path": str(file)}
+        else:
+            opener = gzip.open if file.suffix == ".gz" else open
+            with opener(file, "rt", encoding="utf-8") as handle:
+                if file.suffix == ".json":
+                    yield from json.load(handle)
+                    return
+                for number, line in enumerate(handle, start=1):
+                    if line.strip():
+                        try:
+                            yield json.loads(line)
+                        except json.JSONDecodeError as error:
+                            raise UserError(
+                                f"{file}, line {number}: not a JSON object ({error.msg})"
+                            ) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+
+
+def _hub_rows(source: str, split: str) -> Iterator[dict]:
+    import datasets
+
+    name, _, part = source.partition(":")
+    is_pattern = any(mark in part for mark in "*./")
+    try:
+        yield from datasets.load_dataset(
+            name,
+            name=None if is_pattern or not part else part,
+            data_files=part if is_pattern else None,
+            split=split,
+            streaming=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # not found, no such config or split, no network
+        raise UserError(
+            f"cannot load the data set {source} (split {split}): {str(error).splitlines()[0]}"
+        ) from None
+
+
+def column(row: dict, name: str, source: str):
+    """row[name]; if it is missing, a UserError that names the columns there are."""
+    if not isinstance(row, dict) or name not in row:
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{source} has no column `{name}`; it has: {found}")
+    return row[name]
+
+
+# ---------------------------------------------------------------- 4 model
+
+
+def load_tokenizer(name: str):
+    """The model's tokenizer; right padding, pad = eos if it has none. UserError if missing or without eos."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer at {name}: {str(error).strip().splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name} has no eos token; set `eos_token` in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: all masks come from lengths, never from ids
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(name: str, ranks: Ranks, train: bool = True):
+    """The causal language model `name` (hub id or folder) in float32 on this rank's device.
+
+    With `train`, the weights are fp32 masters, sharded over the ranks (FSDP2) with bf16 compute on GPU.
+    UserError if there is no such model.
+    """
+    try:
+        AutoConfig.from_pretrained(name)
+        dtype = torch.float32 if train or ranks.device.type == "cpu" else torch.bfloat16
+        flash = ranks.device.type == "cuda" and transformers.utils.is_flash_attn_2_available()
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="flash_attention_2" if flash else "sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the model {name}: {str(error).strip().splitlines()[0]}") from None
+    model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
+    model.generation_config = (
+        transformers.GenerationConfig()
+    )  # a model's own may add top-k or a penalty silently
+    model.requires_grad_(train)
+    model.token_logprobs = types.MethodType(_token_logprobs, model)
+    if ranks.device.type == "cpu" and ranks.world_size == 1:
+        return model
+    return shard(model.to(ranks.device), ranks)
+
+
+def shard(model, ranks: Ranks):
+    """FSDP2: one group of parameters per decoder layer, one for the rest; gradients are summed in fp32."""
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if ranks.device.type == "cuda" else MixedPrecisionPolicy()
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
+    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "token_logprobs")
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Whole weights on every rank inside: forward and generate run with no collective, so ranks may differ in length."""
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False)
+        group.unshard()
+    try:
+        yield model
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(group is not model)
+            group.reshard()
+
+
+@torch.no_grad()
+def copy_weights(source, target) -> None:
+    """target := source, in place; both sharded alike."""
+    for new, old in zip(source.parameters(), target.parameters()):
+        old.copy_(new)
+
+
+def grad_norm(model, max_norm: float) -> float:
+    """Clip the (global) gradient to `max_norm` and return its norm before; the same number on all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+# ---------------------------------------------------------------- 5 batches
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device=None) -> torch.Tensor:
+    """Rows of token ids -> [B, T] int64, padded on the right. A causal model needs no mask for them."""
+    width = max(len(row) for row in rows)
+    padded = np.full((len(rows), width), pad, dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded).to(device)
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
+    """Indices of rows, sorted by length and cut so that rows x longest <= max_tokens (at least one row each).
+
+    With `ranks` given, every rank returns the same number of micro-batches (FSDP's collectives must pair up); the
+    missing ones are empty lists, for which the caller runs one row with weight zero.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # the longest first
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    if ranks is not None:
+        batches += [[]] * (int(all_max(len(batches), ranks)) - len(batches))
+    return batches
+
+
+# ---------------------------------------------------------------- 6 sampling
+
+
+def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
+    """Uniform noise in [0, 1) that depends on `key` (seed, update, purpose ...) alone: float32 of `shape`, on CPU.
+
+    All sampling noise is drawn so, for the whole global batch at once, and each rank takes its rows. A run is then
+    the same on any number of ranks, and resumes without any generator state.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()) | len(repr(key)) << 32)
+    return torch.rand(tuple(shape), generator=generator)
+
+
+def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw one index per row of probs [B, V] (need not sum to one) from noise [B] in [0, 1). Returns [B] int64.
+
+    Equal to torch.multinomial in distribution, but parallel, and the noise is the caller's.
+    """
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # right=True: the first index whose cdf exceeds the threshold, so an index of probability 0 is never drawn
+    threshold = torch.minimum(noise.to(cdf).unsqueeze(-1) * total, total * (1 - 2**-22))
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+
+
+# ---------------------------------------------------------------- 7 log-probabilities
+
+
+LOGITS_PER_CHUNK = 2**25  # at most so many logits exist at once (128 MiB in fp32)
+EVENT = -1  # a target that stands for the set of tokens `event`
+
+
+def token_logprobs(model, input_ids, rows, cols, **kw) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(input_ids[rows, cols] | the tokens before), and the entropy of pi there, at N chosen positions only.
+
+    input_ids [B, T] right-padded; rows, cols [N] with cols >= 1: the position of the *predicted* token. Options:
+    `targets` [N] replaces the tokens at those positions; the target EVENT (-1) stands for "any token of the set
+    `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact. `temperature` divides the logits.
+    Returns logprobs [N] and entropy [N] in nats, float32; the entropy of an EVENT position is that of the
+    distribution in which the set is merged into one outcome, and is zero everywhere if `entropy` is False (it costs
+    a second pass). Logits exist for these positions alone, in chunks that the backward pass computes again.
+    """
+    return model.token_logprobs(input_ids, rows, cols, **kw)
+
+
+def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, temperature=1.0, entropy=False):
+    hidden = self.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
+    hidden = hidden[rows, cols - 1]  # [N, D]; the shift by one: position t-1 predicts token t
+    targets = input_ids[rows, cols] if targets is None else targets
+    chunk = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size)
+    if len(targets) <= chunk:
+        return _logprob_chunk(self.lm_head, hidden, targets, event, temperature, entropy)
+    parts = [
+        checkpoint(_logprob_chunk, self.lm_head, h, t, event, temperature, entropy, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _logprob_chunk(lm_head, hidden, targets, event, temperature, entropy):
+    logits = lm_head(hidden).float()  # [N, V]
+    if temperature != 1.0:
+        logits = logits / temperature  # the sampled distribution, not the model's at temperature 1
+    normaliser = logits.logsumexp(-1)  # [N]
+    logprobs = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) - normaliser
+    is_event = None
+    if event is not None:
+        is_event = targets == EVENT  # [N]
+        event_logprobs = logits[is_event].masked_fill(~event, -math.inf).logsumexp(-1) - normaliser[is_event]
+        logprobs = logprobs.masked_scatter(is_event, event_logprobs)
+    if not entropy:
+        return logprobs, torch.zeros_like(logprobs)
+    all_logprobs = logits - normaliser.unsqueeze(-1)
+    plogp = all_logprobs.exp() * all_logprobs
+    entropies = -plogp.sum(-1)
+    if is_event is not None:  # merged: -sum_{v not in event} p log p - p_event log p_event
+        outside = -plogp[is_event].masked_fill(event, 0.0).sum(-1)
+        entropies = entropies.masked_scatter(is_event, outside - event_logprobs.exp() * event_logprobs)
+    return logprobs, entropies
+
+
+# ---------------------------------------------------------------- 8 run folder
+
+NOT_DEFINING = {
+    "resume",
+    "output_dir",
+    "micro_batch_tokens",
+    "save_every",
+    "keep_checkpoints",
+    "dry_run",
+    "workers",
+}
+
+
+class Run:
+    """One folder per run: args.json, env.txt, the sources, metrics.jsonl, curves.png, TensorBoard events, checkpoints.
+
+    `state` is what the last good checkpoint holds in state.json (None for a fresh run). UserError if the folder
+    cannot be written, if there is nothing to resume, or if the arguments that define the run differ.
+    """
+
+    def __init__(self, args, script: str, ranks: Ranks) -> None:
+        self.args, self.script, self.ranks = args, Path(script), ranks
+        stem = f"{self.script.stem}__{Path(args.model).resolve().name if Path(args.model).exists() else args.model}"
+        stem = f"{stem.replace('/', '_')}__s{args.seed}__"
+        path = None
+        if ranks.main:
+            path = args.output_dir or f"runs/{stem}{time.strftime('%Y%m%d-%H%M%S')}"
+            if args.resume == "auto" and not args.output_dir:
+                earlier = sorted(glob.glob(f"runs/{glob.escape(stem)}*"))
+                path = earlier[-1] if earlier else path
+            elif args.resume and args.resume != "auto":
+                path = args.resume
+        self.path = Path(all_gather_list([path], ranks)[0])
+        self.state = together(self._open, ranks)
+        self.writer = None
+
+    def _open(self) -> dict | None:
+        found = self._latest() if self.args.resume else None
+        if self.args.resume not in ("", "auto") and found is None:
+            raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
+        now = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
+        if found is not None:
+            before = json.loads((self.path / "args.json").read_text())
+            differ = [k for k in now if k not in NOT_DEFINING and now[k] != before.get(k)]
+            if differ:
+                changes = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in differ)
+                raise UserError(f"cannot resume {self.path}: the arguments differ ({changes})")
+        if not self.ranks.main:
+            return json.loads((found / "state.json").read_text()) if found else None
+        if found is None and (self.path / "metrics.jsonl").exists():
+            if self.args.resume != "auto":
+                raise UserError(
+                    f"{self.path} already holds a run; choose another --output-dir, or --resume auto"
+                )
+            (self.path / "metrics.jsonl").unlink()  # it was killed before its first checkpoint
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.path / "args.json").write_text(json.dumps(now, indent=1))
+        (self.path / "env.txt").write_text(_environment(self.ranks))
+        for source in (self.script, Path(__file__)):
+            shutil.copy(source, self.path / source.name)
+        return json.loads((found / "state.json").read_text()) if found else None
+
+    # -- metrics
+
+    def log(self, metrics: dict) -> None:
+        """Append one object to metrics.jsonl and to TensorBoard (rank 0). `metrics` holds `update`."""
+        if not self.ranks.main:
+            return
+        metrics = {
+            k: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for k, v in metrics.items()
+        }
+        try:
+            with open(self.path / "metrics.jsonl", "a") as handle:
+                handle.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.path / "tensorboard")
+        for key, value in metrics.items():
+            if isinstance(value, (int, float)) and key != "update":
+                self.writer.add_scalar(key, value, metrics["update"])
+
+    def curves(self, keys: Sequence[str]) -> None:
+        """Draw curves.png: one panel per key of metrics.jsonl, over updates (rank 0)."""
+        if not self.ranks.main or not (self.path / "metrics.jsonl").exists():
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        history = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        keys = [k for k in keys if any(isinstance(row.get(k), (int, float)) for row in history)]
+        if not keys:
+            return
+        columns = min(3, len(keys))
+        lines = math.ceil(len(keys) / columns)
+        figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
+        for axis, key in zip(axes.flat, keys):
+            points = [(row["update"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
+            axis.plot(*zip(*points), marker="." if len(points) < 40 else None, linewidth=1.2)
+            phases = [
+                row["update"] for a, row in zip(history, history[1:]) if a.get("phase") != row.get("phase")
+            ]
+            for edge in phases:  # RA3: where the E-step ends and the M-step begins
+                axis.axvline(edge - 0.5, color="0.6", linewidth=0.8, linestyle="--")
+            axis.set_title(key, fontsize=9)
+            axis.set_xlabel("update", fontsize=8)
+            axis.grid(alpha=0.25)
+        for axis in axes.flat[len(keys) :]:
+            axis.axis("off")
+        figure.tight_layout()
+        figure.savefig(self.path / "curves.png", dpi=110)
+        pyplot.close(figure)
+
+    # -- checkpoints
+
+    def export(self, model, tokenizer, name: str) -> Path:
+        """Write checkpoints/<name>, a folder that AutoModelForCausalLM.from_pretrained loads. Atomic; all ranks."""
+        target = self.path / "checkpoints" / name
+        weights = {}
+        tied = model._tied_weights_keys or {} if model.config.tie_word_embeddings else {}
+        for key, value in model.state_dict().items():
+            if key in tied:  # the same tensor as the embedding
+                continue
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # one tensor at a time
+            if self.ranks.main:
+                weights[key] = whole.detach().to("cpu", copy=True)
+
+        def write() -> None:
+            if self.ranks.main:
+                aside = target.with_name(f".{name}.partial")
+                shutil.rmtree(aside, ignore_errors=True)
+                model.save_pretrained(aside, state_dict=weights)
+                tokenizer.save_pretrained(aside)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(aside, target)
+
+        together(write, self.ranks)
+        return target
+
+    def save(self, update: int, state: dict, models: dict, optimizer, keep: int = 2) -> None:
+        """Write the state that --resume continues from: written aside, then renamed, so it is whole or absent.
+
+        state: JSON-able (cursors, phase ...); models: name -> model, all saved; optimizer may be None. All ranks.
+        """
+        target = self.path / "checkpoints" / f"state_{update:06d}"
+        aside = target.with_name(f".{target.name}.partial")
+        tensors = {name: get_model_state_dict(model) for name, model in models.items()}
+        if optimizer is not None:
+            tensors["optimizer"] = get_optimizer_state_dict(models["policy"], optimizer)
+
+        def write() -> None:
+            try:
+                dcp.save(tensors, checkpoint_id=aside)
+            except Exception as error:  # dcp wraps what each rank met
+                reason = str(error).strip().splitlines()[-1]
+                raise UserError(
+                    f"could not write the checkpoint {target}: {reason}; the one before is intact"
+                ) from None
+
+        def finish() -> None:
+            if self.ranks.main:
+                (aside / "state.json").write_text(json.dumps({"update": update, **state}))
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(aside, target)
+                for old in self._complete()[:-keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+
+        together(lambda: shutil.rmtree(aside, ignore_errors=True) if self.ranks.main else None, self.ranks)
+        together(write, self.ranks)
+        together(finish, self.ranks)
+
+    def _complete(self) -> list[Path]:
+        return sorted(p.parent for p in self.path.glob("checkpoints/state_*/state.json"))
+
+    def _latest(self) -> Path | None:
+        complete = self._complete()
+        return complete[-1] if complete else None
+
+    def restore(self, models: dict, optimizer) -> dict:
+        """Load the last good checkpoint into models and optimizer; cut metrics.jsonl back to it. Returns its state."""
+        folder = self._latest()
+        tensors = {name: get_model_state_dict(model) for name, model in models.items()}
+        if optimizer is not None:
+            tensors["optimizer"] = get_optimizer_state_dict(models["policy"], optimizer)
+        dcp.load(tensors, checkpoint_id=folder)
+        for name, model in models.items():
+            set_model_state_dict(model, tensors[name], options=StateDictOptions(strict=False))
+        if optimizer is not None:
+            set_optimizer_state_dict(models["policy"], optimizer, tensors["optimizer"])
+        metrics = self.path / "metrics.jsonl"
+        if self.ranks.main and metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["update"] <= self.state["update"]]
+            metrics.write_text("".join(line + "\n" for line in kept))
+        return self.state
+
+
+def _environment(ranks: Ranks) -> str:
+    def git(*command: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=here).stdout.strip()
+
+    device = (
+        torch.cuda.get_device_name()
+        if ranks.device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
+    try:
+        commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
+    except OSError:
+        commit, diff = "(no git)", ""
+    return (
+        f"command: {' '.join(sys.argv)}\nranks: {ranks.world_size}\ndevice: {device}\npython: {sys.version.split()[0]}\n"
+        f"torch: {torch.__version__}\ntransformers: {transformers.__version__}\ncommit: {commit}\n\n{diff}\n"
+    )
