@@ -65,7 +65,7 @@ def write_jsonl(name, rows):
 # Part 1: real code
 # ---------------------------------------------------------------------------------------------------------------
 
-SKIP_DIRS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "__pycache__", "idle_test"}
+SKIP_DIRS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data", "encodings"}
 PIECE_CHARS = 1300  # about 400 tokens, so that a piece fits a training row
 
 
