@@ -1,0 +1,508 @@
+"""Pass@k of a code model on HumanEval(+), MBPP(+), LiveCodeBench and Codeforces.
+
+The protocol behind Table 1 of "Learning to Reason as Action Abstractions with Scalable Mid-Training RL" (RA3,
+arXiv 2509.25810v2), which evaluates with the BigCode harness:
+
+  1 problems  the prompt, the stop words and the tests of every problem, from the benchmark's rows
+  2 sample    of each problem one greedy completion (pass@1) and n sampled ones (pass@5); or read --samples
+  3 judge     run each completion, cut at its first stop word, in the sandbox, while 2 goes on
+  4 report    pass@k = 1 - C(n-c, k) / C(n, k) for c right completions among n, averaged over the problems
+
+A sample's noise depends on (seed, benchmark, task, sample) alone, not on ranks or batches. A killed run goes
+on with what is missing when the same command is given again with the same --output-dir.
+Shapes: B rows, T tokens of the padded prompt, V vocabulary.
+
+Deviations from BigCode (docs/eval_code.md has all):
+  D1 An RA3 model may think at column 0, where HumanEval's stop word "\\n#" would end it. With --thoughts it
+     is no stop word, and both are reported: thoughts kept, and the same completions cut (`humaneval_cut`).
+  D2 512 is the number of new tokens, as in the paper; BigCode's default counts the prompt, too.
+  D3 MBPP's `test_setup_code` (one test task has it) runs before the tests; BigCode leaves it out.
+
+  python eval_code.py --tiny                                                                  # this machine
+  python eval_code.py --model runs/my_run/checkpoints/em_001 --thoughts                       # one GPU
+  torchrun --nproc_per_node 8 eval_code.py --model Qwen/Qwen2.5-1.5B --output-dir runs/base   # eight GPUs
+"""
+
+import base64
+import collections
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import common
+from common import UserError
+
+
+@dataclass
+class Args:
+    """Evaluate a code model. Defaults are the paper's values."""
+
+    # ---- run
+    tiny: bool = False
+    """the embedded default: tiny model and problems, a minute on two cores; every flag still overrides"""
+    output_dir: str = ""
+    """folder of this evaluation; one begun before goes on. Empty: runs/eval_code__<model>__s<seed>__<time>"""
+    seed: int = 0
+    """fixes all sampling noise"""
+    # ---- model and problems
+    model: str = "Qwen/Qwen2.5-1.5B"
+    """any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
+    benchmarks: tuple[str, ...] = ("humaneval", "mbpp", "humanevalplus", "mbppplus")
+    """of humaneval, mbpp, humanevalplus, mbppplus, livecodebench, codeforces; name=FILE: a local file"""
+    samples: str = ""
+    """judge what this human-eval or evalplus file holds (`task_id`, `completion` or `solution`) instead"""
+    limit: int = 0
+    """only the first so many problems of each benchmark; 0: all"""
+    mbpp_prompt: Literal["bigcode", "signature"] = "bigcode"
+    """bigcode: a docstring with one test; signature (the authors' fork): a `def` line, two tests"""
+    lcb_window: tuple[str, str] = ("2024-08-01", "2025-02-01")
+    """LiveCodeBench's first and last contest date (default: DeepCoder's 279); a local file is taken whole"""
+    # ---- sampling
+    n_samples: int = 10
+    """sampled completions per problem for pass@k with k > 1; 0: only the greedy one"""
+    k: tuple[int, ...] = (1, 5)
+    """which pass@k to report"""
+    temperature: float = 0.6
+    """of the sampled completions"""
+    top_p: float = 0.95
+    """sample among the most likely tokens that together have this probability"""
+    max_new_tokens: int = 512
+    """longest completion (tokens); LiveCodeBench and Codeforces need more: 1024 in the authors' RLVR runs"""
+    thoughts: bool = False
+    """the model was trained to write `#` thoughts (RA3): see D1"""
+    # ---- speed only
+    batch_size: int = 64
+    """completions generated together on a rank"""
+    workers: int = 0
+    """programs that run at once on a rank; 0: the machine's cores over its ranks"""
+
+
+TINY_DEFAULTS = Args(
+    tiny=True,
+    model=str(common.TINY / "model"),
+    benchmarks=(f"humaneval={common.TINY / 'code_problems.jsonl'}",),
+    max_new_tokens=64,
+    batch_size=128,
+)
+SPEED_ONLY = ("output_dir", "batch_size", "workers")  # these may change when an evaluation is continued
+
+# ---------------------------------------------------------------- 1 problems
+
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
+MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
+THOUGHT_STOP = "\n#"
+# LiveCodeBench's checker imports these before every program, first their names and then the modules
+MODULES = (
+    "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools, "
+    "operator, io, sys, json, builtins, typing"
+)
+CONTEST_IMPORTS = "".join(f"from {name} import *\n" for name in MODULES.split(", ")) + f"import {MODULES}\n"
+
+
+@dataclass
+class Problem:
+    """A program is imports + opening + completion + closing, or imports + a whole solution."""
+
+    task_id: str
+    prompt: str
+    opening: str  # what the prompt holds of the program's beginning
+    stop_words: tuple[str, ...]
+    checks: dict  # what run_tests needs beside the code
+    closing: str = ""
+    imports: str = ""
+    benchmark: str = ""
+
+
+def humaneval_problem(row: dict, args: Args) -> Problem:
+    """HumanEval and HumanEval+: the prompt with its last newline (BigCode's `humaneval-unstripped`)."""
+    checks = {"tests": f"{row['test']}\ncheck({row['entry_point']})\n", "entry_point": row["entry_point"]}
+    return Problem(row["task_id"], row["prompt"], row["prompt"], HUMANEVAL_STOPS, checks)
+
+
+def mbpp_problem(row: dict, args: Args) -> Problem:
+    """MBPP, and MBPP+, which calls the description `prompt` and has a `test` instead of the examples."""
+    examples, description = row["test_list"], row["prompt"] if "prompt" in row else row["text"]
+    functions = re.findall(r"^def\s+((\w+)\s*\(.*\))", row["code"], re.MULTILINE)  # [("f(a, b)", "f"), ...]
+    head, name = next((f for f in functions if re.search(rf"\b{f[1]}\b", examples[0])), (None, None))
+    if name is None:
+        raise ValueError("the first test calls no function of `code`")
+    tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])
+    checks = {"tests": tests, "entry_point": name}
+    if args.mbpp_prompt == "bigcode":
+        return Problem(row["task_id"], f'"""\n{description}\n{examples[0]}\n"""\n', "", MBPP_STOPS, checks)
+    prompt = "\n    ".join([f"def {head}:", f'""" {description}', *examples[:2], '"""']) + "\n"
+    return Problem(row["task_id"], prompt, prompt, (*MBPP_STOPS, "\ndef"), checks)
+
+
+def contest_problem(task_id, question: str, signature: str, checks: dict) -> Problem:
+    """The question as a docstring, then the signature to go on from, as in grpo_rlvr.py (RA3 v2, section 7).
+
+    A program that reads stdin is the body of `main`.
+    """
+    opening, closing = (signature.rstrip() + "\n", "") if signature else ("def main():\n", "\nmain()\n")
+    stop_words = (*MBPP_STOPS, "\ndef", "\nmain(")
+    prompt = f'"""\n{question}\n"""\n{opening}'
+    return Problem(task_id, prompt, opening, stop_words, checks, closing, CONTEST_IMPORTS)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Makes strings, numbers and lists. A pickle that runs code must look up a name, and none is given."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"refused: {module}.{name}")
+
+
+def livecodebench_problem(row: dict, args: Args) -> Problem:
+    """All public and private tests must pass. Functional: one JSON argument per line, and the JSON result."""
+    private = row["private_test_cases"]
+    if not private.startswith("["):  # else: a pickled string of JSON, compressed, in base 64
+        private = PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(private)))).load()
+    cases = json.loads(row["public_test_cases"]) + json.loads(private)
+    checks = {"cases": [{"input": case["input"], "output": case["output"]} for case in cases]}
+    if cases[0]["testtype"] == "functional":
+        checks["fn_name"] = json.loads(row["metadata"])["func_name"]
+    return contest_problem(row["question_id"], row["question_content"], row["starter_code"], checks)
+
+
+def codeforces_problem(row: dict, args: Args) -> Problem:
+    """stdin and stdout. All tests run, also after a failed one: the share that passes is reported."""
+    cases = json.loads(row["tests"]) if isinstance(row["tests"], str) else row["tests"]
+    cases = [{"input": case["input"], "output": case["output"]} for case in cases]
+    return contest_problem(row.get("id"), row["problem"], "", {"cases": cases, "all_cases": True})
+
+
+# LiveCodeBench's repository holds a loading script, which `datasets` refuses to run, so its files are named.
+LCB_FILES = "json:hf://datasets/livecodebench/code_generation_lite/test*.jsonl"
+CODEFORCES = "agentica-org/DeepCoder-Preview-Dataset:codeforces"
+BENCHMARKS = {  # title, hub source, split, timeout in s (BigCode's; of the contests: per test), reader
+    "humaneval": ("HumanEval", "openai/openai_humaneval", "test", 3, humaneval_problem),
+    "mbpp": ("MBPP", "google-research-datasets/mbpp:full", "test", 3, mbpp_problem),
+    "humanevalplus": ("HumanEval+", "evalplus/humanevalplus", "test", 20, humaneval_problem),
+    "mbppplus": ("MBPP+", "evalplus/mbppplus", "test", 10, mbpp_problem),
+    "livecodebench": ("LiveCodeBench", LCB_FILES, "train", 6, livecodebench_problem),
+    "codeforces": ("Codeforces", CODEFORCES, "test", 12, codeforces_problem),
+}
+
+
+def load_problems(args: Args) -> list[Problem]:
+    """UserError for an unknown benchmark, for an empty one, and for rows that are not as on the hub."""
+    problems, (first, last) = {}, args.lcb_window
+    for spec in args.benchmarks:
+        name, _, file = spec.partition("=")
+        name = name.lower().replace("+", "plus")
+        if name not in BENCHMARKS:
+            raise UserError(f"unknown benchmark {name}; there are {', '.join(BENCHMARKS)}")
+        _, source, split, timeout_s, read = BENCHMARKS[name]
+        source, before = file or source, len(problems)
+        for index, row in enumerate(common.read_rows(source, split)):
+            if args.limit and len(problems) - before == args.limit:
+                break
+            try:
+                if source == LCB_FILES and not first <= str(row["contest_date"])[:10] <= last:
+                    continue
+                problem = read(row, args)
+            except KeyError as missing:
+                raise UserError(f"{source} has no column {missing}; it has: {', '.join(row)}") from None
+            except (ValueError, TypeError, AttributeError, IndexError, pickle.PickleError, zlib.error) as e:
+                raise UserError(f"{source}, row {index}: not a problem of {name}: {e}") from None
+            problem.benchmark, problem.checks["timeout_s"] = name, timeout_s
+            problem.task_id = str(index if problem.task_id is None else problem.task_id)
+            if (name, problem.task_id) in problems:
+                raise UserError(f"{source} has task {problem.task_id} twice, or {name} is given twice")
+            problems[name, problem.task_id] = problem
+        if len(problems) == before:
+            raise UserError(f"{source} holds no problem")
+    return list(problems.values())
+
+
+# ---------------------------------------------------------------- 2 sample
+
+# A sample is a dict, in the end a line of samples.jsonl: benchmark, task_id, sample (a number), temperature,
+# prompt, completion (or solution), truncated; then passed, reason, seconds, tests_passed, tests_total.
+
+
+def key(sample: dict) -> tuple:
+    """What a sample is known by, and all that its noise depends on beside the seed."""
+    return sample["benchmark"], sample["task_id"], sample["temperature"], sample["sample"]
+
+
+def plan_samples(args: Args, problems: list[Problem]) -> list[tuple[Problem, dict]]:
+    """What to generate: of each problem one greedy completion (temperature 0) and n sampled ones."""
+    planned = []
+    for problem in problems:
+        known = {"benchmark": problem.benchmark, "task_id": problem.task_id, "prompt": problem.prompt}
+        planned.append((problem, {**known, "temperature": 0.0, "sample": 0}))
+        for number in range(args.n_samples):
+            planned.append((problem, {**known, "temperature": args.temperature, "sample": number}))
+    return planned
+
+
+def read_samples(args: Args, problems: list[Problem]) -> list[tuple[Problem, dict]]:
+    """The samples of a human-eval or evalplus file, or of a samples.jsonl. "Mbpp/2" is the same task as 2."""
+    samples, counts, file = [], collections.Counter(), args.samples
+    wanted = {(p.benchmark, p.task_id.rpartition("/")[2]): p for p in problems}
+    default = problems[0].benchmark if len({p.benchmark for p in problems}) == 1 else None
+    for row in common.read_rows(file):
+        name = row.get("benchmark", default) or common.column(row, "benchmark", file)
+        problem = wanted.get((name, str(common.column(row, "task_id", file)).rpartition("/")[2]))
+        if problem is None:
+            continue  # of another benchmark, or beyond --limit
+        known = {"benchmark": name, "task_id": problem.task_id, "temperature": row.get("temperature")}
+        kind = "solution" if "solution" in row else "completion"
+        text = common.column(row, kind, file)
+        samples.append((problem, {**known, "sample": counts[tuple(known.values())], kind: text}))
+        counts[tuple(known.values())] += 1
+    lacking = {(p.benchmark, p.task_id) for p in problems} - {key(sample)[:2] for _, sample in samples}
+    if lacking:
+        raise UserError(f"{file} has no sample of {len(lacking)} tasks, such as {' '.join(min(lacking))}")
+    return samples
+
+
+def cut(completion: str, stop_words) -> str:
+    """The completion up to its first stop word."""
+    return completion[: min((i for i in map(completion.find, stop_words) if i >= 0), default=None)]
+
+
+def choose_tokens(logits, noise, temperatures, top_p: float) -> torch.Tensor:
+    """The next token of each row [B]: argmax where temperatures [B] are 0, else drawn from the top-p part.
+
+    logits [B, V], noise [B] in [0, 1). Drawn in the vocabulary's order, not in that of the probabilities: so
+    a rounding error that swaps two nearly equal tokens changes nothing, whatever the batch.
+    """
+    probs = (logits.float() / temperatures.clamp(min=1e-6).unsqueeze(1)).softmax(-1)  # [B, V]
+    ordered = probs.sort(descending=True).values
+    inside = ordered.cumsum(-1) - ordered < top_p  # what lies before a token; the first is always inside
+    smallest = ordered.masked_fill(~inside, math.inf).amin(-1, keepdim=True)  # [B, 1]
+    drawn = common.inverse_cdf(probs.masked_fill(probs < smallest, 0.0), noise)
+    return torch.where(temperatures > 0, drawn, logits.argmax(-1))
+
+
+@torch.no_grad()
+def complete(model, tokenizer, batch: list[tuple[Problem, dict]], args: Args) -> None:
+    """Generate `completion` and `truncated` of each sample of the batch."""
+    problems, samples = zip(*batch)
+    prompts = [tokenizer(problem.prompt).input_ids for problem in problems]
+    stops = [[w for w in p.stop_words if not (args.thoughts and w == THOUGHT_STOP)] for p in problems]  # D1
+    width, device = max(map(len, prompts)), model.device
+    input_ids = common.pad_right([p[::-1] for p in prompts], tokenizer.pad_token_id, device).flip(1)  # [B, T]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = torch.arange(width, device=device) >= width - lengths.unsqueeze(1)  # [B, T], left padding
+    noise = [common.uniforms([args.max_new_tokens], args.seed, *key(sample)) for sample in samples]
+    noise = torch.stack(noise).to(device)  # [B, max_new_tokens]
+    temperatures = torch.tensor([sample["temperature"] for sample in samples], device=device)  # [B]
+    eos = model.config.eos_token_id  # an id, a list, or None
+    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+    def choose(ids, logits):
+        tokens = choose_tokens(logits, noise[:, ids.shape[1] - width], temperatures, args.top_p)
+        return torch.full_like(logits, -math.inf).scatter(1, tokens.unsqueeze(1), 0.0)
+
+    def ended(ids, logits, **_):  # decoding is slow: every 16 tokens, search the text of the last 32
+        if (ids.shape[1] - width) % 16:
+            return torch.zeros(len(ids), dtype=torch.bool, device=device)
+        tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - 32) :])
+        return torch.tensor([cut(tail, words) != tail for tail, words in zip(tails, stops)], device=device)
+
+    output = model.generate(
+        input_ids,
+        attention_mask=mask.long(),  # generate counts the positions by it
+        logits_processor=[choose],
+        stopping_criteria=[ended],
+        do_sample=False,  # `choose` has drawn already
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=sorted(eos),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for sample, prompt, words, new in zip(samples, prompts, stops, output[:, width:].tolist()):
+        end = next((i for i, token in enumerate(new) if token in eos), None)
+        both = [prompt, prompt + new[:end]]  # decoded alone, a completion may lose its first space
+        before, text = tokenizer.batch_decode(both, clean_up_tokenization_spaces=False)
+        sample["completion"] = cut(text[len(before) :], words)
+        sample["truncated"] = end is None and before + sample["completion"] == text
+
+
+# ---------------------------------------------------------------- 3 judge
+
+
+def variants(problem: Problem, sample: dict, args: Args) -> list[dict]:
+    """What is judged of a sample: itself and, with --thoughts, the same completion cut at a thought (D1)."""
+    if not args.thoughts or THOUGHT_STOP not in problem.stop_words or "solution" in sample:
+        return [sample]
+    shorter = cut(sample.get("completion", ""), [THOUGHT_STOP])
+    return [sample, {**sample, "benchmark": f"{problem.benchmark}_cut", "completion": shorter}]
+
+
+def judge(records: list[tuple[Problem, dict]], write, args: Args) -> None:
+    """Run the records' programs in the sandbox; each record goes to `write` as soon as it has its verdict."""
+    programs = []
+    for problem, record in records:
+        code = record.get("solution") or problem.opening + record.get("completion", "") + problem.closing
+        programs.append({"code": problem.imports + code, **problem.checks})
+
+    def on_result(index: int, verdict: dict) -> None:
+        write({**records[index][1], **verdict})
+
+    workers = args.workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    common.run_tests(programs, workers=workers, on_result=on_result)
+
+
+# ---------------------------------------------------------------- 4 report
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k samples, drawn without replacement from n of which c are right, hold a right one."""
+    return 1.0 if n - c < k else 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def summarise(records: list[dict], ks: tuple[int, ...]) -> dict:
+    """Shares in [0, 1] of one benchmark. pass@1 is that of the greedy samples if there are any."""
+    greedy = [record for record in records if record["temperature"] == 0]
+    verdicts = collections.defaultdict(list)  # task -> verdicts of its sampled completions
+    for record in records:
+        if record["temperature"] != 0:
+            verdicts[record["task_id"]].append(record["passed"])
+    summary = {"problems": len({record["task_id"] for record in records})}
+    for k in ks:
+        if k <= min(map(len, verdicts.values()), default=0):
+            name = "pass@1_sampled" if k == 1 and greedy else f"pass@{k}"
+            summary[name] = fmean(pass_at_k(len(v), sum(v), k) for v in verdicts.values())
+    if greedy:
+        summary["pass@1"] = fmean(record["passed"] for record in greedy)
+    if records[0]["benchmark"] == "codeforces":
+        summary["tests_passed"] = fmean(r["tests_passed"] / r["tests_total"] for r in greedy or records)
+    if "truncated" in records[0]:
+        summary["truncated"] = fmean(record["truncated"] for record in records)
+    return summary
+
+
+def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
+    """Table 1 of the paper, in percent; with --thoughts a second row: completions cut at a thought (D1)."""
+    names, width = [name for name in BENCHMARKS if name in results], 7 * len(ks) + 2
+    lines = [" " * 24 + "".join(f"{title:{width}}" for title in [*(BENCHMARKS[n][0] for n in names), "Avg."])]
+    lines.append(" " * 24 + "".join(f"{f'p@{k}':7}" for k in ks).ljust(width) * (len(names) + 1))
+    for suffix, title in (("", label), ("_cut", "  cut at \\n#")):
+        if any(name + suffix in results for name in names):
+            rows = [results.get(name + suffix, results[name]) for name in names]
+            cells = [[row.get(f"pass@{k}", math.nan) for k in ks] for row in rows]
+            cells.append([fmean(shares) for shares in zip(*cells)])
+            shown = ["".join(f"{100 * share:<7.1f}" for share in cell).ljust(width) for cell in cells]
+            lines.append(f"{title[:23]:24}" + "".join(shown))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the evaluation
+
+
+def check(args: Args) -> None:
+    """UserError for sizes that make no sense."""
+    for name in ("max_new_tokens", "batch_size", "temperature", "top_p"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive")
+    for k in args.k:
+        if k < 1 or (not args.samples and 1 != k > args.n_samples):
+            raise UserError(f"pass@{k} needs --n-samples {max(k, 1)} or more, and k = 1 or more")
+
+
+def open_folder(args: Args) -> tuple[Path, dict]:
+    """The evaluation's folder and the samples judged before. UserError if its arguments were others."""
+    stem = f"eval_code__{Path(args.samples or args.model).name}__s{args.seed}"
+    folder = Path(args.output_dir or f"runs/{stem}__{time.strftime('%Y%m%d-%H%M%S')}")
+    now = json.loads(json.dumps({k: v for k, v in asdict(args).items() if k not in SPEED_ONLY}))
+    if (folder / "args.json").exists():
+        before = json.loads((folder / "args.json").read_text())
+        differ = [f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if v != before.get(name)]
+        if differ:
+            raise UserError(f"{folder} holds an evaluation with other arguments ({', '.join(differ)})")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps(now, indent=1))
+    return folder, read_verdicts(folder / "samples.jsonl")
+
+
+def read_verdicts(file: Path) -> dict[tuple, dict]:
+    """key -> record of samples.jsonl. A last line torn by a kill is removed from the file."""
+    content = file.read_bytes() if file.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(file, len(whole))
+    records = map(json.loads, whole.splitlines())
+    return {key(record): record for record in records}
+
+
+def main(args: Args) -> None:
+    ranks = common.setup(args.seed)
+    check(args)
+
+    # 1 problems
+    problems = load_problems(args)
+    jobs = read_samples(args, problems) if args.samples else plan_samples(args, problems)
+    planned = [key(record) for job in jobs for record in variants(*job, args)]
+    opened = common.together(lambda: open_folder(args) if ranks.main else None, ranks)
+    folder, done = common.all_gather_list([opened], ranks)[0]
+    jobs = [job for job in jobs if any(key(record) not in done for record in variants(*job, args))]
+    jobs.sort(key=lambda job: -len(job[0].prompt))  # the longest first: a lack of memory shows at once
+    mine = jobs[ranks.rank :: ranks.world_size]
+    model = None
+    if jobs and not args.samples:
+        tokenizer = common.load_tokenizer(args.model)
+        model = common.load_model(args.model, ranks, train=False)
+        room = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
+        for problem in problems:
+            if (length := len(tokenizer(problem.prompt).input_ids)) > room:
+                raise UserError(
+                    f"{problem.benchmark} {problem.task_id}: its prompt has {length} tokens, but --max-new-tokens "
+                    f"{args.max_new_tokens} leaves only {room} of the model's context: lower it"
+                )
+
+    # 2 sample and 3 judge, at the same time. A line is one unbuffered append, so that ranks share the file
+    samples_file = open(folder / "samples.jsonl", "ab", buffering=0)  # noqa: SIM115
+    total = sum(len(variants(*job, args)) for job in mine)
+    bar = tqdm(total=total, unit="sample", disable=not ranks.main)
+
+    def write(record: dict) -> None:
+        samples_file.write((json.dumps(record) + "\n").encode())
+        bar.update()
+
+    background, judged = ThreadPoolExecutor(1), []
+    with common.gathered(model) if model else contextlib.nullcontext():
+        for start in range(0, len(mine), args.batch_size):
+            batch = mine[start : start + args.batch_size]
+            if model:
+                complete(model, tokenizer, batch, args)
+            records = [(job[0], record) for job in batch for record in variants(*job, args)]
+            records = [(problem, record) for problem, record in records if key(record) not in done]
+            judged.append(background.submit(judge, records, write, args))
+    common.together(lambda: [future.result() for future in judged], ranks)
+    bar.close()
+
+    # 4 report
+    if ranks.main:
+        verdicts = read_verdicts(folder / "samples.jsonl")
+        by_benchmark = collections.defaultdict(list)
+        for name in planned:
+            if name not in verdicts:
+                raise UserError(f"{folder} lacks the verdict of {name}; run the same command again")
+            by_benchmark[name[0]].append(verdicts[name])
+        results = {name: summarise(records, args.k) for name, records in by_benchmark.items()}
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\n{table(results, args.samples or args.model, args.k)}\n\n{folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    defaults = TINY_DEFAULTS if "--tiny" in sys.argv else Args()
+    common.launch(main, tyro.cli(Args, default=defaults, description=__doc__))
