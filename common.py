@@ -213,8 +213,8 @@ def read_rows(source: str, split: str = "train") -> Iterator[dict]:
             yield from _file_rows(file)
     elif path.is_file():
         yield from _file_rows(path)
-    elif path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".txt", ".py") or source.startswith(
-        (".", "/")
+    elif source.startswith((".", "/")) or (
+        path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".txt", ".py") and ":" not in source
     ):
         raise UserError(f"no such data file or folder: {source}")
     else:
