@@ -1,34 +1,33 @@
-"""GRPO with verifiable rewards: the post-training of RA3 (code) and of RMT (math), on one page.
+"""GRPO with verifiable rewards: the post-training of RA3 (code) and of RMT (math).
 
-Papers: Learning to Reason as Action Abstractions with Scalable Mid-Training RL (arXiv 2509.25810v2, section 2,
-eq. 2.2 and the RLVR experiment); Reinforcement Mid-Training (arXiv 2509.24375v1, section 5.3); GRPO itself is
-DeepSeekMath (arXiv 2402.03300), eps_high and the token mean are DAPO (arXiv 2503.14476).
+Papers: Learning to Reason as Action Abstractions with Scalable Mid-Training RL (arXiv 2509.25810v2: section 2, eq. 2.2,
+section 7 "Post-Training RLVR Results") and Reinforcement Mid-Training (arXiv 2509.24375: section 5.3). GRPO is
+DeepSeekMath's (arXiv 2402.03300); eps_high, the token mean, overlong filtering and dynamic sampling are DAPO's
+(arXiv 2503.14476).
 
-    1 sample      G completions of each of N prompts from the policy, log-probabilities noted while sampling
-    2 score       reward 1 if the program passes every test (sandbox), or the boxed answer is right (math-verify)
-    3 advantage   A_i = (r_i - mean) / std within the group of one prompt                         eq. (2.2)
-    4 update      clipped surrogate, optional KL to a reference, global denominators              J_GRPO, section 2
-    5 log, evaluate held-out problems, save
+    1 sample     G completions of each of N problems; their log-probabilities are noted while sampling
+    2 score      reward 1 if the program passes every test (sandbox) or the boxed answer is right (math-verify), else 0
+    3 advantage  A_i = (r_i - mean) / std, within the group of one problem                               eq. (2.2)
+    4 update     clipped ratio times advantage, minus beta KL to a reference; global denominators        section 2
+    5 log, evaluate on held-out problems, save
 
-Notation: s -> problem, o_i -> completion_ids, r(s, o_i) -> reward, A_i -> advantage, pi/pi_old -> ratio,
-epsilon -> eps_low, eps_high, beta -> beta. Shapes: N prompts, G group size, B rows, T completion tokens, L tokens
-of prompt and completion, V vocabulary.
+Notation: s prompt_ids, o_i completion_ids, r(s, o_i) reward, A_i advantage, pi / pi_old ratio, epsilon eps_low and
+eps_high, beta beta. Shapes: N problems, G group_size, B rows, T completion tokens, L tokens of prompt and completion,
+V vocabulary, K chosen positions.
 
-Where we differ from the papers, or they are silent (docs/grpo_rlvr.md has the whole list):
-D1  The clip is asymmetric (0.2 / 0.28, the authors' scripts) where the paper writes one epsilon.
-D2  The loss is a mean over the tokens of the whole update ("dapo"); the paper's 1/G sum over whole responses.
-D3  A body ends at the token that opens a line in column 0, or at eos; that token is trained like eos. (No word on
-    how base models stop.)
-D4  Problems that read stdin get the signature `def main():`, so that they, too, are completed and not chatted.
+Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all, with reasons):
+  D1 eps is 0.2 below and 0.28 above, as in the authors' scripts; the paper prints one epsilon.
+  D2 the loss is a mean over all tokens of the update (`dapo`); the paper prints a mean over responses.
+  D3 the body of a function ends with the token that opens a line in column 0, or with eos; that token is trained.
+     The paper does not say how a base model, which goes on for ever, is stopped.
+  D4 problems that read stdin get the signature `def main():`, so that a base model completes those, too.
 
-    python grpo_rlvr.py --tiny                                              this machine, no network
-    python grpo_rlvr.py --model Qwen/Qwen2.5-Coder-1.5B                     one GPU
-    torchrun --nproc_per_node 8 grpo_rlvr.py --model runs/.../checkpoints/em_001 --task code
+  python grpo_rlvr.py --tiny                                                    # this machine: no network, no GPU
+  python grpo_rlvr.py --model Qwen/Qwen2.5-1.5B                                 # one GPU
+  torchrun --nproc_per_node 8 grpo_rlvr.py --model runs/ra3/checkpoints/em_001  # the paper's setting
 """
 
 import argparse
-import collections
-import dataclasses
 import inspect
 import json
 import math
@@ -38,6 +37,7 @@ import select
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -46,7 +46,13 @@ import numpy as np
 import torch
 import tyro
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from common import (
     TINY,
@@ -73,141 +79,139 @@ from common import (
 )
 
 
-# ---------------------------------------------------------------- arguments
-
-
-@dataclass(frozen=True)
+@dataclass
 class Args:
-    # -- run
+    """GRPO with verifiable rewards. Defaults are RA3's values; --task math: RMT's; --tiny: the embedded problems."""
+
+    # ---- run
     task: Literal["code", "math"] = "code"
-    """code: RA3's RLVR; math: RMT's continual post-training. Chooses the other defaults, too."""
+    """code: RA3's RLVR, rewards by running the tests; math: RMT's post-training, rewards by comparing answers"""
     tiny: bool = False
-    """Defaults for the embedded model and problems: no network, two CPU cores, a few minutes."""
-    seed: int = 1
-    """Decides every random choice: the order of the prompts and all sampling noise."""
+    """use the embedded default: tiny model and problems, minutes on two cores. Every flag still overrides"""
     output_dir: str = ""
-    """Run folder; empty: runs/grpo_rlvr__<model>__s<seed>__<time>."""
+    """folder of this run; empty: runs/grpo_rlvr__<model>__s<seed>__<time>"""
+    seed: int = 0
+    """fixes the order of the problems and all sampling noise, on any number of ranks"""
     resume: str = ""
-    """`auto` (the latest run of this model and seed, or a new one) or a run folder."""
+    """`auto`: continue the newest run of this model and seed (or of --output-dir) if there is one; or a run folder"""
     dry_run: bool = False
-    """Print the plan, one prompt and a memory estimate, and stop."""
-    # -- model and data
-    model: str = "Qwen/Qwen2.5-Coder-1.5B"
-    """Hub id or folder of a causal language model. The papers start from their mid-trained checkpoints."""
+    """print the plan, one prompt with its tests and a memory estimate, and stop"""
+    # ---- model and data
+    model: str = "Qwen/Qwen2.5-1.5B"
+    """the initial policy: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
     dataset: str = "inclusionAI/AReaL-boba-2-RL-Code:train/train.jsonl"
-    """Training problems: hub id or local file with the columns of AReaL-boba-2, DeepCoder or Skywork."""
+    """problems with the columns of AReaL-boba-2, DeepCoder or Skywork; a hub id or a local file (common.read_rows)"""
     eval_dataset: str = ""
-    """Held-out problems; empty: `eval_problems` of the training problems are held out."""
+    """held-out problems; empty: eval_problems of the data set are held out"""
     train_problems: int = 0
-    """Use so many training problems; 0: all. RMT: 4096."""
-    difficulty_key: str = ""
-    """Skywork's `extra_info.model_difficulty` key: problems are taken evenly from its levels 1-13 (RMT)."""
-    chat_template: bool = False
-    """Math: put the problem into the tokenizer's chat template. Base models have none."""
-    max_prompt_tokens: int = 2048
-    """Longer prompts are left out."""
-    max_tests: int = 15
-    """Keep the tests with the longest inputs, so many per problem (DeepCoder's rule). Code only."""
-    # -- rollout
-    prompts_per_update: int = 128
-    """N, over all ranks."""
-    group_size: int = 4
-    """G, completions of each prompt. RMT: 8."""
-    max_new_tokens: int = 1024
-    """Longest completion. RMT: 4096."""
-    temperature: float = 0.6
-    """Of sampling, and of every log-probability."""
-    rollout_rows: int = 256
-    """Completions generated at once on a rank. Memory and speed only."""
-    # -- reward
-    reward_timeout_s: float = 6.0
-    """Limit for one program (all its tests) or one comparison of answers."""
-    reward_memory_mb: int = 1024
-    """Memory limit of one program."""
-    reward_workers: int = 0
-    """Programs that run at once on a rank; 0: the machine's cores over its ranks."""
-    # -- algorithm
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    """How token losses are averaged; TRL's names. See `grpo_loss`."""
-    eps_low: float = 0.2
-    """Clip of the ratio below 1."""
-    eps_high: float = 0.28
-    """Clip of the ratio above 1 (clip-higher)."""
-    beta: float = 0.0
-    """Weight of the KL to the initial model, which is loaded only if this is positive."""
-    normalize_std: bool = True
-    """Divide by the group's standard deviation (eq. 2.2)."""
-    filter_overlong: bool = False
-    """Leave truncated completions out of the loss (DeepCoder, DAPO)."""
-    dynamic_sampling: int = 0
-    """0: off. k: groups without spread leave the batch, and up to k - 1 further rounds of prompts refill it."""
-    minibatches: int = 2
-    """Optimizer steps per rollout. 1: the ratio is exactly 1."""
-    # -- optimisation
-    updates: int = 300
-    """Rollouts in the run."""
-    learning_rate: float = 1e-6
-    """Of AdamW, constant."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Clip of the global gradient norm."""
-    micro_batch_tokens: int = 16384
-    """Padded tokens per forward and backward pass on a rank. Memory and speed only."""
-    max_skipped: int = 5
-    """Stop after so many updates in a row with a NaN or infinite gradient; each is skipped and counted."""
-    # -- evaluation and saving
-    eval_every: int = 10
-    """Updates between evaluations; 0: only before the first and after the last."""
+    """use no more problems than this; 0: all"""
     eval_problems: int = 128
-    """Held-out problems. RMT: 600."""
+    """number of held-out problems"""
+    max_prompt_tokens: int = 2048
+    """problems with a longer prompt are left out (tokens)"""
+    difficulty_key: str = ""
+    """math: take problems evenly from the levels 1-13 of this key of Skywork's `model_difficulty`; empty: any"""
+    chat_template: bool = False
+    """math: put the problem into the tokenizer's chat template (base models have none)"""
+    # ---- rollout
+    prompts_per_update: int = 128
+    """N, problems per update over all ranks"""
+    group_size: int = 4
+    """G, completions of each problem"""
+    max_new_tokens: int = 1024
+    """completions are truncated here (tokens)"""
+    temperature: float = 0.6
+    """of the sampled distribution, and so of every log-probability"""
+    rollout_rows: int = 256
+    """completions that one rank generates at once; memory and speed only"""
+    reward_timeout_s: float = 6.0
+    """limit for one program with all its tests, or for one comparison of answers (seconds)"""
+    workers: int = 0
+    """programs that run at once on each rank; 0: this machine's cores over its ranks"""
+    # ---- algorithm
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    """denominator of the loss, with TRL's names: see grpo_loss"""
+    eps_low: float = 0.2
+    """the ratio is clipped below 1 - eps_low"""
+    eps_high: float = 0.28
+    """the ratio is clipped above 1 + eps_high (the paper: one epsilon)"""
+    beta: float = 0.0
+    """weight of the KL to the initial policy, which is loaded only if this is positive (the authors' scripts: 0)"""
+    normalize_std: bool = True
+    """divide advantages by the group's standard deviation, eq. (2.2); off: Dr. GRPO"""
+    filter_overlong: bool = False
+    """leave truncated completions out of the loss (DAPO, DeepCoder)"""
+    dynamic_sampling: int = 0
+    """k > 0: groups whose rewards are all equal are dropped, and up to k - 1 more rounds of problems replace them"""
+    minibatches: int = 2
+    """optimizer steps per rollout; with 1 the ratio is exactly 1"""
+    # ---- optimisation
+    updates: int = 300
+    """rollouts of this run"""
+    learning_rate: float = 1e-6
+    """of AdamW, constant"""
+    weight_decay: float = 0.01
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """the global gradient is clipped to this norm"""
+    micro_batch_tokens: int = 16384
+    """padded tokens per forward pass on each rank; memory and speed only"""
+    max_skipped: int = 5
+    """updates with a NaN or infinite gradient are skipped; stop after this many in a row"""
+    # ---- evaluation and saving
+    eval_every: int = 10
+    """updates between evaluations on the held-out problems; 0: only before the first and after the last"""
     save_every: int = 50
-    """Updates between checkpoints; 0: only the last."""
+    """updates between checkpoints; 0: only after the last"""
     keep_checkpoints: int = 2
-    """States to resume from that are kept; exported models all are."""
+    """resumable states kept; the exported models all stay"""
 
 
-MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems at 128 per batch
-    "task": "math", "dataset": "Skywork/Skywork-OR1-RL-Data", "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
-    "chat_template": True, "difficulty_key": "DeepSeek-R1-Distill-Qwen-7B", "train_problems": 4096, "eval_problems": 600,
+MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems in batches of 128
+    "task": "math", "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "dataset": "Skywork/Skywork-OR1-RL-Data",
+    "train_problems": 4096, "eval_problems": 600, "difficulty_key": "DeepSeek-R1-Distill-Qwen-7B", "chat_template": True,
     "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0, "eps_high": 0.2, "minibatches": 1, "updates": 320,
-}  # fmt: skip
-TINY_RUN = {
-    "tiny": True, "model": str(TINY / "model"), "prompts_per_update": 32, "group_size": 8, "max_new_tokens": 64,
-    "temperature": 1.0, "updates": 40, "learning_rate": 3e-4, "minibatches": 1, "save_every": 0, "reward_timeout_s": 2.0,
-    "eval_problems": 128, "train_problems": 0, "difficulty_key": "", "chat_template": False,
-}  # fmt: skip
+}
+TINY_RUN = {  # optimisation settings for two million parameters; reward and evaluation are those of a large run
+    "tiny": True, "model": f"{TINY}/model", "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
+    "chat_template": False, "prompts_per_update": 32, "group_size": 8, "max_new_tokens": 64, "temperature": 1.0,
+    "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 3e-4, "save_every": 0,
+}
 
 
 def parse_args() -> Args:
-    """tyro, with the default values that --task and --tiny choose."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default="code")
-    first.add_argument("--tiny", action="store_true")
-    chosen, _ = first.parse_known_args()
-    defaults = MATH if chosen.task == "math" else {}
+    """tyro's command line over the defaults that --task and --tiny choose."""
+    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    choice.add_argument("--task", default="code")
+    choice.add_argument("--tiny", action="store_true")
+    chosen, _ = choice.parse_known_args()
+    defaults = dict(MATH) if chosen.task == "math" else {}
     if chosen.tiny:
         files = {"dataset": f"{TINY}/{chosen.task}_train.jsonl", "eval_dataset": f"{TINY}/{chosen.task}_heldout.jsonl"}
-        defaults = {**defaults, **TINY_RUN, **files}
-    return tyro.cli(Args, default=Args(**defaults), description=__doc__.split("\n")[0])
+        defaults |= TINY_RUN | files
+    return tyro.cli(Args, default=Args(**defaults))
 
 
 def check(args: Args) -> None:
-    """UserError for sizes that do not fit, with the nearest that do."""
+    """UserError for sizes that do not fit together, naming the nearest that do."""
     if args.group_size < 2:
-        raise UserError("--group-size must be at least 2: an advantage compares completions of one prompt")
-    if args.prompts_per_update % args.minibatches:
-        fits = [m for m in range(1, args.prompts_per_update + 1) if args.prompts_per_update % m == 0]
-        nearest = min(fits, key=lambda m: abs(m - args.minibatches))
-        raise UserError(f"--minibatches {args.minibatches} does not divide --prompts-per-update; nearest: {nearest}")
+        raise UserError("--group-size must be at least 2: advantages compare the completions of one problem")
     if args.temperature <= 0:
-        raise UserError("--temperature must be positive: greedy completions of one prompt do not differ")
+        raise UserError("--temperature must be positive: greedy completions of one problem are all the same")
+    if args.prompts_per_update % args.minibatches:
+        divisors = [m for m in range(1, args.prompts_per_update + 1) if args.prompts_per_update % m == 0]
+        nearest = min(divisors, key=lambda m: abs(m - args.minibatches))
+        raise UserError(f"--minibatches must divide --prompts-per-update; the nearest that does is {nearest}")
+    if args.chat_template and args.task == "code":
+        raise UserError("--chat-template is for --task math; a code problem is completed from its signature")
 
 
 # ---------------------------------------------------------------- prompts and data
 
+MAX_TESTS = 15  # DeepCoder's rule: the tests with the longest inputs
 
-@dataclass(frozen=True)
+
+@dataclass
 class Problem:
     name: str
     prompt: str
@@ -215,205 +219,193 @@ class Problem:
     checks: dict  # code: signature, cases, fn_name; math: answer
 
 
-def as_json(value):
-    """Data sets keep JSON inside strings; nested ones as well."""
-    return json.loads(value) if isinstance(value, str) and value.strip() else value or {}
+def parsed(value):
+    """The data sets keep JSON in strings, some of it nested; the value itself if it is no string, {} if empty."""
+    return json.loads(value) if isinstance(value, str) and value else value or {}
 
 
-def code_cases(row: dict, source: str, max_tests: int) -> tuple[list[dict], str]:
-    """Tests of a row of AReaL-boba-2 or DeepCoder: ([{input, output}], name of the function or "" for stdin)."""
-    tests = as_json(row["input_output"] if "input_output" in row else column(row, "tests", source))
-    metadata = as_json(row.get("metadata"))
-    if isinstance(tests, dict):
-        cases = [{"input": i, "output": o} for i, o in zip(tests["inputs"], tests["outputs"])]
-        first = tests
-    else:
-        cases, first = tests, {**tests[0], **as_json(tests[0].get("metadata"))}
-    names = [d.get(k) for d in (metadata, first) for k in ("fn_name", "func_name")]
-    fn_name = next((name for name in names if name), "")
-    if first.get("testtype") == "stdin":
-        fn_name = ""
-    if "testtype" not in first:  # LiveCodeBench keeps all its tests
-        cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:max_tests]
-    plain = []
+def code_checks(row: dict, source: str) -> dict:
+    """The tests of a row of AReaL-boba-2 or DeepCoder as {cases: [{input, output}], fn_name, signature}.
+
+    fn_name is empty for a program that reads stdin; else an input holds one JSON argument per line, or is their list.
+    """
+    tests = parsed(row["input_output"] if "input_output" in row else column(row, "tests", source))
+    if isinstance(tests, dict):  # boba-2, TACO
+        cases, first = [{"input": i, "output": o} for i, o in zip(tests["inputs"], tests["outputs"])], tests
+    else:  # PrimeIntellect, LiveCodeBench, Codeforces
+        cases, first = tests, tests[0] | parsed(tests[0].get("metadata"))
+    known = parsed(row.get("metadata")) | first
+    fn_name = "" if first.get("testtype") == "stdin" else known.get("fn_name") or known.get("func_name") or ""
+    if "testtype" not in first:  # LiveCodeBench's tests all stay
+        cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:MAX_TESTS]
     for case in cases:
-        given, expected = case["input"], case["output"]
-        if not isinstance(given, str):  # TACO: a list of arguments or of lines, the result in a list
-            given = "\n".join(json.dumps(a) if fn_name else str(a) for a in given)
-        if not isinstance(expected, str):
-            if fn_name:
-                expected = json.dumps(expected[0] if isinstance(expected, list) and len(expected) == 1 else expected)
-            else:
-                expected = "\n".join(map(str, expected))
-        plain.append({"input": given, "output": expected})
-    return plain, fn_name
+        if not fn_name:  # TACO has lists of lines
+            case |= {k: "\n".join(map(str, v)) for k, v in case.items() if isinstance(v, list)}
+        elif isinstance(case["output"], list) and len(case["output"]) == 1:  # and its results in lists of one
+            case["output"] = case["output"][0]
+    cases = [{"input": case["input"], "output": case["output"]} for case in cases]
+    return {"cases": cases, "fn_name": fn_name, "signature": code_signature(row, cases, fn_name)}
 
 
 def code_signature(row: dict, cases: list[dict], fn_name: str) -> str:
-    """The line(s) that the model goes on from."""
-    given = row.get("signature") or row.get("starter_code")
-    if given:
+    """What the model goes on from: given, or taken from a solution, or made up from the number of arguments."""
+    if given := row.get("signature") or row.get("starter_code"):
         return given.rstrip()
     if not fn_name:
-        return "def main():"  # D4: reads stdin, prints to stdout
-    solutions = as_json(row.get("solutions")) if str(row.get("solutions"))[:1] == "[" else row.get("solutions")
-    for solution in [solutions] if isinstance(solutions, str) else solutions or []:
-        found = re.search(rf"def\s+{re.escape(fn_name)}\s*\(([^)]*)\)\s*(->[^:\n]+)?:", solution)
-        if found:
-            arguments = re.sub(r"^\s*self\s*,?\s*", "", found[1])
-            return f"def {fn_name}({' '.join(arguments.split())}):"
-    arity = len(cases[0]["input"].strip().splitlines()) if cases else 1
+        return "def main():"  # D4
+    solutions = row.get("solutions") or []
+    if isinstance(solutions, str):
+        solutions = parsed(solutions) if solutions.startswith("[") else [solutions]
+    for solution in solutions:
+        if found := re.search(rf"def\s+{re.escape(fn_name)}\s*\(([^)]*)\)[^:\n]*:", solution):
+            arguments = re.sub(r"^self\s*,?\s*", "", " ".join(found[1].split()))  # a method becomes a function
+            return f"def {fn_name}({arguments}):"
+    given = cases[0]["input"]
+    arity = len(given.splitlines() if isinstance(given, str) else given)
     return f"def {fn_name}({', '.join(f'arg{i + 1}' for i in range(arity))}):"
 
 
-def code_problem(row: dict, source: str, max_tests: int) -> tuple[str, dict]:
-    """(prompt, checks) of one row: the question as a docstring, then the signature (RA3 v2, section 7)."""
+def code_problem(row: dict, source: str) -> tuple[str, dict]:
+    """(prompt, checks): the question, then the signature, so that a base model goes on with the body (RA3, section 7)."""
     question = row["question"] if "question" in row else column(row, "problem", source)
-    cases, fn_name = code_cases(row, source, max_tests)
-    signature = code_signature(row, cases, fn_name)
-    return f'"""\n{question}\n"""\n{signature}\n', {"signature": signature, "cases": cases, "fn_name": fn_name}
+    checks = code_checks(row, source)
+    return f'"""\n{question}\n"""\n{checks["signature"]}\n', checks
 
 
 def math_problem(row: dict, source: str) -> tuple[str, dict]:
-    """(prompt, checks) of one row with Skywork-OR1's columns."""
+    """(prompt, checks) of a row with Skywork-OR1's columns, whose answers are JSON lists."""
     question = column(row, "prompt", source)[-1]["content"]
     answer = column(row, "reward_model", source)["ground_truth"]
-    if answer.startswith("["):
-        answer = json.loads(answer)[0]
+    answer = json.loads(answer)[0] if answer.startswith('["') else answer
     return f"{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n", {"answer": answer}
 
 
-def stratified(rows: list[dict], key: str, rng) -> list[dict]:
-    """Rows of difficulty 1-13, one of each level in turn, so that every beginning of the list is balanced (RMT, 5.1)."""
-    levels = collections.defaultdict(list)
-    for index in rng.permutation(len(rows)):
-        difficulty = column(rows[index].get("extra_info") or {}, "model_difficulty", "extra_info")
-        level = int(column(difficulty, key, "model_difficulty"))
-        if 1 <= level <= 13:
-            levels[level].append(rows[index])
-    longest = max(map(len, levels.values()), default=0)
-    return [levels[level][i] for i in range(longest) for level in sorted(levels) if i < len(levels[level])]
+def stratified(rows: list[dict], key: str) -> list[dict]:
+    """One row of each difficulty 1-13 in turn: the held-out and the training problems are even over levels (RMT, 5.1)."""
+    levels = defaultdict(list)
+    for row in rows:
+        level = column(column(row["extra_info"], "model_difficulty", "extra_info"), key, "model_difficulty")
+        levels[int(level)].append(row)
+    levels = [levels[level] for level in range(1, 14)]
+    return [level[i] for i in range(max(map(len, levels))) for level in levels if i < len(level)]
 
 
 def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
-    """All problems of `source` in a seeded order, those with too long a prompt left out."""
-    rng = np.random.default_rng([args.seed, 0])
-    rows = list(read_rows(source, split="math" if args.task == "math" and "Skywork" in source else "train"))
-    rows = stratified(rows, args.difficulty_key, rng) if args.difficulty_key else [rows[i] for i in rng.permutation(len(rows))]
+    """All problems of `source` whose prompt is short enough, in an order fixed by the seed."""
+    rows = list(read_rows(source, split="math" if "Skywork" in source else "train"))
+    rows = [rows[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(rows))]
     problems = []
-    for index, row in enumerate(rows):
-        try:
-            prompt, checks = code_problem(row, source, args.max_tests) if args.task == "code" else math_problem(row, source)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(f"{source}: cannot read problem {index}: {type(error).__name__}: {error}") from None
-        if args.chat_template:
-            message = [{"role": "user", "content": prompt.strip()}]
-            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        prompt_ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
-        if len(prompt_ids) <= args.max_prompt_tokens:
-            name = str(row.get("query_id") or (row.get("extra_info") or {}).get("index", index))
-            problems.append(Problem(name, prompt, prompt_ids, checks))
+    try:
+        for row in stratified(rows, args.difficulty_key) if args.difficulty_key else rows:
+            prompt, checks = code_problem(row, source) if args.task == "code" else math_problem(row, source)
+            if args.chat_template:
+                message = [{"role": "user", "content": prompt.strip()}]
+                prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            prompt_ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
+            if len(prompt_ids) <= args.max_prompt_tokens:
+                name = str(row.get("query_id") or row.get("extra_info", {}).get("index", len(problems)))
+                problems.append(Problem(name, prompt, prompt_ids, checks))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{source}, row {str(row)[:80]}...: {type(error).__name__} {error}") from None
     if not problems:
-        raise UserError(f"{source} has no problem with at most --max-prompt-tokens {args.max_prompt_tokens} tokens")
+        raise UserError(f"{source} has no problem with at most {args.max_prompt_tokens} tokens (--max-prompt-tokens)")
     return problems
 
 
 def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
-    """Indices of the `count` problems after the first `cursor`: a new seeded order in each epoch of `size` problems."""
-    orders = {}
-    drawn = []
-    for position in range(cursor, cursor + count):
-        epoch, place = divmod(position, size)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, 1, epoch]).permutation(size)
-        drawn.append(int(orders[epoch][place]))
-    return drawn
+    """Indices of the next `count` problems after the first `cursor`; each epoch of `size` has its own seeded order."""
+    positions = [divmod(position, size) for position in range(cursor, cursor + count)]
+    orders = {epoch: np.random.default_rng([seed, 1, epoch]).permutation(size) for epoch, _ in positions}
+    return [int(orders[epoch][place]) for epoch, place in positions]
 
 
 # ---------------------------------------------------------------- rollout
 
-DROP_EVERY = 32  # tokens after which finished rows leave the batch
+DROP_EVERY = 32  # tokens after which the rows that have ended leave the batch
 
 
-def end_tables(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
-    """What ends a completion, as a bool table [3, V] for `is_end`: eos, and with `column_zero` text in column 0.
+def end_table(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
+    """What ends a completion, for is_end: bool [3, V], the token ends it alone; begins with text; closes a line.
 
-    Rows: the token ends it alone; it begins with text (not white space); it ends a line.
+    eos does; with `column_zero` so does text in column 0, since there a function's body is over.
     """
-    ends = torch.zeros(3, vocab_size, dtype=torch.bool)
-    ends[0, sorted(eos_ids)] = True
-    if column_zero:
-        anchor = tokenizer.encode("a", add_special_tokens=False)[-1]  # some tokenizers strip a first token's space
-        texts = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))])
-        texts = [text[len(tokenizer.decode([anchor])) :] for text in texts]
-        ends[0, : len(texts)] |= torch.tensor([bool(re.search(r"\n\S", text)) for text in texts])
-        ends[1, : len(texts)] = torch.tensor([bool(text) and not text[0].isspace() for text in texts])
-        ends[2, : len(texts)] = torch.tensor([text.endswith("\n") for text in texts])
-    return ends
+    table = torch.zeros(3, vocab_size, dtype=torch.bool)
+    table[0, sorted(eos_ids)] = True
+    if column_zero:  # decoded behind a letter, because some tokenizers strip the space of a first token
+        letter = tokenizer.encode("a", add_special_tokens=False)[-1]
+        texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
+        texts = [text[len(tokenizer.decode([letter])) :] for text in texts]
+        table[0, : len(texts)] |= torch.tensor([bool(re.search(r"\n\S", text)) for text in texts])
+        table[1, : len(texts)] = torch.tensor([bool(re.match(r"\S", text)) for text in texts])
+        table[2, : len(texts)] = torch.tensor([text.endswith("\n") for text in texts])
+    return table
 
 
-def is_end(ends: torch.Tensor, previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Whether the token `last` after `previous` ends a completion; any shape."""
-    return ends[0][last] | (ends[1][last] & ends[2][previous])
+def is_end(table: torch.Tensor, previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Whether the token `last`, behind the token `previous`, ends a completion. Any shape; the table may be [3, V]."""
+    return table[0][last] | (table[1][last] & table[2][previous])
 
 
 class Sampler:
-    """Draws each row's next token from noise that was drawn before, and notes the token's log-probability.
+    """Draws every row's next token from noise drawn before, and notes the log-probability of what it drew.
 
-    `generate(do_sample=False)` calls `draw` as a logits processor and `ended` as a stopping criterion. So the noise
-    is the run's, not a generator's; the same draws come on one rank or eight; and no second pass finds log-probs.
+    `generate(do_sample=False)` calls `draw` as a logits processor, `ended` as a stopping criterion. All on the device.
     """
 
-    def __init__(self, noise: torch.Tensor, temperature: float, ends: torch.Tensor, width: int) -> None:
-        self.noise, self.temperature, self.ends, self.width = noise, temperature, ends, width
+    def __init__(self, noise: torch.Tensor, temperature: float, table: torch.Tensor, width: int) -> None:
+        self.noise, self.temperature, self.table, self.width = noise, temperature, table, width
         self.rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
         self.logprobs = torch.zeros_like(noise)  # [B, T]
 
     def draw(self, input_ids, scores):
         step = min(input_ids.shape[1] - self.width, self.noise.shape[1] - 1)
-        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
-        if self.temperature:
-            tokens = inverse_cdf(logprobs.exp(), self.noise[self.rows, step])  # [B]
-        else:
-            tokens = logprobs.argmax(-1)
+        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V], of the sampled distribution
+        noise = self.noise[self.rows, step]  # [B]
+        tokens = inverse_cdf(logprobs.exp(), noise) if self.temperature else logprobs.argmax(-1)
         self.logprobs[self.rows, step] = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         return torch.full_like(scores, -math.inf).scatter_(-1, tokens.unsqueeze(-1), 0.0)
 
     def ended(self, input_ids, scores):
-        return is_end(self.ends, input_ids[:, -2], input_ids[:, -1])
+        return is_end(self.table, input_ids[:, -2], input_ids[:, -1])
 
 
 @torch.no_grad()
-def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, ends, pad: int) -> list[tuple]:
-    """Complete each prompt once: a list of (completion ids, their log-probabilities, whether it ended).
+def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table, pad: int) -> list[tuple]:
+    """Complete every prompt once: a list of (completion ids, their log-probabilities, whether it ended).
 
-    noise [B, max_new_tokens]; temperature 0 is greedy. Prompts are padded on the left, so rows of similar length go
-    together. Every DROP_EVERY tokens the rows that have ended leave the batch and its cache.
+    noise [B, T], T the longest completion; temperature 0 is greedy. Prompts are padded on the left, so rows of similar
+    length should come together.
     """
     width, steps, device = max(map(len, prompt_ids)), noise.shape[1], model.device
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # [B, width]
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-    sampler = Sampler(noise.to(device), temperature, ends, width)
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    sampler = Sampler(noise.to(device), temperature, table, width)
     tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)  # [B, T]
     previous, cache = input_ids[:, -1:], None
-    while input_ids.shape[1] < width + steps and len(input_ids):
+    while len(input_ids) and input_ids.shape[1] < width + steps:
         start = input_ids.shape[1]
         out = model.generate(
-            input_ids, attention_mask=mask, past_key_values=cache, do_sample=False, return_dict_in_generate=True,
-            max_new_tokens=min(DROP_EVERY, width + steps - start), pad_token_id=pad,
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            max_new_tokens=min(DROP_EVERY, width + steps - start),
+            do_sample=False,
+            pad_token_id=pad,
             logits_processor=LogitsProcessorList([sampler.draw]),
             stopping_criteria=StoppingCriteriaList([sampler.ended]),
-        )  # fmt: skip
-        input_ids, cache = out.sequences, out.past_key_values
-        tokens[sampler.rows, start - width : input_ids.shape[1] - width] = input_ids[:, start:]
-        going = (~is_end(ends, input_ids[:, start - 1 : -1], input_ids[:, start:]).any(1)).nonzero().squeeze(1)
+            return_dict_in_generate=True,
+        )
+        new, cache = out.sequences[:, start:], out.past_key_values  # [rows, up to DROP_EVERY]
+        tokens[sampler.rows, start - width : start - width + new.shape[1]] = new
+        going = (~is_end(table, out.sequences[:, start - 1 : -1], new).any(1)).nonzero().squeeze(1)
         cache.batch_select_indices(going)
-        input_ids, sampler.rows = input_ids[going], sampler.rows[going]
-        mask = torch.cat([mask[going], mask.new_ones(len(going), input_ids.shape[1] - start)], dim=1)
-    # lengths by the first end, never by pad ids: pad may be eos, and eos belongs to the completion
-    ended = is_end(ends, torch.cat([previous, tokens[:, :-1]], dim=1), tokens)  # [B, T]
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, steps).tolist()
-    rows = zip(tokens.tolist(), sampler.logprobs.tolist(), lengths, ended.any(1).tolist())
+        input_ids, sampler.rows = out.sequences[going], sampler.rows[going]
+        attention_mask = torch.cat([attention_mask[going], torch.ones_like(new[going])], dim=1)
+    # the first end, never the pads: pad may be eos, and the eos that ends a completion belongs to it
+    ends = is_end(table, torch.cat([previous, tokens[:, :-1]], dim=1), tokens)  # [B, T]
+    ended = ends.any(1)
+    lengths = torch.where(ended, ends.int().argmax(1) + 1, steps).tolist()
+    rows = zip(tokens.tolist(), sampler.logprobs.tolist(), lengths, ended.tolist())
     return [(ids[:length], logprobs[:length], end) for ids, logprobs, length, end in rows]
 
 
@@ -422,84 +414,79 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, ends,
 PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, string, sys\nfrom typing import *\n"
 
 
-def program(checks: dict, completion: str) -> dict:
-    """What `run_tests` runs: the signature, the body (up to the first line in column 0), a call if it reads stdin."""
-    body = re.split(r"^(?=\S)", completion, maxsplit=1, flags=re.MULTILINE)[0]
-    code = f"{PREAMBLE}{checks['signature']}\n{body}\n"
-    if not checks["fn_name"]:
-        return {"code": code + "main()\n", "cases": checks["cases"]}
-    if checks["signature"].lstrip().startswith("class"):
-        code += f"{checks['fn_name']} = Solution().{checks['fn_name']}\n"
-    return {"code": code, "cases": checks["cases"], "fn_name": checks["fn_name"]}
-
-
 def code_rewards(problems: list[Problem], completions: list[str], args: Args) -> list[tuple[float, str]]:
-    """(1 if all tests pass else 0, the sandbox's reason). Equal programs of a group run once."""
-    programs = [program(problem.checks, text) for problem, text in zip(problems, completions)]
-    keys = [(problem.name, p["code"]) for problem, p in zip(problems, programs)]
-    unique = dict(zip(keys, programs))
-    workers = args.reward_workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    verdicts = run_tests(list(unique.values()), args.reward_timeout_s, args.reward_memory_mb, workers)
-    verdicts = dict(zip(unique, verdicts))
-    return [(float(verdicts[key]["passed"]), verdicts[key]["reason"]) for key in keys]
+    """(1 if every test passes, else 0; the sandbox's reason). The program: signature, then the completion's body."""
+    programs = []
+    for problem, completion in zip(problems, completions):
+        signature, fn_name = problem.checks["signature"], problem.checks["fn_name"]
+        body = re.split(r"^(?=\S)", completion, maxsplit=1, flags=re.MULTILINE)[0]  # up to text in column 0
+        code = f"{PREAMBLE}{signature}\n{body}\n" + ("" if fn_name else "main()\n")
+        programs.append({"code": code, "cases": problem.checks["cases"], "fn_name": fn_name or None})
+    workers = args.workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    verdicts = run_tests(programs, timeout_s=args.reward_timeout_s, memory_mb=1024, workers=workers)
+    return [(float(verdict["passed"]), verdict["reason"]) for verdict in verdicts]
 
 
 def verify_lines():
-    """Runs as a process of its own: one [gold, completion] per line in, one [passed, reason] per line out."""
+    """The verifier's process: [gold, completion] per line in, [right, reason] per line out, as JSON."""
     import json
     import sys
 
     from math_verify import LatexExtractionConfig, parse, verify
 
+    print("ready", flush=True)
     boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
     for line in sys.stdin:
         gold, text = json.loads(line)
         try:
-            answer = parse(text, extraction_config=boxed, extraction_mode="first_match")
-            right = bool(answer) and bool(verify(parse(f"${gold}$"), answer))  # gold first: verify is not symmetric
-            reason = "ok" if right else "wrong answer" if answer else "no answer"
+            gold, answer = parse(f"${gold}$"), parse(text, extraction_config=boxed)
+            right = bool(gold and answer) and verify(gold, answer)  # gold first: verify is not symmetric
+            reason = "right" if right else "wrong answer" if answer else "no answer"
         except Exception as error:
             right, reason = False, f"error: {type(error).__name__}"
         print(json.dumps([right, reason]), flush=True)
 
 
 class MathVerifier:
-    """math-verify in a process that can be killed: some expressions take for ever, and its own limit is an alarm that
-    works on a main thread only and not inside one long operation."""
+    """math-verify in a process that can be killed: some expressions take for ever, and its own time limit is an alarm,
+    which works on a main thread only and waits for the end of a long operation on big numbers."""
 
     process = None
 
-    def __call__(self, gold: str, text: str, timeout_s: float) -> tuple[float, str]:
-        if self.process is None or self.process.poll() is not None:
-            source = f"{inspect.getsource(verify_lines)}\nprint('ready', flush=True)\nverify_lines()"
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            self.process.stdout.readline()
+    def __call__(self, gold: str, completion: str, timeout_s: float) -> tuple[float, str]:
+        if self.process is None:
+            command = [sys.executable, "-c", f"{inspect.getsource(verify_lines)}\nverify_lines()"]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            if self.process.stdout.readline() != "ready\n":
+                raise UserError("math-verify does not start: pip install 'math-verify[antlr4_13_2]'")
         try:
-            self.process.stdin.write(json.dumps([gold, text]) + "\n")
+            self.process.stdin.write(json.dumps([gold, completion]) + "\n")
             self.process.stdin.flush()
             if select.select([self.process.stdout], [], [], timeout_s)[0]:
                 right, reason = json.loads(self.process.stdout.readline())
                 return float(right), reason
+            reason = "timeout"
         except (OSError, ValueError):
-            return 0.0, "error: verifier ended"
+            reason = "error: the verifier ended"
         self.process.kill()
         self.process = None
-        return 0.0, "timeout"
+        return 0.0, reason
 
 
-# ---------------------------------------------------------------- advantages and loss
+# ---------------------------------------------------------------- advantages
 
 
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
-    """eq. (2.2): rewards [N, G] -> advantages [N, G], each compared with its group; std with ddof 1, as in TRL."""
+    """eq. (2.2): rewards [N, G] -> advantages [N, G], within each group. std with ddof 1 and eps as in TRL."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     return centred / (rewards.std(dim=1, keepdim=True) + eps) if normalize_std else centred
 
 
+# ---------------------------------------------------------------- loss
+
+
 def loss_normalizer(lengths: torch.Tensor, loss_type: str, max_length: int) -> float:
-    """The denominator of a batch's loss. lengths [B]: tokens of each completion that are in the loss."""
+    """Denominator of the loss of a batch whose completions have `lengths` [B] tokens in the loss."""
     if loss_type == "grpo":
         return len(lengths)
     if loss_type == "dr_grpo":
@@ -508,112 +495,113 @@ def loss_normalizer(lengths: torch.Tensor, loss_type: str, max_length: int) -> f
 
 
 def grpo_loss(
-    logprobs, old_logprobs, ref_logprobs, advantages, mask, eps_low, eps_high, beta, loss_type, max_length, normalizer=None
+    logprobs, old_logprobs, ref_logprobs, advantages, mask,
+    eps_low, eps_high, beta, loss_type, max_length, normalizer=None,
 ) -> tuple[torch.Tensor, dict]:
-    """J_GRPO of section 2, negated, and sums of its metrics over tokens.
+    """-J_GRPO (section 2) and the sums of its metrics over the tokens of `mask`.
 
-    logprobs, old_logprobs, ref_logprobs (unused at beta 0) and mask are [B, T], advantages [B]. loss_type, as in TRL:
-    grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (sequences x max_length).
-    `normalizer` replaces this batch's own denominator by the global one, so that the losses of micro-batches and ranks
-    add up to the loss of the global batch.
+    logprobs, old_logprobs, ref_logprobs (None if beta is 0) and mask are [B, T]; advantages [B]. loss_type, as in TRL:
+    `grpo` mean over completions of their token means; `bnpo`, `dapo` mean over tokens; `dr_grpo` sum / (completions x
+    max_length). `normalizer` is the global denominator, with which the losses of micro-batches and of ranks add up to
+    the loss of the whole batch; without it this batch's own is taken.
     """
-    mask = mask.to(logprobs.dtype)
-    advantages = advantages.unsqueeze(-1)  # [B, 1]
+    advantages, mask = advantages.unsqueeze(-1), mask.to(logprobs.dtype)  # [B, 1], [B, T]
     ratio = (logprobs - old_logprobs).exp()  # [B, T]
     token_loss = -torch.min(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
     kl = torch.zeros_like(ratio)
     if beta:
         log_ratio = ref_logprobs - logprobs
-        kl = log_ratio.exp() - log_ratio - 1  # k3: unbiased, never negative
-        token_loss = token_loss + beta * kl  # TRL 1.x multiplies kl by ratio here (use_bias_correction_kl); not the papers
-    clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
+        kl = log_ratio.exp() - log_ratio - 1  # k3
+        token_loss = token_loss + beta * kl  # TRL 1.x multiplies kl by ratio (use_bias_correction_kl), the papers do not
     if normalizer is None:
         normalizer = loss_normalizer(mask.sum(-1), loss_type, max_length)
     if loss_type == "grpo":
         token_loss = token_loss / mask.sum(-1, keepdim=True).clamp(min=1)
     loss = (token_loss * mask).sum() / normalizer
-    sums = {"loss": loss, "kl": (kl * mask).sum(), "clipped": (clipped * mask).sum(), "loss_tokens": mask.sum()}
+    clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
+    sums = {"loss": loss, "tokens": mask.sum(), "kl": (kl * mask).sum(), "clipped": (clipped * mask).sum()}
     return loss, {key: value.item() for key, value in sums.items()}
 
 
 # ---------------------------------------------------------------- update
 
+SUMS = ("loss", "tokens", "kl", "clipped", "entropy", "rollout_ratio", "rollout_gap")
+
 
 @dataclass
 class Sample:
-    """One completion, with all that later steps add to it."""
+    """One completion and all that the steps find out about it. Every rank holds all samples of an update."""
 
-    problem: str  # its name
+    problem: str
     prompt_ids: list[int]
     completion_ids: list[int]
     rollout_logprobs: list[float]  # noted while sampling
-    ended: bool  # False: truncated at max_new_tokens
+    ended: bool = False  # else truncated
     text: str = ""
     reward: float = 0.0
     reason: str = ""
     advantage: float = 0.0
-    old_logprobs: list[float] | None = None  # of the training forward, before the first minibatch
+    in_loss: bool = False
+    old_logprobs: list[float] | None = None  # by the training forward, before the first minibatch
     ref_logprobs: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def completion_logprobs(model, samples: list[Sample], temperature: float, entropy: bool = False) -> tuple:
+def completion_logprobs(model, samples: list[Sample], temperature: float, entropy: bool = False):
     """The training forward: log-probabilities, entropies and mask of the completions' tokens, each [B, T]."""
     device = model.device
     input_ids = pad_right([s.prompt_ids + s.completion_ids for s in samples], 0, device)  # [B, L]
-    starts = torch.tensor([len(s.prompt_ids) for s in samples], device=device)
+    starts = torch.tensor([len(s.prompt_ids) for s in samples], device=device)  # [B]
     lengths = torch.tensor([len(s.completion_ids) for s in samples], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)  # from lengths, never from ids
-    rows, offsets = mask.nonzero(as_tuple=True)  # [N]
-    kw = {"temperature": temperature, "entropy": entropy}  # the sampled distribution, so the sampling temperature
-    logprobs, entropies = token_logprobs(model, input_ids, rows, starts[rows] + offsets, **kw)
+    rows, offsets = mask.nonzero(as_tuple=True)  # [K]
+    chosen = (rows, starts[rows] + offsets)
+    logprobs, entropies = token_logprobs(model, input_ids, *chosen, temperature=temperature, entropy=entropy)  # [K]
     zeros = torch.zeros(mask.shape, device=device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies.detach()), mask
 
 
 @torch.no_grad()
 def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
-    """Log-probabilities of the samples' tokens under `model`, as the training forward computes them."""
-    scores = [[]] * len(samples)
+    """The samples' log-probabilities under `model`, by the training forward."""
+    scores = [[] for _ in samples]
     with gathered(model):
         for batch in micro_batches([len(s) for s in samples], args.micro_batch_tokens):
             logprobs, _, _ = completion_logprobs(model, [samples[i] for i in batch], args.temperature)
-            for index, row in zip(batch, logprobs.tolist()):
-                scores[index] = row[: len(samples[index].completion_ids)]
+            for i, row in zip(batch, logprobs.tolist()):
+                scores[i] = row[: len(samples[i].completion_ids)]
     return scores
 
 
 def padded(rows: list[list[float]], device) -> torch.Tensor:
-    """[B, T] float32, zero on the right."""
+    """Rows of numbers -> [B, T] float32, zero on the right."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
 def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, args: Args, ranks: Ranks):
-    """One optimizer step on this rank's samples of a minibatch: (sums over this rank's tokens, gradient norm)."""
-    sums = collections.Counter()
-    empty = Sample("", [0, 0], [0], [0.0], ended=False)
+    """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm)."""
+    nothing = Sample("", [0, 0], [0], [0.0], old_logprobs=[0.0], ref_logprobs=[0.0])
+    sums = Counter()
     for batch in micro_batches([len(s) for s in samples], args.micro_batch_tokens, ranks):
-        micro = [samples[i] for i in batch] or [empty]  # a rank with less work still joins FSDP's collectives
-        logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
-        rollout_logprobs = padded([s.rollout_logprobs for s in micro], mask.device)
-        old = logprobs.detach()  # one minibatch: the policy is still the one that sampled
-        if args.minibatches > 1 and batch:
-            old = padded([s.old_logprobs for s in micro], mask.device)
-        ref = padded([s.ref_logprobs for s in micro], mask.device) if args.beta and batch else old
-        counted = [bool(batch) and (s.ended or not args.filter_overlong) for s in micro]
-        in_loss = mask & torch.tensor(counted, device=mask.device).unsqueeze(1)  # [B, T]
+        micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
+        logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)  # [B, T]
+        device = mask.device
+        mask = mask & torch.tensor([s.in_loss for s in micro], device=device).unsqueeze(1)
+        advantages = torch.tensor([s.advantage for s in micro], device=device)
+        # with one minibatch the policy is still the one that sampled, and the ratio is exactly 1
+        old = padded([s.old_logprobs for s in micro], device) if args.minibatches > 1 else logprobs.detach()
+        ref = padded([s.ref_logprobs for s in micro], device) if args.beta else None
         loss, micro_sums = grpo_loss(
-            logprobs, old, ref, torch.tensor([s.advantage for s in micro], device=mask.device), in_loss,
+            logprobs, old, ref, advantages, mask,
             args.eps_low, args.eps_high, args.beta, args.loss_type, args.max_new_tokens, normalizer,
-        )  # fmt: skip
-        (loss * ranks.world_size).backward()  # FSDP averages over ranks; the denominator is global already
-        if batch:
-            gap = (old - rollout_logprobs)[mask]
-            micro_sums |= {"entropy": entropies[mask].sum().item(), "tokens": len(gap)}
-            micro_sums |= {"rollout_ratio": gap.exp().sum().item(), "rollout_gap": gap.abs().sum().item()}
-            sums.update(micro_sums)
+        )
+        (loss * ranks.world_size).backward()  # FSDP takes the mean over ranks, but the denominator is global already
+        gap = (old - padded([s.rollout_logprobs for s in micro], device))[mask]
+        sums.update(micro_sums)
+        sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
+        sums.update(rollout_gap=gap.abs().sum().item())
     norm = grad_norm(model, args.max_grad_norm)
     if math.isfinite(norm):
         optimizer.step()
@@ -621,123 +609,118 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
     return sums, norm
 
 
-# ---------------------------------------------------------------- the loop
-
-SUMS = ("loss", "kl", "clipped", "loss_tokens", "entropy", "tokens", "rollout_ratio", "rollout_gap")
-CURVES = ("reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens", "rollout/truncated",
-          "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s")  # fmt: skip
+# ---------------------------------------------------------------- one rollout of many problems, and its metrics
 
 
 class Rollouts:
-    """Steps 1 and 2 for a list of problems: this rank's share is completed and scored, all ranks get all samples."""
+    """Steps 1 and 2 on a list of problems: each rank completes and scores its share, and gets the samples of all."""
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        self.pad = tokenizer.pad_token_id
-        self.pool = ThreadPoolExecutor(1)  # rewards of one batch while the next one generates
-        self.verify = MathVerifier()
+        self.pool, self.verify = ThreadPoolExecutor(1), MathVerifier()
         eos_ids = {tokenizer.eos_token_id}
-        try:  # chat models end their turn with another token
+        try:  # a chat model ends its turn with another token
             more = GenerationConfig.from_pretrained(args.model).eos_token_id
             eos_ids |= set(more if isinstance(more, list) else [more]) - {None}
         except OSError:
             pass
         vocab_size = model.config.get_text_config().vocab_size
-        self.ends = end_tables(tokenizer, eos_ids, vocab_size, args.task == "code").to(model.device)
+        self.table = end_table(tokenizer, eos_ids, vocab_size, args.task == "code").to(model.device)
 
     def rewards(self, problems: list[Problem], texts: list[str]) -> list[tuple[float, str]]:
-        """Step 2. Never raises for what a completion does: that is a 0 with a reason."""
+        """Step 2. What a completion does is never an error here, but a 0 with a reason."""
         if self.args.task == "code":
             return code_rewards(problems, texts, self.args)
-        limit = self.args.reward_timeout_s
-        return [self.verify(problem.checks["answer"], text, limit) for problem, text in zip(problems, texts)]
+        limit_s = self.args.reward_timeout_s
+        return [self.verify(problem.checks["answer"], text, limit_s) for problem, text in zip(problems, texts)]
 
-    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float) -> tuple[list[Sample], dict]:
-        """One sample per problem of the global list, noise [len(problems), T]; seconds in rollout and reward."""
-        start = time.time()
-        mine = sorted(range(len(problems))[self.ranks.share(len(problems))], key=lambda i: len(problems[i].prompt_ids))
-        samples, waiting = {}, []
-        with gathered(self.model):  # whole weights on every rank: no collective while the ranks generate
+    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float) -> tuple[list[Sample], Counter]:
+        """One sample for every entry of the global list `problems`, from noise [len(problems), T]; and the seconds."""
+        start, samples, waiting = time.time(), {}, []
+        share = range(len(problems))[self.ranks.share(len(problems))]
+        mine = sorted(share, key=lambda i: len(problems[i].prompt_ids))
+        with gathered(self.model):
             for first in range(0, len(mine), self.args.rollout_rows):
                 batch = mine[first : first + self.args.rollout_rows]
-                prompts = [problems[i].prompt_ids for i in batch]
-                rows = rollout(self.model, prompts, noise[batch], temperature, self.ends, self.pad)
+                prompt_ids = [problems[i].prompt_ids for i in batch]
+                pad = self.tokenizer.pad_token_id
+                rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table, pad)
                 for i, (ids, logprobs, ended) in zip(batch, rows):
-                    context = problems[i].prompt_ids[-1:]  # some tokenizers strip the space of a first token
-                    text = self.tokenizer.decode(context + ids, skip_special_tokens=True)
-                    text = text[len(self.tokenizer.decode(context, skip_special_tokens=True)) :]
+                    text = self.text(problems[i].prompt_ids[-1:], ids)
                     samples[i] = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended, text)
-                texts = [samples[i].text for i in batch]
+                    samples[i].in_loss = ended or not self.args.filter_overlong
+                texts = [samples[i].text for i in batch]  # scored in the background while the next batch generates
                 waiting.append((batch, self.pool.submit(self.rewards, [problems[i] for i in batch], texts)))
         generated = time.time()
         for batch, future in waiting:
             for i, (reward, reason) in zip(batch, future.result()):
                 samples[i].reward, samples[i].reason = reward, reason
-        seconds = {"time/rollout_s": generated - start, "time/reward_s": time.time() - generated}
-        return all_gather_list([samples[i] for i in sorted(samples)], self.ranks), seconds
+        seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
+        return all_gather_list([samples[i] for i in share], self.ranks), seconds
+
+    def text(self, before: list[int], ids: list[int]) -> str:
+        """The completion's text; decoded behind the prompt's last token, see end_table."""
+        decode = self.tokenizer.decode
+        return decode(before + ids, skip_special_tokens=True)[len(decode(before, skip_special_tokens=True)) :]
 
 
-def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args) -> tuple[dict, list[Sample]]:
-    """Held-out pass@1, greedy and sampled at the training temperature (the same noise at every evaluation)."""
-    start = time.time()
-    noise = uniforms([len(problems), args.max_new_tokens], args.seed, "eval")
-    greedy, _ = rollouts(problems, noise, 0.0)
-    sampled, _ = rollouts(problems, noise, args.temperature)
-    metrics = {
-        "eval/pass@1": sum(s.reward for s in greedy) / len(greedy),
-        "eval/pass@1_sampled": sum(s.reward for s in sampled) / len(sampled),
-        "eval/completion_tokens": sum(len(s.completion_ids) for s in greedy) / len(greedy),
-        "eval/truncated": sum(not s.ended for s in greedy) / len(greedy),
-        "time/eval_s": time.time() - start,
-    }
-    return metrics, greedy
-
-
-def sample_metrics(samples: list[Sample], args: Args) -> dict:
-    """What the samples of a rollout tell by themselves; every rank holds all of them."""
-    rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)
-    reasons = collections.Counter(re.sub(r"\W+", "_", s.reason.split(":")[0].strip()) for s in samples if not s.reward)
+def sample_metrics(samples: list[Sample], group_size: int) -> dict:
+    """What the samples of an update tell by themselves."""
+    rewards = torch.tensor([s.reward for s in samples]).view(-1, group_size)  # [N, G]
     lengths = [len(s.completion_ids) for s in samples]
+    reasons = Counter(re.sub(r"\W+", "_", s.reason.split(":")[0]) for s in samples if not s.reward)
     return {
         "reward/mean": rewards.mean().item(),
         "reward/group_std": rewards.std(dim=1).mean().item(),
-        f"reward/pass@{args.group_size}": (rewards.amax(1) > 0).float().mean().item(),
+        "reward/solved_groups": rewards.amax(1).mean().item(),
         "reward/groups_without_spread": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        **{f"reward/fail_{reason}": count / len(samples) for reason, count in sorted(reasons.items())},
-        "rollout/completion_tokens": sum(lengths) / len(lengths),
+        "rollout/completion_tokens": sum(lengths) / len(samples),
         "rollout/completion_tokens_max": max(lengths),
         "rollout/truncated": sum(not s.ended for s in samples) / len(samples),
-        "rollout/samples": len(samples),
+    } | {f"reward/fail_{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
+
+
+def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, update: int) -> dict:
+    """Held-out pass@1, greedy and sampled (with the same noise at every evaluation); some completions to samples.md."""
+    start = time.time()
+    noise = uniforms([len(problems), args.max_new_tokens], args.seed, "evaluation")
+    greedy, _ = rollouts(problems, noise, 0.0)
+    sampled, _ = rollouts(problems, noise, args.temperature)
+    if run.ranks.main:
+        with open(run.path / "samples.md", "a") as file:
+            for s in greedy[:6]:
+                prompt, verdict = rollouts.tokenizer.decode(s.prompt_ids), "right" if s.reward else f"0, {s.reason}"
+                file.write(f"## update {update}, problem {s.problem}: {verdict}\n\n~~~~\n{prompt}[->]{s.text}\n~~~~\n\n")
+    return {
+        "eval/pass@1": sum(s.reward for s in greedy) / len(greedy),
+        "eval/pass@1_sampled": sum(s.reward for s in sampled) / len(sampled),
+        "eval/completion_tokens": sum(len(s.completion_ids) for s in greedy) / len(greedy),
+        "time/eval_s": time.time() - start,
     }
 
 
-def write_samples(run: Run, update: int, samples: list[Sample], tokenizer, count: int = 6) -> None:
-    """Append the first few held-out completions, with their verdicts, to samples.md (rank 0)."""
-    if run.ranks.main:
-        with open(run.path / "samples.md", "a") as file:
-            file.write(f"\n# after update {update}\n")
-            for s in samples[:count]:
-                verdict = "right" if s.reward else f"0: {s.reason}"
-                prompt = tokenizer.decode(s.prompt_ids)
-                file.write(f"\n## {s.problem}: {verdict}\n\n~~~~\n{prompt}|>{s.text}{'' if s.ended else ' [truncated]'}\n~~~~\n")
+# ---------------------------------------------------------------- main
+
+CURVES = (
+    "reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens", "rollout/truncated",
+    "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s",
+)
 
 
 def plan(args: Args, ranks: Ranks, train: list[Problem], heldout: list[Problem]) -> str:
-    """What --dry-run prints: sizes, memory and one prompt."""
+    """What --dry-run prints: sizes, memory, and one problem."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
     weights = sum(p.numel() for p in model.parameters())
-    rows, gib = args.prompts_per_update * args.group_size, 2**30
-    held = 16 * weights / ranks.world_size + (2 * weights if ranks.device.type == "cuda" else 0)
-    held += 4 * weights / ranks.world_size if args.beta else 0
+    sharded = (16 + 4 * bool(args.beta)) * weights / ranks.world_size  # fp32 weight, gradient, two moments, reference
+    whole = 2 * weights if ranks.device.type == "cuda" else 0  # gathered in bf16 for the rollout
+    epochs = args.updates * args.prompts_per_update / len(train)
     return (
-        f"{args.task}: {len(train)} training and {len(heldout)} held-out problems, {ranks.world_size} ranks on "
-        f"{ranks.device.type}\n{args.updates} updates x {args.prompts_per_update} prompts x {args.group_size} completions = "
-        f"{args.updates * args.prompts_per_update / len(train):.1f} epochs; {rows / ranks.world_size:g} rows per rank and "
-        f"update, {args.minibatches} optimizer steps each\n{weights / 1e6:.1f}M parameters; weights, gradients and AdamW: "
-        f"{held / gib:.2f} GiB per rank, before activations ({args.micro_batch_tokens} tokens at once)\n"
-        f"---- a prompt ({len(train[0].prompt_ids)} tokens) ----\n{train[0].prompt}---- its reward ----\n"
-        f"{json.dumps(train[0].checks)[:600]}"
+        f"{len(train)} training and {len(heldout)} held-out problems ({args.task}); {ranks.world_size} ranks, "
+        f"{ranks.device.type}\n{args.updates} updates of {args.prompts_per_update} prompts x {args.group_size} completions "
+        f"in {args.minibatches} minibatches: {epochs:.1f} epochs\n{weights / 1e6:.1f}M parameters: "
+        f"{(sharded + whole) / 2**30:.2f} GiB per rank, before activations of {args.micro_batch_tokens} tokens\n\n"
+        f"a prompt of {len(train[0].prompt_ids)} tokens:\n{train[0].prompt}\nits checks:\n{json.dumps(train[0].checks)[:800]}"
     )
 
 
@@ -752,9 +735,9 @@ def main(args: Args) -> None:
         heldout, train = train[: args.eval_problems], train[args.eval_problems :]
     train = train[: args.train_problems or None]
     if not train or not heldout:
-        raise UserError(f"{len(train)} training and {len(heldout)} held-out problems: lower --eval-problems")
+        raise UserError(f"{len(train)} training, {len(heldout)} held-out problems are left: change --eval-problems")
     if args.dry_run:
-        print(plan(args, ranks, train, heldout) if ranks.main else "", flush=True)
+        print(plan(args, ranks, train, heldout) if ranks.main else "", end="\n" if ranks.main else "", flush=True)
         return
     run = Run(args, __file__, ranks)
     model = load_model(args.model, ranks)
@@ -763,101 +746,82 @@ def main(args: Args) -> None:
     state = {"update": 0, "cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
     if run.state:
         state = run.restore({"policy": model}, optimizer)
-    rollouts = Rollouts(model, tokenizer, args, ranks)
-    interrupt, begun, first = Interrupt(), time.time(), state["update"]
-    if ranks.main:
-        print(f"{run.path}: {len(train)} training problems, {len(heldout)} held out, from update {first}", flush=True)
+    rollouts, interrupt = Rollouts(model, tokenizer, args, ranks), Interrupt()
+    begun, first = time.time(), state["update"]
     if first == 0:
-        metrics, greedy = evaluate(rollouts, heldout, args)
+        metrics = evaluate(rollouts, heldout, args, run, 0)
         run.log({"update": 0, **metrics})
-        write_samples(run, 0, greedy, tokenizer)
         if ranks.main:
-            print(f"update 0: held-out pass@1 {metrics['eval/pass@1']:.3f}", flush=True)
+            print(f"{run.path}: held-out pass@1 {metrics['eval/pass@1']:.3f} before the first update", flush=True)
 
     for update in range(first + 1, args.updates + 1):
-        # 1 sample and 2 score: rounds of N prompts x G completions; more than one only with dynamic sampling
-        samples, groups, seconds = [], [], collections.Counter()
+        samples, groups, seconds = [], [], Counter()
         for attempt in range(max(1, args.dynamic_sampling)):
+            # 1 sample, 2 score
             drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
-            state["cursor"] += args.prompts_per_update
+            state["cursor"] += len(drawn)
             problems = [train[i] for i in drawn for _ in range(args.group_size)]  # a group's rows are neighbours
             noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
             new, new_seconds = rollouts(problems, noise, args.temperature)
-            seconds.update(new_seconds)
+            seconds += new_seconds
             samples += new
 
             # 3 advantage
             rewards = torch.tensor([s.reward for s in new]).view(-1, args.group_size)  # [N, G]
-            advantages = group_advantages(rewards, args.normalize_std)
-            for sample, advantage in zip(new, advantages.flatten().tolist()):
+            for sample, advantage in zip(new, group_advantages(rewards, args.normalize_std).flatten().tolist()):
                 sample.advantage = advantage
-            keep = rewards.amax(1) > rewards.amin(1) if args.dynamic_sampling else torch.ones(len(rewards))
-            groups += [new[g * args.group_size : (g + 1) * args.group_size] for g in keep.nonzero().flatten().tolist()]
+            spread = rewards.amax(1) > rewards.amin(1)  # [N]
+            new_groups = [new[start : start + args.group_size] for start in range(0, len(new), args.group_size)]
+            groups += [g for g, has_spread in zip(new_groups, spread) if has_spread or not args.dynamic_sampling]
             if len(groups) >= args.prompts_per_update:
                 break
 
-        # 4 update: every rank takes every world_size-th row of each minibatch, by length, which balances the work
+        # 4 update
         begin = time.time()
-        parts = np.array_split(np.arange(len(groups[: args.prompts_per_update])), args.minibatches)
-        parts = [[s for g in part for s in groups[g]] for part in parts if len(part)]
-        shares = [sorted(part, key=len, reverse=True)[ranks.rank :: ranks.world_size] for part in parts]
-        mine = [s for share in shares for s in share]
-        if args.minibatches > 1:  # true old log-probabilities: of the training forward, before the first step
+        cuts = np.array_split(np.arange(min(len(groups), args.prompts_per_update)), args.minibatches)
+        minibatches = [[s for g in cut for s in groups[g]] for cut in cuts if len(cut)]
+        shares = [sorted(part, key=len)[ranks.rank :: ranks.world_size] for part in minibatches]  # equal work
+        mine = [sample for share in shares for sample in share]
+        if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
             for sample, logprobs in zip(mine, score(model, mine, args)):
                 sample.old_logprobs = logprobs
         if ref_model is not None:
             for sample, logprobs in zip(mine, score(ref_model, mine, args)):
                 sample.ref_logprobs = logprobs
-        sums, norms = collections.Counter(), []
-        for part, share in zip(parts, shares):
-            # TRL's dapo divides by the tokens of the whole rollout, the others by their own minibatch
-            scope = [s for p in parts for s in p] if args.loss_type == "dapo" else part
-            lengths = [len(s.completion_ids) * (s.ended or not args.filter_overlong) for s in scope]
-            normalizer = loss_normalizer(torch.tensor(lengths), args.loss_type, args.max_new_tokens)
-            normalizer /= len(parts) if args.loss_type == "dapo" else 1
+        sums, norms = Counter(), []
+        for part, share in zip(minibatches, shares):
+            # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
+            counted, steps = (sum(minibatches, []), len(shares)) if args.loss_type == "dapo" else (part, 1)
+            lengths = torch.tensor([len(s.completion_ids) * s.in_loss for s in counted])
+            normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
             share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks)
             sums.update(share_sums)
             norms.append(norm)
         bad = not all(map(math.isfinite, norms))
         state["skipped"] += bad
-        state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if bad else 0
+        state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
         seconds["time/update_s"] = time.time() - begin
 
         # 5 log, evaluate, save
-        sums = collections.Counter(all_sum({key: float(sums[key]) for key in SUMS}, ranks))
-        tokens, loss_tokens = max(1.0, sums["tokens"]), max(1.0, sums["loss_tokens"])
-        total_s = sum(seconds.values())
-        metrics = {
-            "update": update, **sample_metrics(samples, args), "rollout/groups_kept": len(groups),
-            "policy/loss": sums["loss"] / max(1, len(parts)), "policy/entropy": sums["entropy"] / tokens,
-            "policy/clip_frac": sums["clipped"] / loss_tokens, "policy/kl": sums["kl"] / loss_tokens,
-            "policy/rollout_ratio": sums["rollout_ratio"] / tokens, "policy/rollout_gap": sums["rollout_gap"] / tokens,
-            "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": state["skipped"],
-            "data/epoch": state["cursor"] / len(train), **seconds,
-            "perf/tokens_per_s": sum(map(len, samples)) / total_s,
-        }  # fmt: skip
-        last, interrupted = update == args.updates, interrupt.requested(ranks)
-        if last or (args.eval_every and update % args.eval_every == 0):
-            eval_metrics, greedy = evaluate(rollouts, heldout, args)
-            metrics |= eval_metrics
-            write_samples(run, update, greedy, tokenizer)
+        sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
+        tokens = max(1.0, sums.pop("tokens"))
+        metrics = {"update": update, **sample_metrics(samples, args.group_size), "rollout/groups": len(groups)}
+        metrics["policy/loss"] = sums.pop("loss") / max(1, len(shares))
+        metrics |= {f"policy/{key}": value / tokens for key, value in sums.items()}
+        metrics |= {"optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": state["skipped"]}
+        metrics |= {"data/epoch": state["cursor"] / len(train), **seconds}
+        metrics["perf/tokens_per_s"] = sum(map(len, samples)) / sum(seconds.values())
         if ranks.device.type == "cuda":
             metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        last, interrupted = update == args.updates, interrupt.requested(ranks)
+        if last or (args.eval_every and update % args.eval_every == 0):
+            metrics |= evaluate(rollouts, heldout, args, run, update)
         run.log(metrics)
         if ranks.main:
-            eta = (time.time() - begun) / (update - first) * (args.updates - update)
-            held_out = f" | held-out {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""
-            print(
-                f"{update}/{args.updates} reward {metrics['reward/mean']:.3f}{held_out} | "
-                f"{metrics['rollout/completion_tokens']:.0f} tokens, {metrics['rollout/truncated']:.0%} truncated | "
-                f"grad {metrics['optim/grad_norm']:.2f} | rollout {seconds['time/rollout_s']:.1f} reward "
-                f"{seconds['time/reward_s']:.1f} update {seconds['time/update_s']:.1f} s | "
-                f"{metrics['perf/tokens_per_s']:.0f} tokens/s | ETA {eta / 60:.1f} min",
-                flush=True,
-            )
+            print(console_line(metrics, args.updates, (time.time() - begun) / (update - first)), flush=True)
         if state["skipped_in_a_row"] >= args.max_skipped:
             names = ", ".join(dict.fromkeys(s.problem for s in samples))
-            raise UserError(f"the gradient was not finite {args.max_skipped} times in a row, last on problems {names[:500]}")
+            raise UserError(f"{args.max_skipped} gradients in a row were not finite, last on the problems {names[:500]}")
         if last or interrupted or (args.save_every and update % args.save_every == 0):
             run.save(update, state, {"policy": model}, optimizer, args.keep_checkpoints)
             run.curves(CURVES)
@@ -866,6 +830,18 @@ def main(args: Args) -> None:
             path = run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
             if ranks.main:
                 print(f"saved {path}", flush=True)
+
+
+def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
+    """One line per update, with the numbers that matter."""
+    heldout = f", held-out pass@1 {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""
+    return (
+        f"{metrics['update']}/{updates} reward {metrics['reward/mean']:.3f}{heldout} | "
+        f"{metrics['rollout/completion_tokens']:.0f} tokens, {metrics['rollout/truncated']:.0%} truncated | "
+        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | rollout "
+        f"{metrics['time/rollout_s']:.1f} reward {metrics['time/reward_s']:.1f} update {metrics['time/update_s']:.1f} s, "
+        f"{metrics['perf/tokens_per_s']:.0f} tokens/s | {seconds_per_update * (updates - metrics['update']) / 60:.1f} min left"
+    )
 
 
 if __name__ == "__main__":
