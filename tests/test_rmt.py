@@ -1,17 +1,28 @@
 """rmt.py: equations by hand, rewards and parsing, entropy and its cache, the loss, and short runs as processes."""
 
+import dataclasses
+import inspect
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import grpo_rlvr
 import rmt
-from common import Ranks, load_tokenizer, uniforms
+from common import Ranks, UserError, launch, load_model, load_tokenizer, uniforms
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-PIECES = ["<think>", "</think>", "\\boxed{", "}", "{", " the", " cat", "s", "\ufffd", "</", "think", ">", "}.\n", ""]
+PIECES = ["<think>", "</think>", "\\boxed{", "}", "{", " the", " cat", "s", "\ufffd", "</", "think", ">", "}.\n", "", "<eos>"]
+EOS = PIECES.index("<eos>")
+SHARED = ("Sampler", "rollout", "group_advantages", "completion_logprobs", "score", "padded", "draw_problems")
 torch.set_num_threads(1)
 
 
@@ -182,7 +193,7 @@ def test_entropy_cache_is_reused_and_invalidated(tmp_path, monkeypatch):
     texts, cache = [[5, 6, 7], [8, 9]], tmp_path / "cache"
 
     def entropy(texts=texts, bos=()):
-        return rmt.corpus_entropy(None, str(tmp_path / "model"), texts, list(bos), str(cache), 64, ONE)
+        return rmt.corpus_entropy(lambda: None, str(tmp_path / "model"), texts, list(bos), cache, 64, ONE)
 
     first, again = entropy(), entropy()
     assert len(calls) == 1 and [e.tolist() for e in first] == [e.tolist() for e in again]
@@ -193,3 +204,295 @@ def test_entropy_cache_is_reused_and_invalidated(tmp_path, monkeypatch):
     tiny_llama(seed=1).save_pretrained(tmp_path / "model")  # other weights under the same name
     entropy()
     assert len(calls) == 5 and len(list(cache.glob("*.npy"))) == 5
+
+
+# ---------------------------------------------------------------- where a response ends
+
+
+def ends_of(*pieces, prompt=" the"):
+    table = rmt.end_table(PIECES, {EOS})
+    return rmt.is_end(table, torch.tensor([ids(prompt, *pieces)]))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "end"),
+    [
+        (("<think>", "s", "</think>", "\\boxed{", "s", "}", "}"), 5),  # the first closing brace, not the second
+        (("<think>", "{", "}", "\\boxed{", "s", "}", "</think>", "}", "\\boxed{", "s", "}.\n"), 10),  # not in it
+        (("s", "</", "think", ">", "\\boxed{", "}"), 5),  # the prompt opened the thought; a tag of several tokens
+        (("<think>", "s", "think", "\\boxed{", "}", "<eos>"), 5),
+        (("<think>", "s", "\\boxed{", "}"), None),
+    ],
+)
+def test_a_response_ends_at_the_closing_brace(pieces, end):
+    assert [k for k, ended in enumerate(ends_of(*pieces)) if ended][:1] == ([] if end is None else [end])
+
+
+def test_rollout_stops_there_and_nowhere_else(tokenizer):
+    """The model is replaced by a script of tokens; rows end at different steps, with thoughts that hold braces."""
+    texts = rmt.token_texts(tokenizer, len(tokenizer))
+    table = rmt.end_table(texts, {tokenizer.eos_token_id})
+    scripts = ["<think>{a} \\boxed{b}</think>\\boxed{ is} and on", "<think>x</think>\\boxed{s}}}", "<think>never ends"]
+    encoded = [tokenizer.encode(script + " more" * 70)[:64] for script in scripts]
+    model = tiny_llama(len(tokenizer))
+    draws = iter(range(64))
+
+    def draw(self, input_ids, scores):
+        step = next(draws)
+        tokens = torch.tensor([encoded[row][step] for row in self.rows.tolist()])
+        return torch.full_like(scores, -math.inf).scatter_(-1, tokens.unsqueeze(-1), 0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rmt.Sampler, "draw", draw)
+        rows = rmt.rollout(model, [[5, 6], [5, 6, 7], [8]], torch.zeros(3, 64), 1.0, table, 0)
+    responses = [tokenizer.decode(completion) for completion, _, _ in rows]
+    assert responses[0] == "<think>{a} \\boxed{b}</think>\\boxed{ is}"
+    assert responses[1] == "<think>x</think>\\boxed{s}" and [row[2] for row in rows] == [True, True, False]
+    assert len(rows[2][0]) == 64
+    assert rmt.read_response(rows[0][0], texts, False)[1] == " is"
+
+
+# ---------------------------------------------------------------- loss
+
+
+def test_rl_loss_is_equation_7_by_autograd():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 5, generator=generator, requires_grad=True)  # [B, T, V]
+    ref = torch.randn(2, 3, 5, generator=generator).log_softmax(-1)
+    tokens, beta, responses = torch.tensor([[1, 4, 0], [2, 3, 0]]), 0.3, 6
+    mask, advantages = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([0.7, -1.2])
+    logprobs = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    ref_logprobs = ref.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    loss, kl = rmt.rl_loss(logprobs, ref_logprobs, advantages, mask, beta, responses)
+    value, kl_value = 0.0, 0.0
+    for b in range(2):
+        sequence = 0.0
+        for t in range(3):
+            if mask[b, t]:
+                p, r = logprobs[b, t], ref_logprobs[b, t]
+                kl_value = kl_value + (torch.exp(r - p) - (r - p) - 1)
+                sequence = sequence + p
+        value = value + advantages[b] * sequence
+    expected = -(value - beta * kl_value) / responses
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and kl.item() == pytest.approx(kl_value.item(), abs=1e-6)
+    got, = torch.autograd.grad(loss, logits, retain_graph=True)
+    want, = torch.autograd.grad(expected, logits, retain_graph=True)
+    assert torch.allclose(got, want, atol=1e-6)
+    # one update per rollout: the same gradient as the ratio form at ratio 1
+    ratio_form = -(advantages.unsqueeze(-1) * (logprobs - logprobs.detach()).exp() * mask).sum() / responses
+    plain, _ = rmt.rl_loss(logprobs, None, advantages, mask, 0.0, responses)
+    assert torch.allclose(torch.autograd.grad(plain, logits, retain_graph=True)[0], torch.autograd.grad(ratio_form, logits)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("bos", [[], [1]])
+def test_ntp_loss_leaves_out_exactly_the_chosen_positions(bos, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), ONE)
+    texts, chosen = [[5, 6, 7, 8, 9], [10, 11, 12]], [{2, 4}, {1}]
+    terms = {}
+    for b, text in enumerate(texts):
+        for t in range(len(text)):
+            if bos + text[:t]:
+                logprobs = model(torch.tensor([bos + text[:t]])).logits[0, -1].log_softmax(-1)
+                terms[b, t] = -logprobs[text[t]]
+    kept = [value for (b, t), value in terms.items() if t not in chosen[b]]
+    loss = rmt.ntp_loss(model, texts, chosen, bos, tokens=len(kept))
+    assert loss.item() == pytest.approx(torch.stack(kept).mean().item(), abs=1e-5)
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    want = torch.autograd.grad(torch.stack(kept).mean(), list(model.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
+
+
+def test_a_step_raises_the_rewarded_response_and_the_text(tmp_path):
+    """Eq. (9) with its sign put right: both terms move the right way, and micro-batches add up to one batch."""
+    tiny_llama().save_pretrained(tmp_path)
+    text, taken = [20, 21, 22, 23, 24, 25], {3}
+    after = []
+    for micro_batch_tokens in (4096, 1):
+        model = load_model(str(tmp_path), ONE)
+        samples = [rmt.Sample(None, [5, 6, 7], completion, [0.0] * len(completion), True, advantage=advantage)
+                   for completion, advantage in (([30, 31], 1.0), ([32, 33, 34], -1.0))]  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+        args = rmt.Args(micro_batch_tokens=micro_batch_tokens, temperature=1.0, max_grad_norm=100.0)
+
+        def measure(model=model, samples=samples):
+            with torch.no_grad():
+                rl = rmt.completion_logprobs(model, samples, 1.0)[0].sum(1)
+                return [*rl.tolist(), rmt.ntp_loss(model, [text], [taken], [], 4).item()]
+
+        before = measure()
+        sums, norm = rmt.train_batch(model, optimizer, samples, 2, [text, text], [taken, taken], [], 8, args, ONE)
+        good, bad, ntp = measure()
+        assert good > before[0] and bad < before[1] and ntp < before[2]
+        assert sums["ntp_loss"] == pytest.approx(before[2], abs=1e-5)
+        after.append((good, bad, ntp, norm))
+    assert after[0] == pytest.approx(after[1], rel=1e-4)
+
+
+def test_ntp_weight_scales_its_gradient_and_zero_leaves_it_out(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    norms = {}
+    for weight in (0.0, 0.1, 0.2):
+        model = load_model(str(tmp_path), ONE)
+        sample = rmt.Sample(None, [5, 6], [7, 8], [0.0, 0.0], True, advantage=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        args = rmt.Args(ntp_weight=weight)
+        _, norms[weight] = rmt.train_batch(model, optimizer, [sample], 1, [[9, 10, 11]], [{1}], [], 1, args, ONE)
+    assert norms[0.0] == 0 and norms[0.2] == pytest.approx(2 * norms[0.1], rel=1e-4) and norms[0.1] > 0
+
+
+# ---------------------------------------------------------------- prompts and data
+
+
+def test_prompt_is_the_one_the_tiny_model_knows(tokenizer):
+    head, tail, opened = rmt.prompt_frame(tokenizer, 12, chat=True)  # it has no template
+    assert tokenizer.decode(head + tail) == (
+        "Complete the given text by predicting the next token. Think in exactly 12 tokens within <think></think>, "
+        "then put the next token in \\boxed{}.\n### Text\n\n### Prediction\n"
+    )
+    free, _, _ = rmt.prompt_frame(tokenizer, 0, chat=True)
+    assert "token. Think within <think></think>, then put" in tokenizer.decode(free) and not opened
+
+
+def test_prompt_with_a_chat_template(tokenizer):
+    for suffix, expected in (("<|a|>", False), ("<|a|><think>\n", True)):
+        tokenizer.chat_template = "<|u|>{{ messages[0]['content'] }}" + suffix
+        head, tail, opened = rmt.prompt_frame(tokenizer, 12, chat=True)
+        tokenizer.chat_template = None
+        assert opened is expected and tokenizer.decode(tail) == "\n### Prediction\n" + suffix
+        assert tokenizer.decode(head).startswith("<|u|>Complete the given text")
+
+
+def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
+    rows = [{"problem": f"What is {i} + {i}?", "solution": f"It is {2 * i}." * 8} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = rmt.Args(dataset=(str(tmp_path / "a.jsonl"),), train_texts=60, eval_texts=20, max_text_tokens=24)
+    train, heldout = rmt.read_texts(args, tokenizer)
+    assert len(train) == 60 and len(heldout) == 20 and max(map(len, train)) <= 24
+    again, _ = rmt.read_texts(dataclasses.replace(args, seed=5), tokenizer)
+    assert train == again  # not by the run's seed
+    assert not {tuple(text) for text in train if len(text) == 24} & {tuple(text) for text in heldout}
+    with pytest.raises(UserError, match="no column `text`; it has: problem, solution"):
+        rmt.read_texts(dataclasses.replace(args, text_column=("text",)), tokenizer)
+
+
+# ---------------------------------------------------------------- runs
+
+SMALL = {
+    **rmt.TINY_RUN, "train_texts": 24, "eval_texts": 8, "max_text_tokens": 32, "prompts_per_update": 4, "group_size": 4,
+    "max_new_tokens": 16, "initial_budget": 6, "updates": 4, "eval_every": 2, "eval_positions": 4, "beta": 0.01,
+}  # fmt: skip
+
+
+def run_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_model(str(folder / "checkpoints" / "final"), ONE).state_dict()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rmt") / "run"
+    rmt.main(rmt.Args(**SMALL, output_dir=str(folder)))
+    return folder
+
+
+def test_run_folder(small_run):
+    metrics = run_metrics(small_run)
+    assert [row["update"] for row in metrics] == [0, 1, 2, 3, 4]
+    assert [row["rollout/budget"] for row in metrics[1:]] == [6, 4, 2, 1]
+    for row in metrics[::2]:
+        assert {f"eval/{kind}_{level}" for kind in ("ntp", "ntr") for level in rmt.LEVELS} <= row.keys()
+    assert all(row["policy/rollout_ratio"] == pytest.approx(1, abs=1e-3) for row in metrics[1:])
+    assert all(row["optim/skipped"] == 0 and math.isfinite(row["optim/grad_norm"]) for row in metrics[1:])
+    for name in ("entropy.png", "curves.png", "samples.md", "args.json", "rmt.py"):
+        assert (small_run / name).exists(), name
+    names = set().union(*metrics) - {"update"}
+    documented = (Path(rmt.__file__).parent / "docs" / "rmt.md").read_text()
+    assert [name for name in sorted(names) if f"`{name}`" not in documented] == []
+
+
+def test_kill_and_resume_is_the_same_run_bit_for_bit(small_run, monkeypatch):
+    folder, original = small_run.parent / "killed", rmt.train_batch
+
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)  # the loop saves after this update and leaves
+        return original(*args)
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(rmt, "train_batch", killed)
+        rmt.main(rmt.Args(**SMALL, output_dir=str(folder)))
+    assert [row["update"] for row in run_metrics(folder)] == [0, 1]
+    with pytest.raises(UserError, match="ntp-weight"):
+        rmt.main(rmt.Args(**{**SMALL, "ntp_weight": 0.5}, resume=str(folder)))
+    rmt.main(rmt.Args(**SMALL, resume=str(folder)))
+    timeless = [[{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in run_metrics(f)]
+                for f in (small_run, folder)]  # fmt: skip
+    assert timeless[0] == timeless[1]
+    first, second = weights(small_run), weights(folder)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(small_run, monkeypatch):
+    original = rmt.rl_loss
+    monkeypatch.setattr(rmt, "rl_loss", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
+    folder = small_run.parent / "nan"
+    args = rmt.Args(**{**SMALL, "max_skipped": 2}, output_dir=str(folder))
+    with pytest.raises(UserError, match="not finite 2 times in a row"):
+        rmt.main(args)
+    assert [row["optim/skipped"] for row in run_metrics(folder)[1:]] == [1, 2]
+
+
+def script(*arguments, ranks=1):
+    program = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "rmt.py"] if ranks > 1 else ["rmt.py"]
+    small = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if key not in ("tiny", "dataset", "text_column", "model")]
+    return subprocess.run([sys.executable, *program, "--tiny", *small, *arguments], capture_output=True, text=True, timeout=300,
+                          cwd=Path(rmt.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def test_two_ranks_equal_one(small_run):
+    folder = small_run.parent / "two"
+    outcome = script(f"--output-dir={folder}", "--micro-batch-tokens=300", ranks=2)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    for one, two in zip(run_metrics(small_run), run_metrics(folder), strict=True):
+        for key, value in one.items():
+            if not key.startswith(("time/", "perf/")):
+                assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-4), (one["update"], key)
+    first, second = weights(small_run), weights(folder)
+    assert max((first[key] - second[key]).abs().max().item() for key in first) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./nowhere"], "nowhere"),
+        (["--p1", "0.5", "0.5", "0.5"], "--p1 must be three probabilities"),
+        (["--dataset", "./none.jsonl"], "no such data file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rmt.py", "--tiny", *arguments])
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit) as left:
+        launch(rmt.main, rmt.parse_args())
+    error = capfd.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+
+
+def test_functions_that_both_scripts_need_are_the_same():
+    for name in SHARED:
+        assert inspect.getsource(getattr(rmt, name)) == inspect.getsource(getattr(grpo_rlvr, name)), name
+
+
+def test_grpo_starts_from_the_checkpoint(small_run):
+    """RMT's continual post-training: grpo_rlvr.py --task math from what this script wrote."""
+    outcome = subprocess.run(
+        [sys.executable, "grpo_rlvr.py", "--tiny", "--task", "math", "--model", str(small_run / "checkpoints" / "final"),
+         "--updates", "1", "--prompts-per-update", "4", "--group-size", "2", "--eval-problems", "4", "--max-new-tokens", "8",
+         "--output-dir", str(small_run.parent / "grpo")],
+        capture_output=True, text=True, timeout=300, cwd=Path(rmt.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    assert (small_run.parent / "grpo" / "checkpoints" / "final" / "config.json").exists()
