@@ -1,30 +1,30 @@
 """GRPO with verifiable rewards: the post-training of RA3 (code) and of RMT (math).
 
-Papers: Learning to Reason as Action Abstractions with Scalable Mid-Training RL (arXiv 2509.25810v2: section 2, eq. 2.2,
-section 7 "Post-Training RLVR Results") and Reinforcement Mid-Training (arXiv 2509.24375: section 5.3). GRPO is
-DeepSeekMath's (arXiv 2402.03300); eps_high, the token mean, overlong filtering and dynamic sampling are DAPO's
-(arXiv 2503.14476).
+Papers: "Learning to Reason as Action Abstractions with Scalable Mid-Training RL", arXiv 2509.25810v2 (section
+2, eq. 2.2, and "Post-Training RLVR Results"); "Reinforcement Mid-Training", arXiv 2509.24375 (section 5.3).
+GRPO is DeepSeekMath's (arXiv 2402.03300); eps_high, the mean over tokens, overlong filtering and dynamic
+sampling are DAPO's (arXiv 2503.14476).
 
-    1 sample     G completions of each of N problems; their log-probabilities are noted while sampling
-    2 score      reward 1 if the program passes every test (sandbox) or the boxed answer is right (math-verify), else 0
-    3 advantage  A_i = (r_i - mean) / std, within the group of one problem                               eq. (2.2)
-    4 update     clipped ratio times advantage, minus beta KL to a reference; global denominators        section 2
-    5 log, evaluate on held-out problems, save
+  1 sample     G completions of each of N problems; their log-probabilities are noted while sampling
+  2 score      reward 1 if the program passes every test, or if the boxed answer is right, else 0
+  3 advantage  A_i = (r_i - mean) / std, within the group of one problem                      eq. (2.2)
+  4 update     clipped ratio x advantage, minus beta x KL to a reference                      section 2
+  5 log, evaluate on held-out problems, save
 
-Notation: s prompt_ids, o_i completion_ids, r(s, o_i) reward, A_i advantage, pi / pi_old ratio, epsilon eps_low and
-eps_high, beta beta. Shapes: N problems, G group_size, B rows, T completion tokens, L tokens of prompt and completion,
+Notation: s `prompt_ids`, o_i `completion_ids`, r(s, o_i) `reward`, A_i `advantage`, pi / pi_old `ratio`.
+Shapes: N problems, G completions of each, B rows, T completion tokens, L prompt and completion tokens,
 V vocabulary, K chosen positions.
 
-Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all, with reasons):
-  D1 eps is 0.2 below and 0.28 above, as in the authors' scripts; the paper prints one epsilon.
+Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all, with both values):
+  D1 the ratio is clipped to 1 - 0.2 .. 1 + 0.28, as in the authors' scripts; the paper prints one epsilon.
   D2 the loss is a mean over all tokens of the update (`dapo`); the paper prints a mean over responses.
-  D3 the body of a function ends with the token that opens a line in column 0, or with eos; that token is trained.
-     The paper does not say how a base model, which goes on for ever, is stopped.
-  D4 problems that read stdin get the signature `def main():`, so that a base model completes those, too.
+  D3 a function's body ends with eos or with the token that opens a line in column 0; that token is trained.
+     The paper does not say what stops a base model, which goes on for ever.
+  D4 problems that read stdin get the signature `def main():`, so that a base model can complete them as well.
 
-  python grpo_rlvr.py --tiny                                                    # this machine: no network, no GPU
-  python grpo_rlvr.py --model Qwen/Qwen2.5-1.5B                                 # one GPU
-  torchrun --nproc_per_node 8 grpo_rlvr.py --model runs/ra3/checkpoints/em_001  # the paper's setting
+  python grpo_rlvr.py --tiny                                                # here: no network, no GPU
+  python grpo_rlvr.py --model Qwen/Qwen2.5-1.5B                             # one GPU
+  torchrun --nproc_per_node 8 grpo_rlvr.py --model runs/RUN/checkpoints/em_001   # the paper's setting
 """
 
 import argparse
@@ -81,11 +81,11 @@ from common import (
 
 @dataclass
 class Args:
-    """GRPO with verifiable rewards. Defaults are RA3's values; --task math: RMT's; --tiny: the embedded problems."""
+    """GRPO with verifiable rewards. Defaults are RA3's values, those of --task math RMT's."""
 
     # ---- run
     task: Literal["code", "math"] = "code"
-    """code: RA3's RLVR, rewards by running the tests; math: RMT's post-training, rewards by comparing answers"""
+    """code: RA3's RLVR, reward by running tests; math: RMT's post-training, reward by comparing answers"""
     tiny: bool = False
     """use the embedded default: tiny model and problems, minutes on two cores. Every flag still overrides"""
     output_dir: str = ""
@@ -93,14 +93,14 @@ class Args:
     seed: int = 0
     """fixes the order of the problems and all sampling noise, on any number of ranks"""
     resume: str = ""
-    """`auto`: continue the newest run of this model and seed (or of --output-dir) if there is one; or a run folder"""
+    """`auto`: continue the newest run of this model and seed (or --output-dir), if any; or a run folder"""
     dry_run: bool = False
     """print the plan, one prompt with its tests and a memory estimate, and stop"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """the initial policy: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
     dataset: str = "inclusionAI/AReaL-boba-2-RL-Code:train/train.jsonl"
-    """problems with the columns of AReaL-boba-2, DeepCoder or Skywork; a hub id or a local file (common.read_rows)"""
+    """problems with the columns of AReaL-boba-2, DeepCoder or Skywork; see common.read_rows"""
     eval_dataset: str = ""
     """held-out problems; empty: eval_problems of the data set are held out"""
     train_problems: int = 0
@@ -110,7 +110,7 @@ class Args:
     max_prompt_tokens: int = 2048
     """problems with a longer prompt are left out (tokens)"""
     difficulty_key: str = ""
-    """math: take problems evenly from the levels 1-13 of this key of Skywork's `model_difficulty`; empty: any"""
+    """math: draw problems evenly from levels 1-13 of this key of Skywork's `model_difficulty`; empty: any"""
     chat_template: bool = False
     """math: put the problem into the tokenizer's chat template (base models have none)"""
     # ---- rollout
@@ -136,13 +136,13 @@ class Args:
     eps_high: float = 0.28
     """the ratio is clipped above 1 + eps_high (the paper: one epsilon)"""
     beta: float = 0.0
-    """weight of the KL to the initial policy, which is loaded only if this is positive (the authors' scripts: 0)"""
+    """weight of the KL to the initial policy, which is loaded only if this is positive"""
     normalize_std: bool = True
     """divide advantages by the group's standard deviation, eq. (2.2); off: Dr. GRPO"""
     filter_overlong: bool = False
     """leave truncated completions out of the loss (DAPO, DeepCoder)"""
     dynamic_sampling: int = 0
-    """k > 0: groups whose rewards are all equal are dropped, and up to k - 1 more rounds of problems replace them"""
+    """k > 0: groups of equal rewards are dropped; up to k - 1 more rounds of problems replace them"""
     minibatches: int = 2
     """optimizer steps per rollout; with 1 the ratio is exactly 1"""
     # ---- optimisation
@@ -167,15 +167,17 @@ class Args:
     """resumable states kept; the exported models all stay"""
 
 
-MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems in batches of 128
-    "task": "math", "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "dataset": "Skywork/Skywork-OR1-RL-Data",
-    "train_problems": 4096, "eval_problems": 600, "difficulty_key": "DeepSeek-R1-Distill-Qwen-7B", "chat_template": True,
-    "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0, "eps_high": 0.2, "minibatches": 1, "updates": 320,
+MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
+    "task": "math", "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "chat_template": True,
+    "dataset": "Skywork/Skywork-OR1-RL-Data", "difficulty_key": "DeepSeek-R1-Distill-Qwen-7B",
+    "train_problems": 4096, "eval_problems": 600, "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0,
+    "eps_high": 0.2, "minibatches": 1, "updates": 320,
 }
-TINY_RUN = {  # optimisation settings for two million parameters; reward and evaluation are those of a large run
+TINY_RUN = {  # optimisation settings for two million parameters; the reward is that of a large run
     "tiny": True, "model": f"{TINY}/model", "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
-    "chat_template": False, "prompts_per_update": 32, "group_size": 8, "max_new_tokens": 64, "temperature": 1.0,
-    "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 3e-4, "save_every": 0,
+    "chat_template": False, "prompts_per_update": 32, "group_size": 8, "max_new_tokens": 64,
+    "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 3e-4,
+    "save_every": 0,
 }
 
 
@@ -187,8 +189,8 @@ def parse_args() -> Args:
     chosen, _ = choice.parse_known_args()
     defaults = dict(MATH) if chosen.task == "math" else {}
     if chosen.tiny:
-        files = {"dataset": f"{TINY}/{chosen.task}_train.jsonl", "eval_dataset": f"{TINY}/{chosen.task}_heldout.jsonl"}
-        defaults |= TINY_RUN | files
+        stem = f"{TINY}/{chosen.task}"
+        defaults |= TINY_RUN | {"dataset": f"{stem}_train.jsonl", "eval_dataset": f"{stem}_heldout.jsonl"}
     return tyro.cli(Args, default=Args(**defaults))
 
 
@@ -208,7 +210,8 @@ def check(args: Args) -> None:
 
 # ---------------------------------------------------------------- prompts and data
 
-MAX_TESTS = 15  # DeepCoder's rule: the tests with the longest inputs
+MAX_TESTS = 15  # DeepCoder's rule: those with the longest inputs
+MATH_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
 
 
 @dataclass
@@ -220,14 +223,14 @@ class Problem:
 
 
 def parsed(value):
-    """The data sets keep JSON in strings, some of it nested; the value itself if it is no string, {} if empty."""
+    """The data sets keep JSON in strings, some of it nested. {} if empty."""
     return json.loads(value) if isinstance(value, str) and value else value or {}
 
 
 def code_checks(row: dict, source: str) -> dict:
     """The tests of a row of AReaL-boba-2 or DeepCoder as {cases: [{input, output}], fn_name, signature}.
 
-    fn_name is empty for a program that reads stdin; else an input holds one JSON argument per line, or is their list.
+    fn_name is empty for a program that reads stdin; else an input is a JSON argument per line, or their list.
     """
     tests = parsed(row["input_output"] if "input_output" in row else column(row, "tests", source))
     if isinstance(tests, dict):  # boba-2, TACO
@@ -248,7 +251,7 @@ def code_checks(row: dict, source: str) -> dict:
 
 
 def code_signature(row: dict, cases: list[dict], fn_name: str) -> str:
-    """What the model goes on from: given, or taken from a solution, or made up from the number of arguments."""
+    """What the model goes on from: given, or a solution's, or made up from the number of arguments."""
     if given := row.get("signature") or row.get("starter_code"):
         return given.rstrip()
     if not fn_name:
@@ -258,7 +261,7 @@ def code_signature(row: dict, cases: list[dict], fn_name: str) -> str:
         solutions = parsed(solutions) if solutions.startswith("[") else [solutions]
     for solution in solutions:
         if found := re.search(rf"def\s+{re.escape(fn_name)}\s*\(([^)]*)\)[^:\n]*:", solution):
-            arguments = re.sub(r"^self\s*,?\s*", "", " ".join(found[1].split()))  # a method becomes a function
+            arguments = re.sub(r"^self\b,?\s*", "", " ".join(found[1].split()))  # of a method
             return f"def {fn_name}({arguments}):"
     given = cases[0]["input"]
     arity = len(given.splitlines() if isinstance(given, str) else given)
@@ -266,7 +269,7 @@ def code_signature(row: dict, cases: list[dict], fn_name: str) -> str:
 
 
 def code_problem(row: dict, source: str) -> tuple[str, dict]:
-    """(prompt, checks): the question, then the signature, so that a base model goes on with the body (RA3, section 7)."""
+    """(prompt, checks): the question, then the signature, for a base model to complete (RA3, section 7)."""
     question = row["question"] if "question" in row else column(row, "problem", source)
     checks = code_checks(row, source)
     return f'"""\n{question}\n"""\n{checks["signature"]}\n', checks
@@ -277,11 +280,11 @@ def math_problem(row: dict, source: str) -> tuple[str, dict]:
     question = column(row, "prompt", source)[-1]["content"]
     answer = column(row, "reward_model", source)["ground_truth"]
     answer = json.loads(answer)[0] if answer.startswith('["') else answer
-    return f"{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n", {"answer": answer}
+    return f"{question}{MATH_INSTRUCTION}", {"answer": answer}
 
 
 def stratified(rows: list[dict], key: str) -> list[dict]:
-    """One row of each difficulty 1-13 in turn: the held-out and the training problems are even over levels (RMT, 5.1)."""
+    """One row of each difficulty 1-13 in turn, so that the first n are even over the levels (RMT, 5.1)."""
     levels = defaultdict(list)
     for row in rows:
         level = column(column(row["extra_info"], "model_difficulty", "extra_info"), key, "model_difficulty")
@@ -308,12 +311,12 @@ def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{source}, row {str(row)[:80]}...: {type(error).__name__} {error}") from None
     if not problems:
-        raise UserError(f"{source} has no problem with at most {args.max_prompt_tokens} tokens (--max-prompt-tokens)")
+        raise UserError(f"{source}: every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
     return problems
 
 
 def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
-    """Indices of the next `count` problems after the first `cursor`; each epoch of `size` has its own seeded order."""
+    """Indices of the `count` problems after the first `cursor`; each epoch of `size` has a seeded order."""
     positions = [divmod(position, size) for position in range(cursor, cursor + count)]
     orders = {epoch: np.random.default_rng([seed, 1, epoch]).permutation(size) for epoch, _ in positions}
     return [int(orders[epoch][place]) for epoch, place in positions]
@@ -325,9 +328,9 @@ DROP_EVERY = 32  # tokens after which the rows that have ended leave the batch
 
 
 def end_table(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
-    """What ends a completion, for is_end: bool [3, V], the token ends it alone; begins with text; closes a line.
+    """What ends a completion: eos, and with `column_zero` text in column 0, where a function's body is over.
 
-    eos does; with `column_zero` so does text in column 0, since there a function's body is over.
+    For is_end: bool [3, V]: the token ends a completion by itself; it begins with text; it ends a line.
     """
     table = torch.zeros(3, vocab_size, dtype=torch.bool)
     table[0, sorted(eos_ids)] = True
@@ -342,14 +345,14 @@ def end_table(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) 
 
 
 def is_end(table: torch.Tensor, previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Whether the token `last`, behind the token `previous`, ends a completion. Any shape; the table may be [3, V]."""
+    """Whether the token `last`, behind the token `previous`, ends a completion. Any shape."""
     return table[0][last] | (table[1][last] & table[2][previous])
 
 
 class Sampler:
-    """Draws every row's next token from noise drawn before, and notes the log-probability of what it drew.
+    """Draws every row's next token from noise that was drawn before, and notes the token's log-probability.
 
-    `generate(do_sample=False)` calls `draw` as a logits processor, `ended` as a stopping criterion. All on the device.
+    `generate(do_sample=False)` calls `draw` as a logits processor and `ended` as a stopping criterion.
     """
 
     def __init__(self, noise: torch.Tensor, temperature: float, table: torch.Tensor, width: int) -> None:
@@ -359,7 +362,7 @@ class Sampler:
 
     def draw(self, input_ids, scores):
         step = min(input_ids.shape[1] - self.width, self.noise.shape[1] - 1)
-        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V], of the sampled distribution
+        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
         noise = self.noise[self.rows, step]  # [B]
         tokens = inverse_cdf(logprobs.exp(), noise) if self.temperature else logprobs.argmax(-1)
         self.logprobs[self.rows, step] = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -373,12 +376,13 @@ class Sampler:
 def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table, pad: int) -> list[tuple]:
     """Complete every prompt once: a list of (completion ids, their log-probabilities, whether it ended).
 
-    noise [B, T], T the longest completion; temperature 0 is greedy. Prompts are padded on the left, so rows of similar
-    length should come together.
+    noise [B, T], T the longest completion; temperature 0 is greedy. Prompts are padded on the left, so those
+    of similar length should come together.
     """
     width, steps, device = max(map(len, prompt_ids)), noise.shape[1], model.device
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # [B, width]
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    pads = [width - len(ids) for ids in prompt_ids]
+    input_ids = torch.tensor([[pad] * n + ids for n, ids in zip(pads, prompt_ids)], device=device)  # [B, L]
+    attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=device)
     sampler = Sampler(noise.to(device), temperature, table, width)
     tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)  # [B, T]
     previous, cache = input_ids[:, -1:], None
@@ -411,11 +415,11 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
 
 # ---------------------------------------------------------------- reward
 
-PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, string, sys\nfrom typing import *\n"
+PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, sys\nfrom typing import *\n"
 
 
 def code_rewards(problems: list[Problem], completions: list[str], args: Args) -> list[tuple[float, str]]:
-    """(1 if every test passes, else 0; the sandbox's reason). The program: signature, then the completion's body."""
+    """(1 if every test passes, else 0; the sandbox's reason). Never raises for what a program does."""
     programs = []
     for problem, completion in zip(problems, completions):
         signature, fn_name = problem.checks["signature"], problem.checks["fn_name"]
@@ -448,8 +452,8 @@ def verify_lines():
 
 
 class MathVerifier:
-    """math-verify in a process that can be killed: some expressions take for ever, and its own time limit is an alarm,
-    which works on a main thread only and waits for the end of a long operation on big numbers."""
+    """math-verify in a process that can be killed: some expressions take for ever, and its own time limit is
+    an alarm, which needs a main thread and waits for the end of an operation on big numbers."""
 
     process = None
 
@@ -477,7 +481,7 @@ class MathVerifier:
 
 
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
-    """eq. (2.2): rewards [N, G] -> advantages [N, G], within each group. std with ddof 1 and eps as in TRL."""
+    """eq. (2.2): rewards [N, G] -> advantages [N, G] within each group; ddof 1 and eps as in TRL."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     return centred / (rewards.std(dim=1, keepdim=True) + eps) if normalize_std else centred
 
@@ -500,10 +504,10 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict]:
     """-J_GRPO (section 2) and the sums of its metrics over the tokens of `mask`.
 
-    logprobs, old_logprobs, ref_logprobs (None if beta is 0) and mask are [B, T]; advantages [B]. loss_type, as in TRL:
-    `grpo` mean over completions of their token means; `bnpo`, `dapo` mean over tokens; `dr_grpo` sum / (completions x
-    max_length). `normalizer` is the global denominator, with which the losses of micro-batches and of ranks add up to
-    the loss of the whole batch; without it this batch's own is taken.
+    logprobs, old_logprobs, ref_logprobs (None if beta is 0) and mask are [B, T]; advantages [B]. loss_type,
+    as in TRL: `grpo` mean over completions of their token means; `bnpo`, `dapo` mean over tokens; `dr_grpo`
+    sum / (completions x max_length). `normalizer` is the global denominator, with which the losses of
+    micro-batches and of ranks add up to the loss of the whole batch; without it this batch's own is taken.
     """
     advantages, mask = advantages.unsqueeze(-1), mask.to(logprobs.dtype)  # [B, 1], [B, T]
     ratio = (logprobs - old_logprobs).exp()  # [B, T]
@@ -511,8 +515,8 @@ def grpo_loss(
     kl = torch.zeros_like(ratio)
     if beta:
         log_ratio = ref_logprobs - logprobs
-        kl = log_ratio.exp() - log_ratio - 1  # k3
-        token_loss = token_loss + beta * kl  # TRL 1.x multiplies kl by ratio (use_bias_correction_kl), the papers do not
+        kl = log_ratio.exp() - log_ratio - 1  # k3. TRL 1.x multiplies it by ratio (use_bias_correction_kl)
+        token_loss = token_loss + beta * kl
     if normalizer is None:
         normalizer = loss_normalizer(mask.sum(-1), loss_type, max_length)
     if loss_type == "grpo":
@@ -555,10 +559,11 @@ def completion_logprobs(model, samples: list[Sample], temperature: float, entrop
     input_ids = pad_right([s.prompt_ids + s.completion_ids for s in samples], 0, device)  # [B, L]
     starts = torch.tensor([len(s.prompt_ids) for s in samples], device=device)  # [B]
     lengths = torch.tensor([len(s.completion_ids) for s in samples], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)  # from lengths, never from ids
+    mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)  # from lengths, not ids
     rows, offsets = mask.nonzero(as_tuple=True)  # [K]
-    chosen = (rows, starts[rows] + offsets)
-    logprobs, entropies = token_logprobs(model, input_ids, *chosen, temperature=temperature, entropy=entropy)  # [K]
+    logprobs, entropies = token_logprobs(
+        model, input_ids, rows, starts[rows] + offsets, temperature=temperature, entropy=entropy
+    )  # [K]
     zeros = torch.zeros(mask.shape, device=device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies.detach()), mask
 
@@ -586,7 +591,7 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
     sums = Counter()
     for batch in micro_batches([len(s) for s in samples], args.micro_batch_tokens, ranks):
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
-        logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)  # [B, T]
+        logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         device = mask.device
         mask = mask & torch.tensor([s.in_loss for s in micro], device=device).unsqueeze(1)
         advantages = torch.tensor([s.advantage for s in micro], device=device)
@@ -597,7 +602,7 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
             logprobs, old, ref, advantages, mask,
             args.eps_low, args.eps_high, args.beta, args.loss_type, args.max_new_tokens, normalizer,
         )
-        (loss * ranks.world_size).backward()  # FSDP takes the mean over ranks, but the denominator is global already
+        (loss * ranks.world_size).backward()  # FSDP averages over ranks; the denominator is global already
         gap = (old - padded([s.rollout_logprobs for s in micro], device))[mask]
         sums.update(micro_sums)
         sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
@@ -609,11 +614,11 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
     return sums, norm
 
 
-# ---------------------------------------------------------------- one rollout of many problems, and its metrics
+# ---------------------------------------------------------------- rollout and reward of many problems
 
 
 class Rollouts:
-    """Steps 1 and 2 on a list of problems: each rank completes and scores its share, and gets the samples of all."""
+    """Steps 1 and 2 on a list of problems: each rank completes and scores its share, and gets all samples."""
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
@@ -631,11 +636,11 @@ class Rollouts:
         """Step 2. What a completion does is never an error here, but a 0 with a reason."""
         if self.args.task == "code":
             return code_rewards(problems, texts, self.args)
-        limit_s = self.args.reward_timeout_s
-        return [self.verify(problem.checks["answer"], text, limit_s) for problem, text in zip(problems, texts)]
+        answers, limit_s = [problem.checks["answer"] for problem in problems], self.args.reward_timeout_s
+        return [self.verify(answer, text, limit_s) for answer, text in zip(answers, texts)]
 
-    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float) -> tuple[list[Sample], Counter]:
-        """One sample for every entry of the global list `problems`, from noise [len(problems), T]; and the seconds."""
+    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float):
+        """(a Sample for every entry of the global list `problems`, seconds); noise [len(problems), T]."""
         start, samples, waiting = time.time(), {}, []
         share = range(len(problems))[self.ranks.share(len(problems))]
         mine = sorted(share, key=lambda i: len(problems[i].prompt_ids))
@@ -649,7 +654,7 @@ class Rollouts:
                     text = self.text(problems[i].prompt_ids[-1:], ids)
                     samples[i] = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended, text)
                     samples[i].in_loss = ended or not self.args.filter_overlong
-                texts = [samples[i].text for i in batch]  # scored in the background while the next batch generates
+                texts = [samples[i].text for i in batch]  # scored while the next batch generates
                 waiting.append((batch, self.pool.submit(self.rewards, [problems[i] for i in batch], texts)))
         generated = time.time()
         for batch, future in waiting:
@@ -681,7 +686,7 @@ def sample_metrics(samples: list[Sample], group_size: int) -> dict:
 
 
 def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, update: int) -> dict:
-    """Held-out pass@1, greedy and sampled (with the same noise at every evaluation); some completions to samples.md."""
+    """Held-out pass@1, greedy and sampled (with the same noise every time); some samples go to samples.md."""
     start = time.time()
     noise = uniforms([len(problems), args.max_new_tokens], args.seed, "evaluation")
     greedy, _ = rollouts(problems, noise, 0.0)
@@ -689,8 +694,8 @@ def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, 
     if run.ranks.main:
         with open(run.path / "samples.md", "a") as file:
             for s in greedy[:6]:
-                prompt, verdict = rollouts.tokenizer.decode(s.prompt_ids), "right" if s.reward else f"0, {s.reason}"
-                file.write(f"## update {update}, problem {s.problem}: {verdict}\n\n~~~~\n{prompt}[->]{s.text}\n~~~~\n\n")
+                file.write(f"## update {update}, problem {s.problem}: reward {s.reward:g}, {s.reason}\n\n")
+                file.write(f"~~~~\n{rollouts.tokenizer.decode(s.prompt_ids)}[->]{s.text}\n~~~~\n\n")
     return {
         "eval/pass@1": sum(s.reward for s in greedy) / len(greedy),
         "eval/pass@1_sampled": sum(s.reward for s in sampled) / len(sampled),
@@ -702,8 +707,8 @@ def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, 
 # ---------------------------------------------------------------- main
 
 CURVES = (
-    "reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens", "rollout/truncated",
-    "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s",
+    "reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens",
+    "rollout/truncated", "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s",
 )
 
 
@@ -712,15 +717,17 @@ def plan(args: Args, ranks: Ranks, train: list[Problem], heldout: list[Problem])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
     weights = sum(p.numel() for p in model.parameters())
-    sharded = (16 + 4 * bool(args.beta)) * weights / ranks.world_size  # fp32 weight, gradient, two moments, reference
+    sharded = (16 + 4 * bool(args.beta)) * weights / ranks.world_size  # fp32 weight, gradient, two moments
     whole = 2 * weights if ranks.device.type == "cuda" else 0  # gathered in bf16 for the rollout
     epochs = args.updates * args.prompts_per_update / len(train)
     return (
-        f"{len(train)} training and {len(heldout)} held-out problems ({args.task}); {ranks.world_size} ranks, "
-        f"{ranks.device.type}\n{args.updates} updates of {args.prompts_per_update} prompts x {args.group_size} completions "
-        f"in {args.minibatches} minibatches: {epochs:.1f} epochs\n{weights / 1e6:.1f}M parameters: "
-        f"{(sharded + whole) / 2**30:.2f} GiB per rank, before activations of {args.micro_batch_tokens} tokens\n\n"
-        f"a prompt of {len(train[0].prompt_ids)} tokens:\n{train[0].prompt}\nits checks:\n{json.dumps(train[0].checks)[:800]}"
+        f"{args.task}: {len(train)} training and {len(heldout)} held-out problems\n"
+        f"{args.updates} updates of {args.prompts_per_update} prompts x {args.group_size} completions in "
+        f"{args.minibatches} minibatches: {epochs:.1f} epochs\n"
+        f"{weights / 1e6:.1f}M parameters, {ranks.world_size} ranks on {ranks.device.type}: "
+        f"{(sharded + whole) / 2**30:.2f} GiB each, plus activations of {args.micro_batch_tokens} tokens\n"
+        f"\na prompt of {len(train[0].prompt_ids)} tokens:\n{train[0].prompt}\n"
+        f"its checks:\n{json.dumps(train[0].checks)[:800]}"
     )
 
 
@@ -735,9 +742,10 @@ def main(args: Args) -> None:
         heldout, train = train[: args.eval_problems], train[args.eval_problems :]
     train = train[: args.train_problems or None]
     if not train or not heldout:
-        raise UserError(f"{len(train)} training, {len(heldout)} held-out problems are left: change --eval-problems")
+        raise UserError(f"{len(train)} training, {len(heldout)} held-out problems: change --eval-problems")
     if args.dry_run:
-        print(plan(args, ranks, train, heldout) if ranks.main else "", end="\n" if ranks.main else "", flush=True)
+        if ranks.main:
+            print(plan(args, ranks, train, heldout), flush=True)
         return
     run = Run(args, __file__, ranks)
     model = load_model(args.model, ranks)
@@ -752,7 +760,7 @@ def main(args: Args) -> None:
         metrics = evaluate(rollouts, heldout, args, run, 0)
         run.log({"update": 0, **metrics})
         if ranks.main:
-            print(f"{run.path}: held-out pass@1 {metrics['eval/pass@1']:.3f} before the first update", flush=True)
+            print(f"{run.path}: at first held-out pass@1 {metrics['eval/pass@1']:.3f}", flush=True)
 
     for update in range(first + 1, args.updates + 1):
         samples, groups, seconds = [], [], Counter()
@@ -760,7 +768,7 @@ def main(args: Args) -> None:
             # 1 sample, 2 score
             drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
             state["cursor"] += len(drawn)
-            problems = [train[i] for i in drawn for _ in range(args.group_size)]  # a group's rows are neighbours
+            problems = [train[i] for i in drawn for _ in range(args.group_size)]  # groups: G rows
             noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
             new, new_seconds = rollouts(problems, noise, args.temperature)
             seconds += new_seconds
@@ -768,11 +776,12 @@ def main(args: Args) -> None:
 
             # 3 advantage
             rewards = torch.tensor([s.reward for s in new]).view(-1, args.group_size)  # [N, G]
-            for sample, advantage in zip(new, group_advantages(rewards, args.normalize_std).flatten().tolist()):
+            advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
+            for sample, advantage in zip(new, advantages.flatten().tolist()):
                 sample.advantage = advantage
-            spread = rewards.amax(1) > rewards.amin(1)  # [N]
-            new_groups = [new[start : start + args.group_size] for start in range(0, len(new), args.group_size)]
-            groups += [g for g, has_spread in zip(new_groups, spread) if has_spread or not args.dynamic_sampling]
+            keep = (rewards.amax(1) > rewards.amin(1)) | (not args.dynamic_sampling)  # [N]
+            starts = [g * args.group_size for g in range(len(rewards)) if keep[g]]
+            groups += [new[start : start + args.group_size] for start in starts]
             if len(groups) >= args.prompts_per_update:
                 break
 
@@ -805,7 +814,8 @@ def main(args: Args) -> None:
         # 5 log, evaluate, save
         sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
         tokens = max(1.0, sums.pop("tokens"))
-        metrics = {"update": update, **sample_metrics(samples, args.group_size), "rollout/groups": len(groups)}
+        metrics = {"update": update, **sample_metrics(samples, args.group_size)}
+        metrics["rollout/groups"] = len(groups)
         metrics["policy/loss"] = sums.pop("loss") / max(1, len(shares))
         metrics |= {f"policy/{key}": value / tokens for key, value in sums.items()}
         metrics |= {"optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": state["skipped"]}
@@ -821,7 +831,7 @@ def main(args: Args) -> None:
             print(console_line(metrics, args.updates, (time.time() - begun) / (update - first)), flush=True)
         if state["skipped_in_a_row"] >= args.max_skipped:
             names = ", ".join(dict.fromkeys(s.problem for s in samples))
-            raise UserError(f"{args.max_skipped} gradients in a row were not finite, last on the problems {names[:500]}")
+            raise UserError(f"{args.max_skipped} updates in a row without a finite gradient: {names[:500]}")
         if last or interrupted or (args.save_every and update % args.save_every == 0):
             run.save(update, state, {"policy": model}, optimizer, args.keep_checkpoints)
             run.curves(CURVES)
@@ -835,12 +845,14 @@ def main(args: Args) -> None:
 def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
     """One line per update, with the numbers that matter."""
     heldout = f", held-out pass@1 {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""
+    minutes_left = seconds_per_update * (updates - metrics["update"]) / 60
     return (
         f"{metrics['update']}/{updates} reward {metrics['reward/mean']:.3f}{heldout} | "
         f"{metrics['rollout/completion_tokens']:.0f} tokens, {metrics['rollout/truncated']:.0%} truncated | "
-        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | rollout "
-        f"{metrics['time/rollout_s']:.1f} reward {metrics['time/reward_s']:.1f} update {metrics['time/update_s']:.1f} s, "
-        f"{metrics['perf/tokens_per_s']:.0f} tokens/s | {seconds_per_update * (updates - metrics['update']) / 60:.1f} min left"
+        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | "
+        f"rollout {metrics['time/rollout_s']:.1f} reward {metrics['time/reward_s']:.1f} "
+        f"update {metrics['time/update_s']:.1f} s, {metrics['perf/tokens_per_s']:.0f} tokens/s | "
+        f"{minutes_left:.1f} min left"
     )
 
 
