@@ -301,6 +301,7 @@ def load_tokenizer(name: str):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: all masks come from lengths, never from ids
     tokenizer.padding_side = "right"
+    tokenizer.model_max_length = int(1e9)  # the scripts cut texts themselves; no warning for long ones
     return tokenizer
 
 

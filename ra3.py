@@ -1,0 +1,1277 @@
+"""RA3, Reasoning as Action Abstractions: EM mid-training that learns by RL where to think before a line of code.
+
+Paper: "Learning to Reason as Action Abstractions with Scalable Mid-Training RL", arXiv 2509.25810; version 2 is the
+default here, version 1 where an option says so. Equation numbers are version 2's.
+
+An expert's snippet is cut into actions a_1 .. a_T, one line of code each. Before every action the policy q chooses a
+latent z_t: *act* (nothing) or *think* (one comment line). The algorithm, with the steps that `main` names again:
+
+  for every EM iteration i, starting from the model pi_i:
+    E-step, rl_updates times; q starts as a copy of pi_i, pi_i itself is frozen:
+      1 sample     G rollouts of each snippet: q samples the latents, the expert's lines are forced
+      2 score      r_t = l_t - c [z_t is a thought]; l_t = mean log pi_i(token of a_t | history with thoughts)  (4.1)
+      3 advantage  returns over the next 5 rewards, minus their mean over the G rollouts
+      4 update     policy gradient on log q(z_t), plus a small entropy bonus
+    M-step, ntp_updates times; q is frozen, pi starts again from pi_i:
+      1 sample     one rollout of each snippet: the bootstrapped text
+      4 update     next-token prediction on it  (4.2); the result is pi_{i+1}
+    5 log, evaluate, save
+
+Notation: pi policy, q sampler of thoughts, z_t latent, a_t action, l_t `line_logprobs`, c `penalty`, G `group_size`.
+Shapes: S snippets, G rollouts of each, R = S*G rows, W steps, T actions (padded), V vocabulary.
+
+Deviations from the paper, and what it leaves open (docs/ra3.md has all, with both values):
+  D1 thinking is decided by the first token of the line itself ("#" or not), so the code keeps its tokenisation; the
+     paper removes the newline and lets the model write "\\n" or "\\n#".
+  D2 l_t is a mean per token; the paper prints log pi(a_t | s_t, z_t), a sum. c = 0.05 fits the mean.
+  D3 a malformed thought gets r_t = -2; the paper says zero reward, which no line's log-likelihood would fall below.
+  D4 the penalty-free warm-up is that of the first E-step only.
+
+  python ra3.py --tiny                                                     # this machine: no network, no GPU
+  python ra3.py --model Qwen/Qwen2.5-1.5B --rl-batch-size 256              # one GPU
+  torchrun --nproc_per_node 8 ra3.py --model Qwen/Qwen2.5-1.5B             # the paper's configuration
+"""
+
+import dataclasses
+import html
+import itertools
+import json
+import math
+import random
+import resource
+import sys
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from common import (
+    EVENT,
+    TINY,
+    Interrupt,
+    Ranks,
+    Run,
+    UserError,
+    all_gather_list,
+    all_sum,
+    column,
+    copy_weights,
+    gathered,
+    grad_norm,
+    inverse_cdf,
+    launch,
+    load_model,
+    load_tokenizer,
+    micro_batches,
+    pad_right,
+    read_rows,
+    setup,
+    token_logprobs,
+    uniforms,
+)
+from pysource import action_starts, cut_file
+
+
+@dataclass
+class Args:
+    """RA3 mid-training (and its NTP, BRiTE-style and external-rationale baselines). Defaults are the paper's values."""
+
+    # ---- run
+    tiny: bool = False
+    """use the embedded default: tiny model, small corpora, a few minutes on two cores. Every flag still overrides"""
+    output_dir: str = ""
+    """folder of this run; empty: runs/ra3__<model>__s<seed>__<time>"""
+    seed: int = 0
+    """fixes the order of the data and all sampling noise, on any number of ranks"""
+    resume: str = ""
+    """`auto`: continue the newest run of this model and seed (or of --output-dir) if there is one; or a run folder"""
+    dry_run: bool = False
+    """print the plan, one bootstrapped snippet and a memory estimate, and stop"""
+    # ---- model and data
+    model: str = "Qwen/Qwen2.5-1.5B"
+    """pi_0: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
+    q_model: str = ""
+    """sample the thoughts from this model instead and skip the E-step (version 1, figure 7); same tokenizer"""
+    dataset: tuple[str, ...] = (
+        "OpenCoder-LLM/opc-annealing-corpus:synthetic_qa/*.arrow",
+        "OpenCoder-LLM/opc-annealing-corpus:synthetic_code_snippet/*.arrow",
+    )
+    """sources, see common.read_rows: hub ids, .jsonl/.jsonl.gz/.parquet files, folders of .py files, `stdlib`"""
+    dataset_weights: tuple[float, ...] = (0.95, 0.05)
+    """share of each source in the texts (the paper: 2.36M and 129K snippets); equal if not one for each source"""
+    text_column: str = "text"
+    """the column that holds the code"""
+    max_snippets: int = 0
+    """read no more snippets than this; 0: all"""
+    max_snippet_tokens: int = 1024
+    """longer texts are cut at top-level statements, and what is still longer at an action's end (tokens)"""
+    granularity: Literal["line", "block", "snippet"] = "line"
+    """how much code an action spans; `snippet`: one latent for all of it, as in BRiTE"""
+    # ---- algorithm
+    algo: Literal["ra3", "ntp"] = "ra3"
+    """ntp: the M-step alone, with every latent act: the next-token-prediction baseline on the same snippets"""
+    em_iterations: int = 1
+    """number of EM iterations i"""
+    group_size: int = 3
+    """G: rollouts of each snippet in the E-step"""
+    penalty: float = 0.05
+    """c: what a thought must add to the line's mean log-probability to pay (nats per token)"""
+    penalty_warmup: int = 10
+    """the first so many RL updates use c = 0 (version 2; 0 in version 1)"""
+    return_horizon: int = 5
+    """a return is the sum of this many rewards (version 2); 0: all that follow (version 1)"""
+    normalize_std: bool = False
+    """divide advantages by the standard deviation over the group (the paper does not)"""
+    line_reward: Literal["mean", "logmean", "sum"] = "mean"
+    """l_t: mean log-probability of the line's tokens, log of their mean probability, or the sum of log-probabilities"""
+    malformed_reward: float = -2.0
+    """r_t of a thought that does not end in time or would break the source"""
+    entropy_coef: float = 0.001
+    """weight of the entropy of q(z_t) (nats)"""
+    mask_latents: bool = False
+    """M-step: train on the expert's tokens only, equation (4.2) to the letter, instead of on all tokens"""
+    # ---- rollout
+    max_latent_tokens: int = 16
+    """longest thought (tokens, its newline included)"""
+    temperature: float = 1.0
+    """temperature of q, in sampling and in log q alike"""
+    rollout_rows: int = 512
+    """rows of one generate call on a rank; memory and speed only"""
+    # ---- optimisation
+    rl_updates: int = 40
+    """E-step updates of an EM iteration"""
+    rl_batch_size: int = 1024
+    """snippets of an E-step update, over all ranks"""
+    rl_learning_rate: float = 2e-6
+    """AdamW, constant"""
+    ntp_updates: int = 360
+    """M-step updates of an EM iteration"""
+    ntp_batch_size: int = 512
+    """snippets of an M-step update, over all ranks"""
+    ntp_learning_rate: float = 2e-5
+    """AdamW, constant"""
+    weight_decay: float = 0.01
+    """AdamW, both steps (the paper names none)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this global norm (the paper names none)"""
+    micro_batch_tokens: int = 16384
+    """tokens of a forward-backward pass on a rank; memory and speed only"""
+    # ---- evaluation and saving
+    eval_snippets: int = 256
+    """held-out snippets"""
+    eval_every: int = 0
+    """also evaluate every so many updates; 0: only at the start and at the end of each step"""
+    save_every: int = 50
+    """updates between checkpoints that --resume continues from; the last two are kept"""
+    bootstrap_only: bool = False
+    """write the corpus with sampled thoughts to bootstrapped.jsonl (--q-model, else --model, samples) and stop"""
+
+
+TINY_DEFAULTS = Args(
+    tiny=True,
+    model=str(TINY / "model"),
+    dataset=(str(TINY / "programs.jsonl"), "stdlib"),
+    dataset_weights=(0.85, 0.15),
+    max_snippet_tokens=96,
+    rl_updates=40,
+    rl_batch_size=48,
+    rl_learning_rate=5e-4,
+    ntp_updates=40,
+    ntp_batch_size=64,
+    ntp_learning_rate=3e-4,
+    rollout_rows=128,
+    micro_batch_tokens=4096,
+)
+
+
+# ---------------------------------------------------------------- the vocabulary, seen as text
+
+
+class Vocabulary:
+    """What each token's text means for a thought; bool [V] on the device. Decided by decoded text, never by ids.
+
+    opens    H: the text begins with "#" after leading spaces and tabs; such a token at a boundary opens a thought
+    ends     holds a newline and nothing after it: the thought ends with this token
+    breaks   would break the source inside a comment: text after a newline, carriage return, NUL, special token
+    """
+
+    def __init__(self, tokenizer, size: int, device) -> None:
+        self.tokenizer = tokenizer
+        self.anchor = tokenizer(
+            "a", add_special_tokens=False
+        ).input_ids  # keeps SentencePiece from dropping a space
+        self.anchor_length = len(tokenizer.decode(self.anchor))
+        known = min(size, len(tokenizer))
+        self.text = self.decode([[i] for i in range(known)])
+        self.special = set(tokenizer.all_special_ids)
+        opens = [text.lstrip(" \t").startswith("#") for text in self.text]
+        breaks = [
+            i in self.special or "\r" in text or "\0" in text or "\n" in text[:-1]
+            for i, text in enumerate(self.text)
+        ]
+        ends = ["\n" in text and not broken for text, broken in zip(self.text, breaks)]
+        padding = size - known  # a model's embedding may have more rows than the tokenizer has tokens
+        self.opens = torch.tensor(opens + [False] * padding, device=device)
+        self.breaks = torch.tensor(breaks + [True] * padding, device=device)
+        self.ends = torch.tensor(ends + [False] * padding, device=device)
+        self.newline = next(
+            (i for i, text in enumerate(self.text) if text == "\n" and i not in self.special), None
+        )
+        if self.newline is None or not any(opens):
+            raise UserError(
+                "this tokenizer has no token for a newline or for '#', so it cannot write a comment line"
+            )
+        self.separator = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        )
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        """Text of each row of tokens, as it is in the middle of a text."""
+        texts = self.tokenizer.batch_decode(
+            [self.anchor + row for row in rows], clean_up_tokenization_spaces=False
+        )
+        return [text[self.anchor_length :] for text in texts]
+
+
+# ---------------------------------------------------------------- data: snippets, actions, boundaries
+
+
+@dataclass
+class Snippet:
+    """One expert demonstration. Token k of `ids` covers text[starts[k]:starts[k + 1]]; ids[0] is the separator."""
+
+    text: str
+    source: str
+    ids: np.ndarray  # [L] separator, the text's canonical tokens, eos (if the text was not cut)
+    starts: np.ndarray  # [L + 1] where each token begins in `text` (characters)
+    boundaries: np.ndarray  # [T] index into ids of the first token of each action
+    indents: list[list[int]]  # [T] the indentation before it, forced once more after a thought
+    kinds: list[str]  # [T] kind of each action's code line, for the metrics
+
+    def width(self, max_latent_tokens: int) -> int:
+        """Most tokens that a rollout of this snippet can have."""
+        return len(self.ids) + sum(max_latent_tokens + len(indent) for indent in self.indents)
+
+
+def token_starts(text: str, ids: Sequence[int], vocabulary: Vocabulary) -> list[int] | None:
+    """[len(ids) + 1] character offset where each token begins; None if the tokens do not spell the text.
+
+    Of several tokens that share a character the first is said to hold it. The tokenizer's own offsets are not used:
+    some kinds leave the white space out of them.
+    """
+    starts, pieces, offset, pending = [0], [], 0, []
+    for token in ids:
+        piece = vocabulary.text[token]
+        if pending or "\ufffd" in piece:  # a part of a character: decode the parts together
+            pending.append(token)
+            piece = vocabulary.decode([pending])[0]
+            if piece.endswith("\ufffd") and len(pending) < 8:
+                starts.append(offset + 1)
+                continue
+            pending = []
+        pieces.append(piece)
+        offset += len(piece)
+        starts.append(offset)
+    return starts if "".join(pieces) == text else None
+
+
+def segment(
+    text: str, vocabulary: Vocabulary, max_tokens: int, context: int, args: Args, source: str = ""
+) -> Snippet | None:
+    """Cut one text into actions; a text that is too long ends with the last action that fits.
+
+    A boundary is the token that holds the first non-space character of an action; a line whose first token also holds
+    the end of the line before has none. Fits: at most max_tokens tokens, and at most `context` with the longest
+    possible thought at every boundary. None if the tokenizer does not give the text back unchanged, or it is empty.
+    """
+    tokenizer = vocabulary.tokenizer
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    starts = token_starts(text, ids, vocabulary)
+    if not ids or starts is None or vocabulary.special.intersection(ids):
+        return None
+    boundaries, indents, kinds, worst = [], [], [], [0]
+    for offset, kind in action_starts(text, args.granularity):
+        first = offset + len(text[offset:]) - len(text[offset:].lstrip(" \t\f"))
+        index = int(np.searchsorted(starts, first, side="right")) - 1  # the token that holds `first`
+        line_start = int(np.searchsorted(starts, offset))
+        if starts[index] < offset:
+            continue
+        if starts[line_start] == offset:  # the indentation is tokens of its own
+            indent = ids[line_start:index]
+        else:  # its beginning is in a token with the newline before
+            indent = tokenizer(text[offset : starts[index]], add_special_tokens=False).input_ids
+        boundaries.append(index)
+        indents.append(indent)
+        kinds.append(kind)
+        worst.append(worst[-1] + args.max_latent_tokens + len(indent))
+
+    def fits(end: int, actions: int) -> bool:  # 1: the separator
+        return 1 + end <= max_tokens and 1 + end + worst[actions] <= context
+
+    tail = [tokenizer.eos_token_id]
+    if not fits(len(ids) + 1, len(boundaries)):
+        actions = max((k for k in range(1, len(boundaries)) if fits(boundaries[k], k)), default=0)
+        end = boundaries[actions] if actions else min(len(ids), max_tokens - 1, context - 1)
+        boundaries, indents, kinds, tail = boundaries[:actions], indents[:actions], kinds[:actions], []
+        ids, text, starts = ids[:end], text[: starts[end]], starts[: end + 1]
+    return Snippet(
+        text=text,
+        source=source,
+        ids=np.array([vocabulary.separator, *ids, *tail]),
+        starts=np.array([0, *starts, *[len(text)] * len(tail)]),
+        boundaries=np.array(boundaries, dtype=np.int64) + 1,  # 1: the separator
+        indents=indents,
+        kinds=kinds,
+    )
+
+
+def bootstrap_text(snippet: Snippet, latents: dict[int, str]) -> str:
+    """The text with thoughts: latents maps an action to its comment line (without indentation, with newline)."""
+    pieces, done = [], 0
+    for action, latent in sorted(latents.items()):
+        start = snippet.starts[snippet.boundaries[action]]
+        line_start = snippet.text.rfind("\n", 0, start) + 1
+        pieces += [snippet.text[done:start], latent, snippet.text[line_start:start]]
+        done = start
+    return "".join([*pieces, snippet.text[done:]])
+
+
+class SnippetStream:
+    """Endless, seeded stream of the snippets of one part of the data; `cursor` counts the texts taken from it.
+
+    part: `eval` (one pass), `E` or `M` (endless), or `all` (everything once, in order). The part of a text follows
+    from a hash of it: parts are disjoint, duplicates stay together, and NTP sees what RA3's M-step sees. Every rank
+    reads the whole stream and takes its share of each batch.
+    """
+
+    def __init__(self, args: Args, part: str, vocabulary: Vocabulary, context: int, cursor: int = 0) -> None:
+        self.args, self.part, self.vocabulary, self.context = args, part, vocabulary, context
+        self.cursor, self.unusable = cursor, 0
+        self.texts = itertools.islice(self._texts(), cursor, None)
+
+    def __iter__(self) -> Iterator[Snippet]:
+        for text, source in self.texts:
+            self.cursor += 1
+            snippet = segment(
+                text, self.vocabulary, self.args.max_snippet_tokens, self.context, self.args, source
+            )
+            if snippet is not None and (self.part != "E" or len(snippet.boundaries)):
+                yield snippet
+                continue
+            self.unusable += 1  # nothing to decide in it, or the tokenizer does not give it back unchanged
+            if self.unusable == self.cursor == 1000:
+                raise UserError(f"none of the first 1000 texts of {', '.join(self.args.dataset)} can be used")
+
+    def batch(self, size: int) -> list[Snippet]:
+        return list(itertools.islice(iter(self), size))
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        args = self.args
+        e_share = args.rl_updates * args.rl_batch_size
+        e_share = e_share / max(1, e_share + args.ntp_updates * args.ntp_batch_size)
+        first_m = 50 + round(950 * min(0.5, max(0.1, e_share)))  # of 1000: 50 held out, then E, then M
+        parts = {"eval": range(50), "E": range(50, first_m), "M": range(first_m, 1000), "all": range(1000)}
+        for epoch in itertools.count():
+            mine = (item for item in interleaved(args) if zlib.crc32(item[0].encode()) % 1000 in parts[self.part])
+            if self.part != "all":
+                mine = shuffled(mine, random.Random(f"{args.seed} {self.part} {epoch}"))
+            count = 0
+            for item in mine:
+                count += 1
+                yield item
+            if self.part in ("eval", "all"):
+                return
+            if not count:
+                raise UserError(f"{', '.join(args.dataset)}: no text for the {self.part}-step; give more data")
+
+
+def interleaved(args: Args) -> Iterator[tuple[str, str]]:
+    """(text, source) pairs of all sources, drawn by their weights, until the first source is exhausted."""
+    weights = args.dataset_weights
+    if len(weights) != len(args.dataset):
+        weights = (1.0,) * len(args.dataset)
+    pieces = {source: source_pieces(source, args) for source in args.dataset}
+    owed = dict.fromkeys(pieces, 0.0)
+    for _ in range(args.max_snippets) if args.max_snippets else itertools.count():
+        for source, weight in zip(args.dataset, weights):
+            owed[source] += weight
+        source = max(owed, key=owed.__getitem__)
+        owed[source] -= sum(weights)
+        text = next(pieces[source], None)
+        if text is None:
+            return
+        yield text, Path(source.split(":")[-1].split("/*")[0]).name.split(".")[0]
+
+
+def source_pieces(source: str, args: Args) -> Iterator[str]:
+    """The Python texts of one source; the OpenCoder corpus names the language in `lang` or `program_lang`."""
+    for row in read_rows(source):
+        text = column(row, args.text_column, source)
+        language = row.get("lang") or row.get("program_lang") or "python"
+        if isinstance(text, str) and text.strip() and language.lower() == "python":
+            text = text.encode("utf-8", "replace").decode()  # lone surrogates
+            yield from cut_file(text, 4 * args.max_snippet_tokens)
+
+
+def shuffled(items: Iterator, generator: random.Random, size: int = 10_000) -> Iterator:
+    """Shuffle a stream through a buffer of `size` items; a shorter stream is shuffled as a whole."""
+    buffer = []
+    for item in items:
+        buffer.append(item)
+        if len(buffer) == size:
+            index = generator.randrange(size)
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            yield buffer.pop()
+    generator.shuffle(buffer)
+    yield from buffer
+
+
+# ---------------------------------------------------------------- 1 sample: one generate call for all turns
+
+
+FORCED = -2  # `targets` of a token that q did not choose
+
+
+class ForcedDecoding(LogitsProcessor):
+    """Forces the expert's tokens and lets the policy's latents through, row by row, inside one `generate` call.
+
+    A row's script is its snippet's tokens, followed by one copy of the indentation of each boundary; `follow` gives the
+    script index after each. The pointer of a row walks along it. At a boundary one token is drawn from the policy: if
+    it is in H it opens a thought and is kept, else the policy acts, and the expert's token takes its place. When a
+    thought has ended the pointer goes to the copy of the indentation, and from there back to the boundary.
+    All state is tensors [R] on the device: no per-row Python and no host synchronisation in the token loop.
+    """
+
+    def __init__(
+        self, snippets: list[Snippet], noise: torch.Tensor, vocabulary: Vocabulary, args: Args
+    ) -> None:
+        rows, device = len(snippets), vocabulary.opens.device
+        longest = max(len(s.ids) + sum(map(len, s.indents)) for s in snippets)
+        script = np.zeros((rows, longest), dtype=np.int64)
+        follow = np.zeros((rows, longest), dtype=np.int64)  # 0: the end of the row
+        after = np.zeros((rows, longest), dtype=np.int64)  # at a boundary: where a thought there leads
+        action = np.full((rows, longest), -1, dtype=np.int64)  # the action that a token belongs to
+        boundary = np.zeros((rows, longest), dtype=bool)
+        for r, s in enumerate(snippets):
+            end = len(s.ids)
+            script[r, :end] = s.ids
+            follow[r, 1 : end - 1] = np.arange(2, end)  # the last one leads to 0
+            boundary[r, s.boundaries] = True
+            action[r, :end] = np.searchsorted(s.boundaries, np.arange(end), side="right") - 1
+            for t, (b, indent) in enumerate(zip(s.boundaries, s.indents)):
+                stop = end + len(indent)
+                script[r, end:stop] = indent
+                follow[r, end:stop] = np.arange(end + 1, stop + 1)
+                if indent:
+                    follow[r, stop - 1] = b
+                after[r, b] = end if indent else b
+                action[r, end:stop] = t
+                end = stop
+        self.script, self.follow, self.after, self.action, self.boundary = (
+            torch.from_numpy(x).to(device) for x in (script, follow, after, action, boundary)
+        )
+        self.code_end = torch.tensor([len(s.ids) for s in snippets], device=device)  # [R]
+        self.vocabulary, self.args, self.noise = vocabulary, args, noise.to(device)  # noise [R, W]
+        self.pointer = torch.where(
+            self.code_end > 1, 1, 0
+        )  # [R] script index of the next expert token; 0: done
+        self.length = torch.zeros(
+            rows, dtype=torch.int64, device=device
+        )  # [R] tokens of the thought being written
+        self.decided = torch.zeros(
+            rows, dtype=torch.bool, device=device
+        )  # [R] a thought was written at this boundary
+        shape = noise.shape
+        self.targets = torch.full(
+            shape, FORCED, device=device
+        )  # [R, W] what q drew: a token, EVENT (act), or FORCED
+        self.logq = torch.zeros(shape, device=device)  # [R, W] its log-probability
+        self.actions = torch.full(
+            shape, -1, device=device
+        )  # [R, W] action that a token belongs to or leads to
+        self.expert = torch.zeros(
+            shape, dtype=torch.bool, device=device
+        )  # [R, W] a token of the expert's code
+        self.malformed = torch.zeros(
+            shape, dtype=torch.bool, device=device
+        )  # [R, W] a thought broke off here
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - 1  # column of `noise` and of the records; the separator is column -1
+        here = self.pointer.unsqueeze(1)  # [R, 1]
+        at = {
+            name: getattr(self, name).gather(1, here).squeeze(1)
+            for name in ("script", "follow", "after", "action")
+        }
+        boundary = self.boundary.gather(1, here).squeeze(1)  # [R]
+        alive, thinking = self.pointer > 0, self.length > 0
+        deciding = boundary & ~self.decided & ~thinking & alive
+        # q: the policy's full distribution at the given temperature
+        logits = scores.float() / self.args.temperature  # [R, V]
+        logprobs = logits.log_softmax(-1)
+        drawn = inverse_cdf(logprobs.exp(), self.noise[:, step])  # [R]
+        v = self.vocabulary
+        opens, ends, breaks = v.opens[drawn], v.ends[drawn], v.breaks[drawn]
+        acts = deciding & ~opens
+        writes = (deciding & opens) | thinking  # this step's token is the policy's
+        act_logprob = logprobs.masked_fill(self.vocabulary.opens, -torch.inf).logsumexp(
+            -1
+        )  # log(1 - sum_H p)
+        # a thought that breaks the source, or has not ended in time, is closed by a newline in place of the last token
+        length = self.length + writes
+        malformed = writes & (breaks | (~ends & (length >= self.args.max_latent_tokens)))
+        closes = writes & (ends | malformed)
+        token = torch.where(writes, torch.where(malformed, self.vocabulary.newline, drawn), at["script"])
+        self.targets[:, step] = torch.where(acts, EVENT, torch.where(writes, drawn, FORCED))
+        chosen = logprobs.gather(1, drawn.unsqueeze(1)).squeeze(1)
+        self.logq[:, step] = torch.where(acts, act_logprob, torch.where(writes, chosen, 0.0))
+        self.actions[:, step] = torch.where(alive, at["action"], -1)
+        self.expert[:, step] = alive & ~writes & (self.pointer < self.code_end)
+        self.malformed[:, step] = malformed
+        # move on
+        self.pointer = torch.where(writes, torch.where(closes, at["after"], self.pointer), at["follow"])
+        self.decided = (self.decided | closes) & ~(boundary & ~writes)
+        self.length = torch.where(writes & ~closes, length, 0)
+        return torch.full_like(scores, -torch.inf).scatter_(
+            1, token.unsqueeze(1), 0.0
+        )  # greedy takes this one
+
+
+class EndOfScript(StoppingCriteria):
+    def __init__(self, forced: ForcedDecoding) -> None:
+        self.forced = forced
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return self.forced.pointer == 0  # [R]
+
+
+@dataclass
+class Rollout:
+    """One rolled-out snippet; arrays [W] over its tokens, of which the first is the separator."""
+
+    snippet: Snippet
+    ids: np.ndarray
+    targets: np.ndarray  # FORCED, or what q drew at this place: a token, or EVENT for act
+    logq: np.ndarray  # log-probability of what q drew, recorded while sampling
+    actions: np.ndarray  # action that a token belongs to (an expert's) or leads to (a latent's); -1: none
+    expert: np.ndarray  # bool: a token of the expert's code
+    malformed: np.ndarray  # bool: the thought was closed here
+
+    def thoughts(self) -> dict[int, list[int]]:
+        """action -> token ids of its thought, for the well-formed ones."""
+        latents, bad = defaultdict(list), set(self.actions[self.malformed].tolist())
+        for k in np.flatnonzero(self.targets >= 0):
+            if self.actions[k] not in bad:
+                latents[int(self.actions[k])].append(int(self.ids[k]))
+        return latents
+
+    def without_malformed(self) -> "Rollout":
+        """The same with every malformed thought (and the indentation forced after it) replaced by act."""
+        bad = self.actions[self.malformed]
+        keep = self.expert | ~np.isin(self.actions, bad)
+        keep[0] = True
+        return Rollout(self.snippet, *(getattr(self, f.name)[keep] for f in dataclasses.fields(self)[1:]))
+
+
+@torch.no_grad()
+def rollout(
+    model, snippets: list[Snippet], noise: torch.Tensor, vocabulary: Vocabulary, args: Args
+) -> list[Rollout]:
+    """Roll each snippet out once, through all its turns, with thoughts sampled from `model`. noise [R, W] in [0, 1).
+
+    Rows of similar length share a generate call, which ends with its longest row. Call it inside `gathered(model)`.
+    """
+    rollouts: list[Rollout | None] = [None] * len(snippets)
+    order = sorted(range(len(snippets)), key=lambda r: len(snippets[r].ids), reverse=True)
+    for first in range(0, len(order), args.rollout_rows):
+        chunk = order[first : first + args.rollout_rows]
+        rows = [snippets[r] for r in chunk]
+        width = max(s.width(args.max_latent_tokens) for s in rows)
+        forced = ForcedDecoding(rows, noise[chunk, :width], vocabulary, args)
+        ids = (
+            model.generate(
+                forced.script[:, :1],  # the separator
+                attention_mask=torch.ones_like(forced.script[:, :1]),
+                logits_processor=LogitsProcessorList([forced]),
+                stopping_criteria=StoppingCriteriaList([EndOfScript(forced)]),
+                do_sample=False,
+                max_new_tokens=width,
+                pad_token_id=vocabulary.separator,
+            )
+            .cpu()
+            .numpy()
+        )
+        steps = ids.shape[1] - 1
+        records = (forced.targets, forced.logq, forced.actions, forced.expert, forced.malformed)
+        records = [record[:, :steps].cpu().numpy() for record in records]
+        for k, r in enumerate(chunk):
+            end = 1 + np.flatnonzero(records[3][k])[-1] if records[3][k].any() else 0  # the last expert token
+            row = [
+                np.insert(record[k, :end], 0, nothing)
+                for record, nothing in zip(records, (FORCED, 0, -1, 0, 0))
+            ]
+            rollouts[r] = Rollout(rows[k], ids[k, : end + 1], *row)
+    return rollouts
+
+
+def all_act(snippet: Snippet) -> Rollout:
+    """The rollout in which every latent is act: the plain snippet, for the NTP baseline."""
+    size = len(snippet.ids)
+    forced = np.full(size, FORCED)
+    actions = np.searchsorted(snippet.boundaries, np.arange(size), side="right") - 1
+    expert = np.arange(size) > 0
+    return Rollout(snippet, snippet.ids, forced, np.zeros(size), actions, expert, np.zeros(size, dtype=bool))
+
+
+# ---------------------------------------------------------------- 2 score: the expert line's log-likelihood
+
+
+@torch.no_grad()
+def expert_logprobs(model, rollouts: list[Rollout], max_tokens: int, pad: int) -> list[np.ndarray]:
+    """Log-probability of each expert token given everything before it, thoughts included: one array a rollout.
+
+    Run inside `gathered(model)`; the model is the frozen anchor pi_i in the E-step, the evaluated one in `evaluate`.
+    """
+    device = next(model.parameters()).device
+    out: list[np.ndarray | None] = [None] * len(rollouts)
+    for batch in micro_batches([len(r.ids) for r in rollouts], max_tokens):
+        ids = pad_right([rollouts[i].ids for i in batch], pad, device)  # [B, T]
+        where = [np.flatnonzero(rollouts[i].expert) for i in batch]
+        rows = torch.from_numpy(np.repeat(np.arange(len(batch)), [len(w) for w in where])).to(device)
+        cols = torch.from_numpy(np.concatenate(where)).to(device)
+        logprobs, _ = token_logprobs(model, ids, rows, cols)
+        for i, part in zip(batch, logprobs.cpu().split([len(w) for w in where])):
+            out[i] = part.double().numpy()
+    return out
+
+
+def line_logprob(logprobs: np.ndarray, scale: str) -> float:
+    """l_t from the log-probabilities of one action's tokens: nats per token, or nats for `sum`."""
+    if scale == "mean":
+        return logprobs.mean()
+    if scale == "logmean":
+        return math.log(np.exp(logprobs).mean() + 1e-30)
+    return logprobs.sum()
+
+
+def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float, args: Args) -> np.ndarray:
+    """r_t of every action [T], eq. (4.1) with the fixed penalty of Algorithm 1 in place of the KL.
+
+    logprobs: of the rollout's expert tokens under the frozen anchor.
+    """
+    actions = rollout.actions[rollout.expert]
+    thought = set(rollout.actions[rollout.targets >= 0].tolist())
+    malformed = set(rollout.actions[rollout.malformed].tolist())
+    rewards = np.zeros(len(rollout.snippet.boundaries))
+    for t in range(len(rewards)):
+        l_t = line_logprob(logprobs[actions == t], args.line_reward)
+        rewards[t] = l_t - penalty * (t in thought)  # eq. (4.1), Algorithm 1 line 3
+        if t in malformed:
+            rewards[t] = args.malformed_reward
+    return rewards
+
+
+# ---------------------------------------------------------------- 3 advantage
+
+
+def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
+    """Return of step t: the sum of the next `horizon` rewards r_t .. r_{t+horizon-1}; horizon 0: all to the end.
+
+    rewards [..., G, T], zero behind a sequence's end; the result has the same shape and unit. Section 7 of version 2;
+    horizon 0 is version 1's. ValueError for a negative horizon.
+    """
+    if horizon < 0:
+        raise ValueError(f"the horizon must be 0 (to the end) or positive, got {horizon}")
+    to_the_end = rewards.flip(-1).cumsum(-1).flip(-1)
+    if horizon == 0 or horizon >= rewards.shape[-1]:
+        return to_the_end
+    beyond = torch.zeros_like(to_the_end)
+    beyond[..., :-horizon] = to_the_end[..., horizon:]
+    return to_the_end - beyond
+
+
+def group_baseline_advantages(returns: torch.Tensor, normalize_std: bool = False) -> torch.Tensor:
+    """Return minus its mean over the G rollouts of the same snippet at the same step; [..., G, T] -> same shape.
+
+    The expert's lines are the same in all rollouts, so the steps align. Section 5 of the paper (b(s_t), after
+    Algorithm 1); `normalize_std` also divides by the standard deviation over the group, as eq. (2.2) does.
+    """
+    advantages = returns - returns.mean(-2, keepdim=True)
+    if normalize_std:
+        advantages = advantages / (returns.std(-2, keepdim=True) + 1e-4)
+    return advantages
+
+
+# ---------------------------------------------------------------- 4 update: the two losses
+
+
+def policy_gradient_loss(model, batch, vocabulary: Vocabulary, args: Args, decisions: float):
+    """This micro-batch's part of the E-step loss, and the sum of its entropies (nats).
+
+    loss = - (1 / decisions) sum_t A_t log q(z_t) - entropy_coef * mean entropy; log q(z_t) sums over the thought's
+    tokens, `decisions` counts them in the whole global batch. batch: (rollout, advantages [T]) pairs; only latent
+    positions get logits and gradients. One update per batch, so there is no ratio and no clipping.
+    """
+    device = vocabulary.opens.device
+    ids = pad_right([r.ids for r, _ in batch], vocabulary.separator, device)  # [B, T]
+    where = [np.flatnonzero(r.targets != FORCED) for r, _ in batch]
+    rows = torch.from_numpy(np.repeat(np.arange(len(batch)), [len(w) for w in where])).to(device)  # [N]
+    cols = torch.from_numpy(np.concatenate(where)).to(device)  # [N]
+    targets = torch.from_numpy(np.concatenate([r.targets[w] for (r, _), w in zip(batch, where)])).to(device)
+    advantages = np.concatenate([a[r.actions[w]] for (r, a), w in zip(batch, where)])
+    advantages = torch.from_numpy(advantages).float().to(device)  # [N]
+    logprobs, entropy = token_logprobs(
+        model,
+        ids,
+        rows,
+        cols,
+        targets=targets,
+        event=~vocabulary.opens,
+        temperature=args.temperature,
+        entropy=True,
+    )
+    loss = -(advantages * logprobs).sum() - args.entropy_coef * entropy.sum()
+    return loss / decisions, entropy.detach().sum()
+
+
+def ntp_loss(model, rollouts: list[Rollout], vocabulary: Vocabulary, mask_latents: bool, tokens: float):
+    """This micro-batch's part of the M-step loss: mean negative log-likelihood per token (nats), eq. (4.2).
+
+    tokens: how many are trained on in the whole global batch. Also returns the sum of the expert tokens' losses.
+    """
+    device = vocabulary.opens.device
+    ids = pad_right([r.ids for r in rollouts], vocabulary.separator, device)  # [B, T]
+    where = [np.flatnonzero(r.expert) if mask_latents else np.arange(1, len(r.ids)) for r in rollouts]
+    rows = torch.from_numpy(np.repeat(np.arange(len(rollouts)), [len(w) for w in where])).to(device)
+    cols = torch.from_numpy(np.concatenate(where)).to(device)
+    expert = torch.from_numpy(np.concatenate([r.expert[w] for r, w in zip(rollouts, where)])).to(device)
+    logprobs, _ = token_logprobs(model, ids, rows, cols)
+    return -logprobs.sum() / tokens, -logprobs.detach()[expert].sum()  # eq. (4.2)
+
+
+def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -> tuple[float, float, float]:
+    """One optimiser step over micro-batches of rows; returns (global loss, sum of the second value, gradient norm).
+
+    loss_of(rows) -> (part of the global loss, a sum to report). If the loss or gradient is not finite nothing changes
+    and the norm returned is NaN.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total, reported = 0.0, 0.0
+    for rows, weight in batches:
+        loss, extra = loss_of(rows)
+        (loss * weight * ranks.world_size).backward()  # FSDP averages over ranks; our losses add up over them
+        total += weight * loss.item()
+        reported += weight * extra.item()
+    total, reported = all_sum([total, reported], ranks)
+    norm = grad_norm(model, args.max_grad_norm)
+    if not (math.isfinite(norm) and math.isfinite(total)):
+        return total, reported, math.nan
+    optimizer.step()
+    return total, reported, norm
+
+
+def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
+    """One E-step update: q = policy, pi_i = frozen. snippets: the global batch. Returns metrics, equal on all ranks."""
+    G, mine = args.group_size, ranks.share(len(snippets))
+    clock = [time.perf_counter()]
+    # 1 sample: every rank draws the same noise for the whole batch and takes its rows
+    width = max(s.width(args.max_latent_tokens) for s in snippets)
+    noise = uniforms((len(snippets), G, width), args.seed, "E", update_index)[mine].flatten(0, 1)  # [R, W]
+    rows = [s for s in snippets[mine] for _ in range(G)]
+    with gathered(policy):
+        rollouts = rollout(policy, rows, noise, vocabulary, args)
+    clock.append(time.perf_counter())
+    # 2 score
+    with gathered(frozen):
+        logprobs = expert_logprobs(frozen, rollouts, args.micro_batch_tokens, vocabulary.separator)
+    penalty = 0.0 if update_index < args.penalty_warmup else args.penalty  # D4
+    longest = max(len(s.boundaries) for s in rows)
+    rewards = torch.zeros(len(rows), longest, dtype=torch.float64)
+    for r, (one, lp) in enumerate(zip(rollouts, logprobs)):
+        rewards[r, : len(one.snippet.boundaries)] = torch.from_numpy(step_rewards(one, lp, penalty, args))
+    clock.append(time.perf_counter())
+    # 3 advantage
+    returns = truncated_returns(rewards.view(-1, G, longest), args.return_horizon)  # [S, G, T]
+    advantages = group_baseline_advantages(returns, args.normalize_std).view(len(rows), longest).numpy()
+    # 4 update
+    sums = rollout_sums(rollouts)
+    sums["reward"] = rewards.sum().item()
+    sums["line"] = -sum(lp.sum() for lp in logprobs)
+    sums = all_sum(sums, ranks)
+    pairs = list(zip(rollouts, advantages))
+    _, entropy, norm = update(
+        policy,
+        optimizer,
+        weighted(pairs, [len(r.ids) for r in rollouts], args, ranks),
+        lambda part: policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"]),
+        ranks,
+        args,
+    )
+    clock.append(time.perf_counter())
+    return {
+        "reward/mean": sums["reward"] / sums["decisions"],
+        "reward/penalty": penalty,
+        "train/ce_code": sums["line"] / sums["expert_tokens"],
+        "policy/entropy": entropy / sums["decisions"],
+        **rollout_metrics(sums),
+        **timing(clock, sums["tokens"], args.rl_learning_rate, norm),
+    }
+
+
+def m_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
+    """One M-step update: pi = policy; q = frozen samples the thoughts, or every latent is act if frozen is None."""
+    mine = ranks.share(len(snippets))
+    clock = [time.perf_counter()]
+    if frozen is None:  # NTP
+        rollouts = [all_act(s) for s in snippets[mine]]
+    else:
+        width = max(s.width(args.max_latent_tokens) for s in snippets)
+        noise = uniforms((len(snippets), width), args.seed, "M", update_index)[mine]
+        with gathered(frozen):
+            rollouts = rollout(frozen, snippets[mine], noise, vocabulary, args)
+    sums = rollout_sums(rollouts)
+    rollouts = [r.without_malformed() for r in rollouts]
+    sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
+    sums = all_sum(sums, ranks)
+    clock += [time.perf_counter()] * 2  # nothing to score
+    loss, expert_loss, norm = update(
+        policy,
+        optimizer,
+        weighted(rollouts, [len(r.ids) for r in rollouts], args, ranks),
+        lambda part: ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"]),
+        ranks,
+        args,
+    )
+    clock.append(time.perf_counter())
+    return {
+        "train/loss": loss,
+        "train/ce_code": expert_loss / sums["expert_tokens"],
+        **rollout_metrics(sums),
+        **timing(clock, sums["tokens"], args.ntp_learning_rate, norm),
+    }
+
+
+def weighted(rows: list, lengths: list[int], args: Args, ranks: Ranks) -> list[tuple[list, float]]:
+    """(rows, weight) micro-batches, as many on every rank: the missing ones are one row with weight 0."""
+    batches = micro_batches(lengths, args.micro_batch_tokens, ranks)
+    return [([rows[i] for i in batch], 1.0) if batch else (rows[:1], 0.0) for batch in batches]
+
+
+# ---------------------------------------------------------------- 5 log, evaluate, save
+
+
+def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
+    """Counts to be added up over ranks: decisions, thoughts, their tokens, and both by kind of line."""
+    sums = Counter(
+        dict.fromkeys(("decisions", "thoughts", "malformed", "latent_tokens", "tokens", "expert_tokens"), 0)
+    )
+    for kind in ("assert", "assign", "control", "def", "import", "other", "return"):
+        sums[f"of/{kind}"] = sums[f"at/{kind}"] = 0
+    for r in rollouts:
+        thought = set(r.actions[r.targets >= 0].tolist())
+        sums["decisions"] += len(r.snippet.kinds)
+        sums["thoughts"] += len(thought)
+        sums["malformed"] += int(r.malformed.sum())
+        sums["latent_tokens"] += int((r.targets >= 0).sum())
+        sums["tokens"] += len(r.ids)
+        sums["expert_tokens"] += int(r.expert.sum())
+        sums.update(f"of/{kind}" for kind in r.snippet.kinds)
+        sums.update(f"at/{r.snippet.kinds[t]}" for t in thought)
+    return dict(sums)
+
+
+def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
+    kinds = [key[3:] for key in sums if key.startswith("of/") and sums[key]]
+    return {
+        "rollout/think_rate": sums["thoughts"] / max(1, sums["decisions"]),
+        "rollout/format_rate": 1 - sums["malformed"] / max(1, sums["thoughts"]),
+        "rollout/latent_tokens": sums["latent_tokens"] / max(1, sums["thoughts"]),
+        **{f"rollout/think_rate/{kind}": sums[f"at/{kind}"] / sums[f"of/{kind}"] for kind in sorted(kinds)},
+    }
+
+
+def timing(clock: list[float], tokens: float, learning_rate: float, norm: float) -> dict[str, float]:
+    seconds = np.diff(clock)
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "optim/grad_norm": norm,
+        "optim/learning_rate": learning_rate,
+        "time/rollout_s": seconds[0],
+        "time/score_s": seconds[1],
+        "time/update_s": seconds[2],
+        "perf/tokens_per_s": tokens / sum(seconds),
+        "perf/peak_memory_gib": memory,
+    }
+
+
+def evaluate(model, snippets, vocabulary, args, ranks) -> tuple[dict[str, float], list[Rollout]]:
+    """Cross-entropy (nats per token) of held-out expert tokens, with thoughts sampled by `model` itself and without.
+
+    The same noise every time. One draw of the thoughts; malformed ones are replaced by act, as in the M-step. Also the
+    think rate by source and kind of line. Returns the metrics and this rank's rollouts, for the samples.
+    """
+    if not snippets:
+        return {}, []
+    mine = ranks.share(len(snippets))
+    width = max(s.width(args.max_latent_tokens) for s in snippets)
+    noise = uniforms((len(snippets), width), args.seed, "eval")[mine]
+    sums = dict.fromkeys(
+        (f"{n}/{s.source}" for s in snippets for n in ("ce_code", "ce_code_act", "tokens")), 0.0
+    )
+    sums |= dict.fromkeys(
+        (f"{n}/{s.source}/{k}" for s in snippets for k in s.kinds for n in ("at", "of")), 0.0
+    )
+    with gathered(model):
+        rollouts = rollout(model, snippets[mine], noise, vocabulary, args)
+        thinking = expert_logprobs(
+            model, [r.without_malformed() for r in rollouts], args.micro_batch_tokens, vocabulary.separator
+        )
+        acting = expert_logprobs(
+            model, [all_act(s) for s in snippets[mine]], args.micro_batch_tokens, vocabulary.separator
+        )
+    for r, with_thoughts, without in zip(rollouts, thinking, acting):
+        source = r.snippet.source
+        sums[f"ce_code/{source}"] -= with_thoughts.sum()
+        sums[f"ce_code_act/{source}"] -= without.sum()
+        sums[f"tokens/{source}"] += len(without)
+        thought = set(r.actions[r.targets >= 0].tolist())
+        for t, kind in enumerate(r.snippet.kinds):
+            sums[f"of/{source}/{kind}"] += 1
+            sums[f"at/{source}/{kind}"] += t in thought
+    sums = all_sum(sums, ranks)
+    sources = sorted({s.source for s in snippets})
+    tokens = sum(sums[f"tokens/{source}"] for source in sources)
+    metrics = {
+        f"eval/{n}": sum(sums[f"{n}/{s}"] for s in sources) / tokens for n in ("ce_code", "ce_code_act")
+    }
+    for source in sources:
+        for name in ("ce_code", "ce_code_act"):
+            metrics[f"eval/{name}/{source}"] = sums[f"{name}/{source}"] / sums[f"tokens/{source}"]
+    for key in sorted(k for k in sums if k.startswith("of/")):
+        metrics[f"eval/think_rate/{key[3:]}"] = sums["at" + key[2:]] / sums[key]
+    return metrics, rollouts
+
+
+def rendered(
+    rollouts: list[Rollout], vocabulary: Vocabulary, before: str, after: str, escape=str
+) -> list[str]:
+    """Each rollout's text with its thoughts between `before` and `after`."""
+    texts = []
+    for r in rollouts:
+        marks = {}
+        for t, ids in r.thoughts().items():
+            thought = vocabulary.decode([ids])[0]
+            marks[t] = "\x02" + thought.rstrip("\n") + "\x03\n"
+        text = escape(bootstrap_text(r.snippet, marks))
+        texts.append(text.replace("\x02", before).replace("\x03", after))
+    return texts
+
+
+def write_samples(run: Run, title: str, rollouts: list[Rollout], vocabulary: Vocabulary) -> None:
+    """Append a few rollouts to samples.html, thoughts coloured apart from code (rank 0)."""
+    blocks = rendered(rollouts[:12], vocabulary, '<b style="color:#0a7d33">', "</b>", html.escape)
+    with open(run.path / "samples.html", "a", encoding="utf-8") as handle:
+        handle.write(f"<meta charset='utf-8'><h2>{html.escape(title)}</h2>\n")
+        handle.writelines(f"<pre style='background:#f6f6f6;padding:1em'>{block}</pre>\n" for block in blocks)
+
+
+def print_table(
+    stages: list[tuple[str, dict]], rollouts: list[Rollout], vocabulary: Vocabulary, run: Run
+) -> None:
+    """What the run did, on held-out snippets: a row a metric, a column a stage; then a few samples."""
+    wanted = [k for k in stages[-1][1] if k.startswith(("eval/ce_code", "eval/think_rate"))]
+    wanted = [
+        k for k in wanted if "think_rate" not in k or any(stage[1].get(k, 0) >= 0.005 for stage in stages)
+    ]
+    name = max(len(k) for k in wanted) - len("eval/")
+    print("\nheld-out snippets".ljust(name + 3) + "".join(f"{title:>12}" for title, _ in stages))
+    for key in wanted:
+        print(
+            f"  {key.removeprefix('eval/').ljust(name)}"
+            + "".join(f"{m.get(key, math.nan):12.3f}" for _, m in stages)
+        )
+    print(
+        "ce_code: cross-entropy of the expert's tokens with the model's own thoughts; ce_code_act: without (nats)\n"
+    )
+    chosen = {r.snippet.source: r for r in reversed(rollouts)}.values()  # one of each source
+    for text in rendered(list(chosen), vocabulary, "\033[32m", "\033[0m"):
+        print("\n".join(text.splitlines()[:16]) + "\n")
+    print(f"samples {run.path}/samples.html   curves {run.path}/curves.png   models {run.path}/checkpoints/")
+
+
+def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args, ranks: Ranks) -> None:
+    """--bootstrap-only: one JSON object a snippet: text, bootstrapped, latents [{line, text}] in bootstrapped.jsonl.
+
+    With --resume auto, an earlier file is kept up to its last whole batch, and continued.
+    """
+    target, started = run.path / "bootstrapped.jsonl", time.perf_counter()
+    size = args.rollout_rows * ranks.world_size
+    earlier = target.read_text(encoding="utf-8").splitlines() if target.exists() else []
+    count = first = len(earlier) // size * size
+    all_sum(0.0, ranks)  # every rank has read the file before rank 0 cuts it
+    if ranks.main:
+        target.write_text("".join(line + "\n" for line in earlier[:count]), encoding="utf-8")
+    stream = iter(SnippetStream(args, "all", vocabulary, context))
+    for _ in range(count):
+        next(stream)
+    while snippets := [snippet for _, snippet in zip(range(size), stream)]:
+        mine = ranks.share(len(snippets))
+        width = max(s.width(args.max_latent_tokens) for s in snippets)
+        noise = uniforms((len(snippets), width), args.seed, "bootstrap", count)[mine]
+        with gathered(model):
+            rollouts = rollout(model, snippets[mine], noise, vocabulary, args)
+        lines = []
+        for r in rollouts:
+            latents = {t: vocabulary.decode([ids])[0] for t, ids in r.thoughts().items()}
+            starts = {t: r.snippet.starts[r.snippet.boundaries[t]] for t in latents}
+            places = [
+                {"line": r.snippet.text.count("\n", 0, starts[t]), "text": latents[t].strip()}
+                for t in sorted(latents)
+            ]
+            lines.append(
+                {
+                    "text": r.snippet.text,
+                    "bootstrapped": bootstrap_text(r.snippet, latents),
+                    "latents": places,
+                }
+            )
+        lines = all_gather_list(lines, ranks)
+        count += len(snippets)
+        if ranks.main:
+            with open(target, "a", encoding="utf-8") as handle:
+                handle.writelines(json.dumps(line) + "\n" for line in lines)
+            print(f"{count} snippets  {(count - first) / (time.perf_counter() - started):.1f}/s", flush=True)
+
+
+def check(args: Args, ranks: Ranks) -> None:
+    """UserError for sizes that cannot work, naming the nearest that can."""
+    for name in ("rl_batch_size", "ntp_batch_size"):
+        size = getattr(args, name)
+        if size <= 0 or size % ranks.world_size:
+            nearest = max(ranks.world_size, size // ranks.world_size * ranks.world_size)
+            raise UserError(
+                f"--{name.replace('_', '-')} {size} is not a multiple of {ranks.world_size} ranks; use {nearest}"
+            )
+    positive = (
+        "group_size",
+        "em_iterations",
+        "max_latent_tokens",
+        "temperature",
+        "rollout_rows",
+        "micro_batch_tokens",
+    )
+    for name in (*positive, "max_snippet_tokens", "save_every"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in (
+        "rl_updates",
+        "ntp_updates",
+        "return_horizon",
+        "penalty_warmup",
+        "max_snippets",
+        "eval_every",
+        "eval_snippets",
+    ):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.max_snippet_tokens < 4:
+        raise UserError(
+            f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code; use 4 or more"
+        )
+
+
+def main(args: Args) -> None:
+    ranks = setup(args.seed)
+    check(args, ranks)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, ranks)
+    config = policy.config.get_text_config()
+    vocabulary = Vocabulary(tokenizer, config.vocab_size, ranks.device)
+    context = config.max_position_embeddings
+    if args.dry_run:
+        dry_run(policy, vocabulary, context, args, ranks)
+        return
+    run = Run(args, __file__, ranks)
+    if args.bootstrap_only:
+        bootstrap(
+            load_model(args.q_model, ranks) if args.q_model else policy, vocabulary, context, run, args, ranks
+        )
+        return
+    learns_q = args.algo == "ra3" and not args.q_model  # else there is no E-step
+    frozen = None if args.algo == "ntp" else load_model(args.q_model or args.model, ranks)
+    if frozen is not None and frozen.config.get_text_config().vocab_size != config.vocab_size:
+        raise UserError(f"--q-model {args.q_model} has another vocabulary than {args.model}")
+    rl_updates = args.rl_updates if learns_q else 0
+    per_iteration = rl_updates + args.ntp_updates
+    total = args.em_iterations * per_iteration
+
+    def new_optimizer(learning_rate: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            policy.parameters(),
+            lr=learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+
+    models = {"policy": policy} | ({"frozen": frozen} if learns_q else {})
+    optimizer, start, bad_updates = None, 0, 0
+    cursors = {"E": 0, "M": 0}
+    if run.state is not None:
+        start, cursors = run.state["update"], run.state["cursors"]
+        in_e_step = (start - 1) % per_iteration < rl_updates  # of the last update done
+        optimizer = new_optimizer(args.rl_learning_rate if in_e_step else args.ntp_learning_rate)
+        run.restore(models, optimizer)
+    streams = {
+        p: SnippetStream(args, p, vocabulary, context, cursors[p]) for p in ("E", "M") if p == "M" or learns_q
+    }
+    held_out = SnippetStream(args, "eval", vocabulary, context).batch(args.eval_snippets)
+    stages: list[tuple[str, dict]] = run.state["stages"] if run.state is not None else []
+    interrupt, started = Interrupt(), time.perf_counter()
+
+    def measure(title: str) -> dict:
+        metrics, rollouts = evaluate(policy, held_out, vocabulary, args, ranks)
+        if ranks.main and metrics:
+            write_samples(run, title, rollouts, vocabulary)
+        measure.rollouts = rollouts
+        return metrics
+
+    if not stages:
+        stages.append(("before", measure("before, pi_0")))
+        run.log({"update": 0, "phase": "start", **stages[0][1]})
+    for done in range(start, total):
+        iteration, k = divmod(done, per_iteration)
+        phase = "E" if k < rl_updates else "M"
+        if k == 0 and learns_q:  # E-step: q (the policy) starts from pi_i, whose frozen copy scores
+            copy_weights(policy, frozen)
+            optimizer = new_optimizer(args.rl_learning_rate)
+        if (
+            k == rl_updates
+        ):  # M-step: q_i is frozen and samples; pi starts again from pi_i, with a fresh optimizer
+            if learns_q:
+                policy, frozen = frozen, policy
+                models = {"policy": policy, "frozen": frozen}
+            optimizer = new_optimizer(args.ntp_learning_rate)
+        size = args.rl_batch_size if phase == "E" else args.ntp_batch_size
+        snippets = streams[phase].batch(size)
+        step = e_step if phase == "E" else m_step
+        rl_update = iteration * rl_updates + k if phase == "E" else done
+        metrics = step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, rl_update)
+        update_number = done + 1
+        # 5 log, evaluate, save
+        bad_updates = bad_updates + 1 if math.isnan(metrics["optim/grad_norm"]) else 0
+        metrics["optim/skipped"] = float(bad_updates > 0)
+        if bad_updates == 3:
+            raise UserError(
+                f"three updates in a row had a NaN or infinite loss or gradient, the last on the snippets that begin with "
+                f"{snippets[0].text[:60]!r}; the last checkpoint is good. Try a smaller learning rate"
+            )
+        metrics["data/epoch_texts"] = float(streams[phase].cursor)
+        last_of_phase = k + 1 in (rl_updates, per_iteration)
+        if last_of_phase or (args.eval_every and update_number % args.eval_every == 0):
+            title = (
+                f"after {'E' if phase == 'E' else 'M'}{iteration + 1}"
+                if last_of_phase
+                else f"update {update_number}"
+            )
+            metrics |= measure(title)
+            if last_of_phase:
+                stages.append((title, {k: v for k, v in metrics.items() if k.startswith("eval/")}))
+        run.log({"update": update_number, "phase": phase, "iteration": iteration + 1, **metrics})
+        if ranks.main:
+            console(update_number, total, start, started, phase, metrics)
+        if k + 1 == rl_updates and learns_q:
+            run.export(policy, tokenizer, f"em_{iteration + 1:03d}_q")
+        if k + 1 == per_iteration:
+            run.export(policy, tokenizer, f"em_{iteration + 1:03d}")
+        stop = interrupt.requested(ranks)
+        if stop or update_number % args.save_every == 0 or last_of_phase:
+            cursors = {name: stream.cursor for name, stream in streams.items()}
+            run.save(
+                update_number, {"cursors": {"E": 0, "M": 0} | cursors, "stages": stages}, models, optimizer
+            )
+        if last_of_phase or stop:
+            run.curves(CURVES)
+        if stop:
+            raise SystemExit(128 + interrupt.signal)
+    if ranks.main and held_out:
+        if not hasattr(measure, "rollouts"):
+            measure("after")  # a run that was complete already
+        print_table(stages, measure.rollouts, vocabulary, run)
+
+
+CURVES = (
+    "reward/mean",
+    "rollout/think_rate",
+    "rollout/think_rate/assert",
+    "rollout/latent_tokens",
+    "rollout/format_rate",
+    "policy/entropy",
+    "train/ce_code",
+    "eval/ce_code",
+    "optim/grad_norm",
+)
+
+
+def console(done: int, total: int, start: int, started: float, phase: str, metrics: dict) -> None:
+    """One line an update."""
+    left = (time.perf_counter() - started) / (done - start) * (total - done)
+    reward = (
+        f"reward {metrics['reward/mean']:+.3f}"
+        if "reward/mean" in metrics
+        else f"loss {metrics['train/loss']:.3f}"
+    )
+    evaluated = f"  held-out ce {metrics['eval/ce_code']:.4f}" if "eval/ce_code" in metrics else ""
+    print(
+        f"{phase} {done:4d}/{total}  {reward}  ce {metrics['train/ce_code']:.3f}  think {metrics['rollout/think_rate']:6.1%} "
+        f"({metrics['rollout/latent_tokens']:.1f} tok)  |g| {metrics['optim/grad_norm']:.2f}  "
+        f"{metrics['time/rollout_s']:.1f}+{metrics['time/score_s']:.1f}+{metrics['time/update_s']:.1f}s  "
+        f"{metrics['perf/tokens_per_s']:.0f} tok/s  {metrics['perf/peak_memory_gib']:.1f} GiB  "
+        f"eta {int(left // 60)}:{int(left % 60):02d}{evaluated}",
+        flush=True,
+    )
+
+
+def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
+    """Print the plan, one bootstrapped snippet and a memory estimate."""
+    snippet = next(iter(SnippetStream(args, "M", vocabulary, context)))
+    noise = uniforms((1, snippet.width(args.max_latent_tokens)), args.seed, "dry run")
+    with gathered(policy):
+        text = rendered(
+            rollout(policy, [snippet], noise, vocabulary, args), vocabulary, "\033[32m", "\033[0m"
+        )[0]
+    parameters = sum(p.numel() for p in policy.parameters())
+    copies = (
+        4 * (1 if args.algo == "ntp" else 2) + 4 + 8
+    )  # policy and frozen in fp32, gradient, AdamW's two moments
+    rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
+    if ranks.main:
+        print(f"model {args.model}: {parameters / 1e6:.1f}M parameters, context {context}")
+        print(f"data {', '.join(args.dataset)}; an action is a {args.granularity}")
+        print(
+            f"{args.em_iterations} EM iteration(s) of {rl} E-step updates ({args.rl_batch_size} snippets x {args.group_size})"
+        )
+        print(
+            f"  and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets), {ranks.world_size} rank(s)"
+        )
+        print(
+            f"memory per rank: {parameters * copies / ranks.world_size / 2**30:.2f} GiB of weights and optimizer, "
+            f"{2 * parameters * 2 / 2**30:.2f} GiB gathered for rollouts (bf16), plus activations of "
+            f"{args.micro_batch_tokens} tokens and the cache of {args.rollout_rows} rows\n"
+        )
+        print(text)
+
+
+if __name__ == "__main__":
+    launch(main, tyro.cli(Args, default=TINY_DEFAULTS if "--tiny" in sys.argv else Args()))
