@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import random
+import re
 import resource
 import sys
 import time
@@ -213,8 +214,11 @@ class Vocabulary:
         self.text = self.decode([[i] for i in range(known)])
         self.special = set(tokenizer.all_special_ids)
         opens = [text.lstrip(" \t").startswith("#") for text in self.text]
+        # a byte-fallback decoder (SentencePiece) turns a newline into U+FFFD if it follows half a character
+        names = tokenizer.convert_ids_to_tokens(list(range(known)))
+        half = [bool(re.fullmatch("<0x[89A-F][0-9A-F]>", name or "")) for name in names]
         breaks = [
-            i in self.special or "\r" in text or "\0" in text or "\n" in text[:-1]
+            i in self.special or half[i] or "\r" in text or "\0" in text or "\n" in text[:-1]
             for i, text in enumerate(self.text)
         ]
         ends = ["\n" in text and not broken for text, broken in zip(self.text, breaks)]
@@ -222,9 +226,9 @@ class Vocabulary:
         self.opens = torch.tensor(opens + [False] * padding, device=device)
         self.breaks = torch.tensor(breaks + [True] * padding, device=device)
         self.ends = torch.tensor(ends + [False] * padding, device=device)
-        self.newline = next(
-            (i for i, text in enumerate(self.text) if text == "\n" and i not in self.special), None
-        )
+        newlines = [i for i, text in enumerate(self.text) if text == "\n" and i not in self.special]
+        canonical = tokenizer("a\n", add_special_tokens=False).input_ids[-1]
+        self.newline = canonical if canonical in newlines else next(iter(newlines), None)
         if self.newline is None or not any(opens):
             raise UserError(
                 "this tokenizer has no token for a newline or for '#', so it cannot write a comment line"
