@@ -6,38 +6,38 @@
 
 **Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base model
 writes `os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests and the
-owner of the machine are not. Whatever a process prints, returns or exits with when it has succeeded, a program inside
-that process can print, return or exit with too: program and test never share a process.
+owner of the machine are not. What a process prints, returns or exits with after success, a program inside that
+process can print, return or exit with too: program and test never share a process.
 
 **Processes**, for each worker (a worker is one thread of the caller):
 
-    caller ----- code, limits ----> Z  zygote: a fresh `python -I -S sandbox.py`, confined once; forks per program
-      |                             |- C  candidate: a fork of Z that runs one program and dies
-      '---- tests / verdict ------- '- T  tester: a fork of Z that runs the trusted tests, job after job
-                                 C <---> T  calls and their results, as plain data
+    caller ---- code, limits ----> Z  zygote: a fresh `python -I -S sandbox.py`; confined once, forks per program
+      |                            |- C  candidate: a fork of Z that runs one program and dies
+      '---- tests / verdict ------ '- T  tester: a fork of Z that runs trusted tests, job after job
+                                C <---> T  calls and their results, as plain data
 
-- C holds four descriptors: stdin, stdout, stderr and a socket to T. No test is in its memory (it is a copy of Z, which
-  reads neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process.
-  All it can do is to answer T's calls, rightly or wrongly.
-- T executes the tests. A name that a test does not define is asked from C; a call goes to C as a pickle of the arguments
-  and comes back as a pickle of the result, read by an unpickler that can make built-in plain data and nothing else
-  (`Unpacker`). What is not plain data stays in C: the test gets a `Handle`, which never equals or computes with plain data.
-- A stdin program needs no T: C reads one memory file and writes another; the caller compares them once C is dead.
+- C holds stdin, stdout, stderr, a socket to T and a pipe that tells Z of its end. No test is in its memory (it is
+  a copy of Z, which reads neither code nor tests) nor in a file that it can open, and it can neither trace nor
+  signal another process. All it can do is to answer T's calls, rightly or wrongly.
+- T executes the tests. A name that a test does not define is asked from C. Arguments and results travel as JSON
+  that can only become built-in plain data (`PLAIN`): there is no pickle anywhere. What is not plain data stays in
+  C: the test gets a `Handle`, which never equals or computes with plain data.
+- A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
 
-**Confinement.** Landlock (`restrict_files`): the standard library and the installed packages can be read, one scratch
-folder can be written, nothing else opens. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, sockets
-(but socketpair), ptrace, mount, chmod, memfd, shared memory. For C also no fork (`restrict_candidate`), so a program is
-one process and SIGKILL ends all of it. No capabilities, a bare environment, and limits on wall time, CPU time, memory,
-size of a file, size of the folder, threads.
+**Confinement.** Landlock (`restrict_files`): the standard library and the installed packages can be read, one
+scratch folder can be written, nothing else opens. seccomp (`SYSCALLS`): a list of what is allowed; exec, sockets
+other than socketpair, ptrace, mount, chmod, memfd and shared memory are not in it. For C also no fork
+(`candidate_filter`), so a program is one process and SIGKILL ends all of it. No capabilities, a bare environment,
+and limits on time, memory, files, output and threads.
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
-computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal). Programs cannot
-use subprocess or multiprocessing or make folders, and a test cannot mix objects of their classes and plain data in one
-operator. Without Landlock (Linux < 5.13, gVisor) a program can read this user's files; on a machine without a table of
-system calls it can do what this user can. Both are said once on stderr. Linux only.
+computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal). Programs
+cannot use subprocess or multiprocessing or make folders; a test cannot mix their objects and plain data in one
+operator. Without Landlock (Linux < 5.13, gVisor) a program can read this user's files; on a machine without a
+column in `SYSCALLS` it can do most of what this user can. Both are said once, on stderr: use a container then.
+Linux only.
 """
 
-import ast
 import builtins
 import collections
 import contextlib
@@ -48,13 +48,10 @@ import fractions
 import functools
 import gc
 import importlib
-import io
 import json
 import math
 import operator
 import os
-import pickle
-import platform
 import re
 import resource
 import select
@@ -62,7 +59,6 @@ import signal
 import socket
 import struct
 import sys
-import sysconfig
 import time
 import types
 
@@ -75,299 +71,208 @@ if __name__ != "__main__":  # Only the caller needs these; threading would make 
     import threading
 
 MIB = 1 << 20
-MESSAGE_LIMIT = 64 * MIB  # one result of a call
-TESTER_MEMORY = 2048 * MIB
-STACK = 512 * MIB  # for recursion through C code: sorted(key=...), lru_cache
-TICK_S = 0.05  # how often the threads and files of a running program are counted
+MESSAGE_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # one result as JSON; T's address space
+STACK = 512 * MIB  # for recursion through C code, as in sorted(key=...) and lru_cache
+TICK_S = 0.05  # how often the threads, files and CPU time of a running program are looked at
 OPEN_FILES, SCRATCH_FILES = 64, 1000
-PRELOADED = "array bisect cmath copy dataclasses enum heapq itertools random statistics string textwrap typing".split()
+START_TIMEOUT_S, GRACE_S = 120, 5
+PRELOADED = "array bisect cmath copy dataclasses enum heapq itertools random statistics string textwrap typing"
 
 
-# ---- Messages: a length, then that many bytes; file descriptors travel with the length -------------------------------
+# ---- Messages: a length, then JSON of that length. File descriptors travel with the length. ---------------------
 
 
-def send(sock, payload, fds=()):
-    header = struct.pack("=Q", len(payload))
-    if fds:
-        socket.send_fds(sock, [header], fds)
-        sock.sendall(payload)
-    else:
-        sock.sendall(header + payload)
+def send(sock, value, fds=()):
+    payload = json.dumps(value).encode()
+    message = struct.pack("=Q", len(payload)) + payload
+    sent = socket.send_fds(sock, [message], fds) if fds else 0
+    sock.sendall(message[sent:])
 
 
 def receive(sock, max_fds=0, limit=None):
-    """-> (payload, fds). EOFError when the other side is gone."""
-    header, fds = read_exactly(sock, 8) if not max_fds else b"", []
-    if max_fds:
-        header, fds, _, _ = socket.recv_fds(sock, 8, max_fds)
-        if len(header) < 8:
-            raise EOFError
-    (size,) = struct.unpack("=Q", header)
+    """-> (value, fds). EOFError when the other side is gone. Each side waits for the other's answer before it sends
+    again, so what is read at once belongs to one message."""
+    message, fds, *_ = socket.recv_fds(sock, 1 << 16, max_fds) if max_fds else (sock.recv(1 << 16), [])
+    if len(message) < 8:
+        raise EOFError
+    (size,) = struct.unpack_from("=Q", message)
     if limit and size > limit:
-        raise ValueError(f"result larger than {limit // MIB} MiB")
-    return read_exactly(sock, size), fds
-
-
-def read_exactly(sock, size):
-    received = bytearray()  # grows by what has come, not by what the other side announced
-    while len(received) < size:
-        part = sock.recv(min(size - len(received), MIB))
+        raise ValueError("result too large")
+    payload = bytearray(message[8:])  # grows by what has come, not by what the other side announced
+    while len(payload) < size:
+        part = sock.recv(min(size - len(payload), MIB))
         if not part:
             raise EOFError
-        received += part
-    return bytes(received)
+        payload += part
+    return json.loads(payload), fds
 
 
-# ---- Plain data. In both directions, `object(n)` in a pickle stands for object number n of the candidate -------------
+# ---- Plain data as JSON: None, bool, int, float and str as they are, all else as [name of the class, part, ...] ---
 
-# class: (how C takes a value of it apart, the types of argument from which T puts one together)
-PLAIN = {
-    int: (lambda value: (int.__int__(value),), {int}),
-    float: (lambda value: (float.__float__(value),), {float}),
-    str: (lambda value: (str.__str__(value),), {str}),
-    bytes: (lambda value: (bytes(memoryview(value)),), {bytes}),
-    list: (lambda value: (list(value),), {list}),
-    tuple: (lambda value: (tuple(value),), {tuple}),
-    dict: (lambda value: (dict(value),), {dict}),
-    set: (lambda value: (set(value),), {set}),
-    frozenset: (lambda value: (frozenset(value),), {frozenset}),
-    complex: (lambda value: (value.real, value.imag), {float}),
-    range: (lambda value: (value.start, value.stop, value.step), {int}),
-    collections.deque: (lambda value: (list(value), value.maxlen), {list, int, type(None)}),
-    decimal.Decimal: (lambda value: (str(value),), {str}),
-    fractions.Fraction: (lambda value: (value.numerator, value.denominator), {int}),
-    datetime.date: (lambda value: value.timetuple()[:3], {int}),
-    datetime.datetime: (lambda value: (*value.timetuple()[:6], value.microsecond), {int}),
-    datetime.time: (lambda value: (value.hour, value.minute, value.second, value.microsecond), {int}),
-    datetime.timedelta: (lambda value: (value.days, value.seconds, value.microseconds), {int}),
+index = operator.index
+PLAIN = {  # class: (value, also of a subclass, -> parts; parts -> value)
+    int: (lambda value: [hex(value)], lambda text: int(text, 16)),  # only if too long for JSON, or of a subclass
+    float: (lambda value: [float.__float__(value)], float),
+    str: (lambda value: [str.__str__(value)], str),
+    bytes: (lambda value: [value.decode("latin-1")], lambda text: text.encode("latin-1")),
+    list: (list, lambda *parts: list(parts)),
+    tuple: (list, lambda *parts: parts),
+    set: (list, lambda *parts: set(parts)),
+    frozenset: (list, lambda *parts: frozenset(parts)),
+    dict: (lambda value: [part for item in value.items() for part in item],
+           lambda *parts: dict(zip(parts[::2], parts[1::2]))),
+    collections.deque: (list, lambda *parts: collections.deque(parts)),
+    complex: (lambda value: [value.real, value.imag], complex),
+    range: (lambda value: [value.start, value.stop, value.step], range),
+    decimal.Decimal: (lambda value: [str(value)], decimal.Decimal),
+    fractions.Fraction: (lambda value: [value.numerator, value.denominator],
+                         lambda *parts: fractions.Fraction(*map(index, parts))),  # not from "1e999999999"
+    datetime.date: (lambda value: value.timetuple()[:3], datetime.date),
+    datetime.datetime: (lambda value: [*value.timetuple()[:6], value.microsecond], datetime.datetime),
+    datetime.time: (lambda value: [value.hour, value.minute, value.second, value.microsecond], datetime.time),
+    datetime.timedelta: (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
 }
-BASES = (int, float, str, bytes, list, tuple, dict, set, frozenset)  # their subclasses travel as the base
+CLASSES = {kind.__name__: kind for kind in PLAIN}
+BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as its base
 
 
-class Kept:
-    """The objects of C that T has handles to."""
-
-    def __init__(self):
-        self.objects, self.numbers = [], {}  # the list keeps them alive, so that ids stay unique
-
-    def number(self, value):
-        if id(value) not in self.numbers:
-            self.numbers[id(value)] = len(self.objects)
-            self.objects.append(value)
-        return self.numbers[id(value)]
-
-
-class CandidatePacker(pickle.Pickler):
-    """C's answers. Nobody trusts them; this only keeps honest ones inside what `Unpacker` accepts."""
-
-    def __init__(self, file, kept):
-        super().__init__(file, 5)
-        self.kept = kept
-
-    def reducer_override(self, value):  # called for all but exact built-in scalars and containers
-        kind = type(value)
-        if value is object or (isinstance(value, type) and value in PLAIN):
-            return NotImplemented  # the constructors below, by name
-        if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
-            value = value.tolist()
-            kind = type(value)
-        if kind is bool:  # of a numpy scalar
-            return bool, (int(value),)
-        base = kind if kind in PLAIN else next((base for base in BASES if isinstance(value, base)), None)
-        if base:
-            return base, PLAIN[base][0](value)
-        return object, (self.kept.number(value),)
+def pack(value, number_of):
+    """`number_of` gives the number of an object of C that is not plain data."""
+    kind = type(value)
+    if kind in (str, float, bool, type(None)) or (kind is int and value.bit_length() < 10_000):
+        return value
+    if kind.__module__ == "numpy" and hasattr(value, "tolist"):
+        return pack(value.tolist(), number_of)
+    if kind not in PLAIN:
+        kind = next((base for base in BASES if isinstance(value, base)), None)
+    if kind is None:
+        return ["object", number_of(value)]
+    return [kind.__name__, *(pack(part, number_of) for part in PLAIN[kind][0](value))]
 
 
-class CandidateUnpacker(pickle.Unpickler):
-    """T's requests, as C reads them."""
-
-    def __init__(self, file, kept):
-        super().__init__(file)
-        self.kept = kept
-
-    def find_class(self, module, name):
-        if (module, name) == ("builtins", "object"):
-            return self.kept.objects.__getitem__
-        return super().find_class(module, name)
+def unpack(value, object_of):
+    """What `pack`, or an attacker, has written. The result is built of `PLAIN` and `object_of(number)`."""
+    if type(value) is not list:
+        return value
+    name, *parts = value
+    if name == "object":
+        return object_of(*parts)
+    return PLAIN[CLASSES[name]][1](*(unpack(part, object_of) for part in parts))
 
 
-class Constructor:
-    """What a class name in C's answer becomes in T: it checks the types of its arguments, so nothing grows on the way, and
-    refuses pickle's BUILD, with which an answer could set attributes (`Fraction.__eq__`, say) for good."""
-
-    __slots__ = ("make", "types")
-
-    def __init__(self, make, types):
-        self.make, self.types = make, types
-
-    def __call__(self, *args):
-        if not {type(arg) for arg in args} <= self.types:
-            raise pickle.UnpicklingError("argument of a wrong type")
-        return self.make(*args)
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("attributes cannot be set")
-
-
-CONSTRUCTORS = {(kind.__module__, kind.__name__): Constructor(kind, types) for kind, (_, types) in PLAIN.items()}
-CONSTRUCTORS["builtins", "bool"] = Constructor(bool, {int})
-
-
-class Unpacker(pickle.Unpickler):
-    """C's answers, as T reads them: hostile. Names outside the table are refused."""
-
-    def __init__(self, file, make_handle):
-        super().__init__(file)
-        self.make_handle = make_handle
-
-    def find_class(self, module, name):
-        if (module, name) == ("builtins", "object"):
-            return Constructor(self.make_handle, {int})
-        try:
-            return CONSTRUCTORS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is not plain data") from None
-
-
-class TesterPacker(pickle.Pickler):
-    """T's requests: ordinary pickles, a Handle as its number."""
-
-    def reducer_override(self, value):
-        return (object, (value._number,)) if type(value) is Handle else NotImplemented
-
-
-# ---- C, the candidate. All of this runs inside the hostile process: it serves honest programs, it guards nothing ------
+# ---- C, the candidate. This runs inside the hostile process: it serves honest programs and guards nothing. --------
 
 
 def run_script(source):
-    """The program as `python program.py` would run it, to its exit status."""
+    """The program as `python program.py` would run it. -> exit status"""
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     status = 0
     try:
         exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        if status == 1 and not isinstance(stop.code, int):
-            print(stop.code, file=sys.stderr)
+        status = stop.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         status = 1
         sys.excepthook(*sys.exc_info())
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # waits for the threads that are not daemons
     importlib.import_module("atexit")._run_exitfuncs()
-    try:
+    with contextlib.suppress(ValueError, AttributeError):  # stdout closed or replaced by the program
         sys.stdout.flush()
-    except (ValueError, AttributeError):
-        pass  # closed or replaced by the program, which is not an error
-    except OSError:
-        status = status or 120
     return status
 
 
 def serve(source, channel):
-    """The program as an imported module; then answers T's requests until T hangs up."""
+    """The program as an imported module, which answers T's requests until T hangs up."""
     module = sys.modules["solution"] = sys.modules["__main__"] = types.ModuleType("solution")
-    kept = Kept()
+    kept, numbers = [], {}  # what T has handles to; its number by id
+
+    def number_of(value):
+        if id(value) not in numbers:
+            numbers[id(value)] = len(kept)
+            kept.append(value)
+        return numbers[id(value)]
 
     def find(name):
-        owner = vars(module).get("Solution")  # LeetCode's form
-        if name not in vars(module) and hasattr(owner, name):
-            return getattr(owner(), name)
-        if name not in vars(module):
+        names = vars(module)
+        if name not in names and hasattr(names.get("Solution"), name):  # LeetCode's form
+            return getattr(names["Solution"](), name)
+        if name not in names:
             raise NameError(f"name '{name}' is not defined")
-        return vars(module)[name]
+        return names[name]
 
-    requests = {"find": find, "call": lambda function, args, kwargs: function(*args, **kwargs), "getattr": getattr,
-                "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "str": str, "repr": repr,
-                "iter": iter, "next": next, "eq": operator.eq}
-
-    def answer(function, *args):
-        buffer = io.BytesIO()
+    requests = {
+        "load": lambda: exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__),
+        "find": find, "call": lambda function, args, named: function(*args, **named), "getattr": getattr,
+        "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "str": str, "repr": repr,
+        "iter": iter, "next": next, "eq": operator.eq}
+    while True:
+        (request, args), _ = receive(channel)
         try:
-            CandidatePacker(buffer, kept).dump(("value", function(*args)))
+            value = requests[request](*unpack(args, kept.__getitem__))
+            send(channel, ["value", pack(value, number_of)])
         except BaseException as error:
             names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
-            buffer = io.BytesIO()
-            CandidatePacker(buffer, kept).dump(("raise", names, type(error).__name__, str(error)[:500]))
-        send(channel, buffer.getbuffer())
-
-    def perform(payload):
-        name, args = CandidateUnpacker(io.BytesIO(payload), kept).load()
-        return requests[name](*args)
-
-    def load():
-        exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__)
-
-    answer(load)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            answer(perform, receive(channel)[0])
+            send(channel, ["raise", names, type(error).__name__, str(error)[:500]])
 
 
-# ---- T, the tester ---------------------------------------------------------------------------------------------------
+# ---- T, the tester ------------------------------------------------------------------------------------------------
 
 
 class Gone(BaseException):
-    """C does not answer any more. Not an Exception, so that a test's `except Exception` does not swallow it."""
+    """C does not answer any more. Not an Exception, so that no `except Exception` in a test swallows it."""
 
 
 class Program:
     """C, as T sees it."""
 
-    def __init__(self, channel, timeout_s=None):
+    def __init__(self, channel, timeout_s):
         channel.settimeout(timeout_s)
         self.channel, self.handles, self.gone = channel, {}, None
-
-    def ask(self, request, *args):
-        buffer = io.BytesIO()
-        TesterPacker(buffer, 5).dump((request, args))
-        try:
-            send(self.channel, buffer.getbuffer())
-        except OSError:
-            self.gone = self.gone or "gone"
-            raise Gone from None
-        return self.answer(stop_allowed=request == "next")
-
-    def answer(self, stop_allowed=False):
-        try:
-            payload, _ = receive(self.channel, limit=MESSAGE_LIMIT)
-            kind, *values = Unpacker(io.BytesIO(payload), self.handle).load()
-            if kind == "value":
-                return values[0]
-            names, name, message = values
-            assert all(type(text) is str for text in (name, message, *names))
-        except BaseException as error:
-            closed = isinstance(error, (EOFError, OSError)) and not isinstance(error, TimeoutError)
-            self.gone = "gone" if closed else "timeout" if isinstance(error, TimeoutError) else f"exception: {error!r}"
-            raise Gone from None
-        if stop_allowed and "StopIteration" in names:
-            raise StopIteration
-        raise self.exception(names, name, message)
 
     def handle(self, number):
         return self.handles.setdefault(number, Handle(self, number))
 
-    @staticmethod
-    def exception(names, name, message):
-        """The built-in exception that C raised. SystemExit and the like could end the test, StopIteration a loop in it."""
-        for kind in (getattr(builtins, name, None) for name in names):
-            if isinstance(kind, type) and issubclass(kind, Exception) and kind is not StopIteration:
-                with contextlib.suppress(TypeError):  # some need more than a message
-                    error = kind(message)
-                    break
-        else:
-            error = RuntimeError(message)
-        error.reported = f"{name}: {message}" if message else name
-        return error
+    def ask(self, request, *args):
+        message = [request, pack(args, handle_number)]
+        try:
+            send(self.channel, message)
+            (kind, *values), _ = receive(self.channel, limit=MESSAGE_LIMIT)
+            if kind == "value":
+                return unpack(values[0], self.handle)
+            error = builtin_exception(*values)
+        except BaseException as problem:
+            gone = isinstance(problem, (EOFError, ConnectionError))
+            slow = isinstance(problem, TimeoutError)
+            self.gone = "gone" if gone else "timeout" if slow else f"exception: {problem!r}"
+            raise Gone from None
+        if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
+            error = RuntimeError("StopIteration")
+        raise error
+
+
+def builtin_exception(names, name, text):
+    """An exception of C as the first of its classes that is built in. Not SystemExit and such: they could end a test."""
+    error = RuntimeError(text)
+    for kind in (getattr(builtins, name, None) for name in names):
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            with contextlib.suppress(TypeError):  # some want more than a text
+                error = kind(text)
+                break
+    error.reported = f"{name}: {text}" if text else f"{name}"
+    return error
 
 
 class Handle:
-    """In T: an object of C that is not plain data (a function, an instance, an iterator). Calls, attributes, items and
-    iteration go to C. Two handles may be compared there; a handle never equals plain data and has no other operator."""
+    """In T: an object of C that is not plain data (a function, an instance, an iterator). Calls, attributes, items
+    and iteration go to C. Two handles are compared there; a handle never equals plain data and has no other
+    operator."""
 
     __slots__ = ("_program", "_number")
-    # `assert f(x).isdigit()` wants a str; an object of C would simply say yes
+    # `assert f(x).isdigit()` wants a str; an object of C would just say yes
     WITHHELD = {name for kind in (str, bytes, float, set) for name in dir(kind) if re.match("is|.*with$", name)}
 
     def __init__(self, program, number):
@@ -382,32 +287,34 @@ class Handle:
     def __setattr__(self, name, value):
         self._program.ask("setattr", self, name, value)
 
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("attributes cannot be set")
-
-    def __call__(self, *args, **kwargs):
-        return self._program.ask("call", self, args, kwargs)
+    def __call__(self, *args, **named):
+        return self._program.ask("call", self, args, named)
 
     def __eq__(self, other):
-        return type(other) is Handle and bool(self is other or self._program.ask("eq", self, other) is True)
+        return type(other) is Handle and (self is other or self._program.ask("eq", self, other) is True)
 
     __hash__ = object.__hash__
 
 
 for _name in ("getitem", "len", "bool", "str", "repr", "iter", "next"):
-    setattr(Handle, f"__{_name}__", functools.partialmethod(
-        lambda self, request, *args: self._program.ask(request, self, *args), _name))
+    setattr(Handle, f"__{_name}__", lambda self, *args, _name=_name: self._program.ask(_name, self, *args))
+
+
+def handle_number(value):
+    if type(value) is not Handle:
+        raise TypeError(f"a test cannot pass a {type(value).__name__} to the program")
+    return value._number
 
 
 class TestNamespace(dict):
-    """The globals of a test. A name that is in neither the test nor the builtins is the candidate's."""
+    """The globals of a test. A name that neither the test nor Python defines is the candidate's."""
 
-    def __init__(self, program):
+    def __init__(self, program, under_test):
         super().__init__(vars(builtins), __name__="tests")
-        self.program = program
+        self.program, self.under_test = program, under_test
 
     def __missing__(self, name):
-        if name in sys.stdlib_module_names and name not in self.entries:
+        if name in sys.stdlib_module_names and name not in self.under_test:
             return importlib.import_module(name)  # `math.isclose` in a test is the true one
         try:
             return self.program.ask("find", name)
@@ -419,49 +326,42 @@ class TestNamespace(dict):
 
 @functools.lru_cache(maxsize=64)  # the samples of a group share their tests
 def compile_tests(source):
-    """-> [(code of one top-level statement, whether it is an assert)]"""
-    return [(compile(ast.Module([statement], []), "tests", "exec"), isinstance(statement, ast.Assert))
-            for statement in ast.parse(source).body]
+    """-> (code, numbers of the lines that begin with `assert`)"""
+    lines = source.split("\n")
+    asserts = [number for number, line in enumerate(lines, 1) if re.match(r"assert\b", line)]
+    return compile(source, "tests", "exec", dont_inherit=True), asserts
 
 
-def run_asserts(program, job, verdict):
-    statements = compile_tests(job["tests"])
-    used = {name for code, _ in statements for name in code.co_names}
-    namespace = TestNamespace(program)
-    # Tests that use no name but builtins can only be about a builtin that the program redefines (MBPP 126: `sum`).
-    namespace.entries = {job["entry_point"]} if job["entry_point"] else used if used <= vars(builtins).keys() else set()
-    exec(job["setup"], namespace)
-    for name in namespace.entries:
+def run_asserts(program, job):
+    """Yields None for each line that asserts, or once if none does, and why the test has failed if it has."""
+    code, asserts = compile_tests(job["tests"])
+    under_test = {job["entry_point"]} if job["entry_point"] else set()
+    if vars(builtins).keys() >= set(code.co_names):  # only a builtin that the program redefines (MBPP 126: `sum`)
+        under_test.update(code.co_names)
+    namespace = TestNamespace(program, under_test)
+    exec(compile_tests(job["setup"])[0], namespace)
+    for name in under_test:
         namespace.pop(name, None)
-    for code, is_assert in statements:
-        try:
-            exec(code, namespace)
-            verdict["tests_passed"] += is_assert
-        except Exception as error:
-            verdict["reason"] = verdict["reason"] or explain(error)
-            if not (is_assert and job["all_cases"]):
-                return
-    if not any(is_assert for _, is_assert in statements):
-        verdict["tests_passed"] = 1
+    try:
+        exec(code, namespace)
+        yield from [None] * (len(asserts) or 1) if job["tests"].strip() else ["no tests"]
+    except Exception as error:
+        frame = error.__traceback__.tb_next  # of the test's top level
+        yield from [None for line in asserts if frame and line < frame.tb_lineno]
+        yield explain(error)
 
 
-def run_calls(program, job, verdict):
+def run_calls(program, job):
+    """Yields for each case None or why it failed."""
     function = program.ask("find", job["fn_name"])
     for case in job["cases"]:
+        args = case["input"]
+        if isinstance(args, str):
+            args = [json.loads(line) for line in args.splitlines() if line.strip()]
         try:
-            ok = same_value(function(*call_arguments(case["input"])), from_json(case["output"]))
-            reason = "wrong answer"
+            yield None if same_value(function(*args), from_json(case["output"])) else "wrong answer"
         except Exception as error:
-            ok, reason = False, explain(error)
-        verdict["tests_passed"] += ok
-        if not ok:
-            verdict["reason"] = verdict["reason"] or reason
-            if not job["all_cases"]:
-                return
-
-
-def call_arguments(text):
-    return [json.loads(line) for line in text.splitlines() if line.strip()] if isinstance(text, str) else text
+            yield explain(error)
 
 
 def from_json(text):
@@ -472,193 +372,177 @@ def from_json(text):
 
 
 def same_value(got, expected):
-    """Equality of plain data as JSON sees it: a tuple is a list; two floats may differ by rounding."""
+    """Equality of plain data as JSON has it: a tuple is a list; two floats may differ by rounding."""
     if isinstance(got, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(got) == len(expected) and all(map(same_value, got, expected))
     if isinstance(got, dict) and isinstance(expected, dict):
         return got.keys() == expected.keys() and all(same_value(got[key], expected[key]) for key in got)
     if isinstance(got, float) and isinstance(expected, float):
-        return got == expected or math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6)
+        return math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6)
     return got == expected
 
 
 def explain(error):
-    reported = getattr(error, "reported", None)  # it was raised in C, not by the test
+    reported = getattr(error, "reported", None)  # raised in C, not by the test
     if isinstance(error, AssertionError) and not reported:
         return "wrong answer"
     if isinstance(error, MemoryError):
         return "memory"
-    return f"exception: {reported or type(error).__name__ + ': ' + str(error)}"
+    return f"exception: {reported or f'{type(error).__name__}: {error}'}"
 
 
 def judge(job, channel):
-    verdict = {"passed": False, "reason": None, "tests_passed": 0, "tests_total": len(job["cases"]) or 1}
-    program = Program(channel, job["case_timeout_s"])
+    """-> [tests passed, tests in all, why it failed or None]"""
+    passed, total, reason = 0, len(job["cases"]), None
+    program = Program(channel, job["call_timeout_s"])
     try:
-        if not job["cases"]:
-            statements = compile_tests(job["tests"])
-            verdict["tests_total"] = sum(is_assert for _, is_assert in statements) or 1
-            if not statements:
-                verdict["reason"] = "no tests"
-        program.answer()  # the program's own top level has run
-        (run_calls if job["cases"] else run_asserts)(program, job, verdict)
+        total = total or len(compile_tests(job["tests"])[1]) or 1
+        program.ask("load")
+        for failure in (run_calls if job["cases"] else run_asserts)(program, job):
+            passed += not failure
+            reason = reason or failure
+            if failure and not job["all_cases"]:
+                break
     except BaseException as error:
-        verdict["reason"] = verdict["reason"] or explain(error)
-    if program.gone:  # whatever the test made of it
-        verdict["reason"] = program.gone
-    verdict["passed"] = not verdict["reason"] and verdict["tests_passed"] == verdict["tests_total"]
-    return verdict
+        reason = reason or explain(error)
+    return [passed, total, program.gone or reason]  # a C that has gone has failed, whatever the test made of it
 
 
 def tester(sock):
     resource.setrlimit(resource.RLIMIT_AS, (TESTER_MEMORY, TESTER_MEMORY))
     with contextlib.suppress(EOFError, OSError):
         while True:
-            payload, fds = receive(sock, max_fds=1)
+            job, fds = receive(sock, max_fds=1)
             with socket.socket(fileno=fds[0]) as channel:
-                verdict = judge(pickle.loads(payload), channel)
-                send(sock, json.dumps(verdict).encode())
-            # the channel is closed: C, unless hostile, exits
+                send(sock, judge(unpack(job, None), channel))
+            # Now that the channel is closed, C exits.
 
 
-# ---- Confinement -----------------------------------------------------------------------------------------------------
+# ---- Confinement --------------------------------------------------------------------------------------------------
 
-libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
-
-# What Python and its libraries need: name, number on x86_64, number on aarch64.
-SYSCALLS = """
-    read 0 63 | write 1 64 | readv 19 65 | writev 20 66 | pread64 17 67 | pwrite64 18 68 | preadv 295 69
-    pwritev 296 70 | lseek 8 62 | close 3 57 | close_range 436 436 | fstat 5 80 | newfstatat 262 79 | stat 4 -
-    lstat 6 - | statx 332 291 | statfs 137 43 | fstatfs 138 44 | access 21 - | faccessat 269 48
-    faccessat2 439 439 | readlink 89 - | readlinkat 267 78 | getdents64 217 61 | getcwd 79 17 | chdir 80 49
-    fchdir 81 50 | umask 95 166 | dup 32 23 | dup2 33 - | dup3 292 24 | pipe 22 - | pipe2 293 59 | fsync 74 82
-    fdatasync 75 83 | ftruncate 77 46 | fallocate 285 47 | fadvise64 221 223 | sendfile 40 71
-    copy_file_range 326 285 | openat 257 56 | unlink 87 - | unlinkat 263 35 | rename 82 - | renameat 264 38
-    renameat2 316 276 | brk 12 214 | mmap 9 222 | munmap 11 215 | mremap 25 216 | mprotect 10 226 | madvise 28 233
-    mincore 27 232 | msync 26 227 | clone 56 220 | exit 60 93 | exit_group 231 94 | futex 202 98
-    set_robust_list 273 99 | rseq 334 293 | set_tid_address 218 96 | sched_yield 24 124 | sched_getaffinity 204 123
-    gettid 186 178 | getcpu 309 168 | nanosleep 35 101 | clock_nanosleep 230 115 | clock_gettime 228 113
-    clock_getres 229 114 | gettimeofday 96 169 | time 201 - | getitimer 36 102 | setitimer 38 103 | alarm 37 -
-    times 100 153 | getrusage 98 165 | sysinfo 99 179 | uname 63 160 | rt_sigaction 13 134 | rt_sigprocmask 14 135
-    rt_sigreturn 15 139 | rt_sigpending 127 136 | rt_sigtimedwait 128 137 | rt_sigsuspend 130 133
-    sigaltstack 131 132 | pause 34 - | restart_syscall 219 128 | kill 62 129 | tgkill 234 131 | getpid 39 172
-    getppid 110 173 | getuid 102 174 | geteuid 107 175 | getgid 104 176 | getegid 108 177 | getpgrp 111 -
-    getpgid 121 155 | getsid 124 156 | getgroups 115 158 | getresuid 118 148 | getresgid 120 150
-    getpriority 140 141 | prlimit64 302 261 | getrlimit 97 163 | setrlimit 160 164 | poll 7 - | ppoll 271 73
-    select 23 - | pselect6 270 72 | epoll_create 213 - | epoll_create1 291 20 | epoll_ctl 233 21 | epoll_wait 232 -
-    epoll_pwait 281 22 | eventfd2 290 19 | socketpair 53 199 | sendto 44 206 | recvfrom 45 207 | sendmsg 46 211
-    recvmsg 47 212 | shutdown 48 210 | getsockopt 55 209 | setsockopt 54 208 | getsockname 51 204
-    getpeername 52 205 | getrandom 318 278 | wait4 61 260 | waitid 247 95 | prctl 157 167 | ioctl 16 29 | fcntl 72 25
-"""
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the table, AUDIT_ARCH_*
-COLUMN, AUDIT_ARCH = MACHINES.get(platform.machine(), (None, None))
-NUMBER = {}
-if COLUMN is not None:
-    for _entry in SYSCALLS.replace("\n", "|").split("|"):
-        if _entry.strip() and _entry.split()[1 + COLUMN] != "-":
-            NUMBER[_entry.split()[0]] = int(_entry.split()[1 + COLUMN])
-
-CLONE_THREAD, ALL_BITS = 0x10000, 0xFFFFFFFF
+CLONE_THREAD, ALL_BITS, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_TRUNC
 TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
+
+# What Python and its libraries need: the name, the number on x86_64, the number on aarch64.
+SYSCALLS = """
+    read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57,
+    close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, openat 257 56, fstat 5 80,
+    newfstatat 262 79, stat 4 -, lstat 6 -, statx 332 291, access 21 -, faccessat 269 48, readlink 89 -,
+    readlinkat 267 78, getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50, umask 95 166, fsync 74 82,
+    fdatasync 75 83, ftruncate 77 46, fallocate 285 47, unlink 87 -, unlinkat 263 35, rename 82 -,
+    renameat 264 38, renameat2 316 276, brk 12 214, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226,
+    madvise 28 233, msync 26 227, clone 56 220, exit 60 93, exit_group 231 94, futex 202 98,
+    set_robust_list 273 99, rseq 334 293, set_tid_address 218 96, gettid 186 178, sched_yield 24 124,
+    sched_getaffinity 204 123, nanosleep 35 101, clock_nanosleep 230 115, clock_gettime 228 113,
+    clock_getres 229 114, gettimeofday 96 169, time 201 -, getitimer 36 102, setitimer 38 103, alarm 37 -,
+    times 100 153, getrusage 98 165, sysinfo 99 179, uname 63 160, getrandom 318 278, prlimit64 302 261,
+    prctl 157 167, ioctl 16 29, fcntl 72 25, wait4 61 260, rt_sigaction 13 134, rt_sigprocmask 14 135,
+    rt_sigreturn 15 139, rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -,
+    restart_syscall 219 128, kill 62 129, tgkill 234 131, getpid 39 172, getppid 110 173, getuid 102 174,
+    geteuid 107 175, getgid 104 176, getegid 108 177, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72,
+    epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, eventfd2 290 19,
+    socketpair 53 199, sendto 44 206, recvfrom 45 207, sendmsg 46 211, recvmsg 47 212, shutdown 48 210,
+    getsockopt 55 209, setsockopt 54 208, getsockname 51 204, getpeername 52 205
+"""
+MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of the table, AUDIT_ARCH_...
+COLUMN, AUDIT_ARCH = MACHINES.get(os.uname().machine, (0, 0))
+NUMBER = {entry.split()[0]: int(entry.split()[COLUMN])
+          for entry in SYSCALLS.split(",") if COLUMN and entry.split()[COLUMN] != "-"}
+
 # Calls that are allowed with some arguments only: {name: [(index of the argument, mask, values allowed)]}
 ARGUMENTS = {
     "prctl": [(0, ALL_BITS, {PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NAME, PR_GET_NAME})],
-    "prlimit64": [(0, ALL_BITS, {0})],  # with a pid it would set the limits of the caller
-    "socketpair": [(0, ALL_BITS, {socket.AF_UNIX}), (1, 0xF, {socket.SOCK_STREAM})],  # datagrams can be sent to any name
+    "prlimit64": [(0, ALL_BITS, {0})],  # with a pid it sets the limits of another process
+    "socketpair": [(0, ALL_BITS, {socket.AF_UNIX}), (1, 0xF, {socket.SOCK_STREAM})],  # datagrams go to any name
     "ioctl": [(1, ALL_BITS, {TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX})],
-    # not F_SETOWN with F_SETSIG, which have the kernel send any signal to any process
+    # not F_SETOWN and F_SETSIG, with which the kernel sends any signal to any process
     "fcntl": [(1, ALL_BITS, {0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1033, 1034})],
-    # O_TRUNC truncates even what is opened to be read, and early Landlocks do not mind
-    "openat": [(2, os.O_ACCMODE | os.O_TRUNC, {0, 1, 2, os.O_TRUNC | 1, os.O_TRUNC | 2})],
+    # O_TRUNC truncates even what is opened to be read, which the first versions of Landlock allow
+    "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | O_TRUNC,
+                                            os.O_RDWR | O_TRUNC})],
 }
-WITHOUT_LANDLOCK = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC, {os.O_RDONLY})]}  # nothing opens for writing
-LANDLOCK_ONLY = {"unlink", "unlinkat", "rename", "renameat", "renameat2"}
+WITHOUT_LANDLOCK = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # nothing can be written
+CHANGE_FOLDERS = {"unlink", "unlinkat", "rename", "renameat", "renameat2"}
 
 
-def bpf_filter(arguments, others):
-    """seccomp program: the calls in `arguments` if their arguments fit, else EPERM; then `others`."""
-    load, jump_equal, jump_at_least, and_, ret = 0x20, 0x15, 0x35, 0x54, 0x06
-    allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
+def bpf_filter(arguments, otherwise):
+    """A seccomp program: calls in `arguments` pass if their arguments fit; all others get `otherwise`."""
+    load, jump_if_equal, jump_if_at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
+    allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # the last: EPERM, ENOSYS
 
     def op(code, value, if_true=0, if_false=0):
         return struct.pack("HBBI", code, if_true, if_false, value)
 
-    program = [op(load, 4), op(jump_equal, AUDIT_ARCH, 1, 0), op(ret, kill), op(load, 0)]
+    program = [op(load, 4), op(jump_if_equal, AUDIT_ARCH, 1, 0), op(give, kill), op(load, 0)]
     for name, conditions in arguments.items():
         block = []
-        for index, mask, values in conditions:
-            block += [op(load, 16 + 8 * index), op(and_, mask)]
-            block += [op(jump_equal, value, len(values) - i) for i, value in enumerate(sorted(values))]
-            block += [op(ret, error | 1)]  # EPERM
-        block += [op(ret, allow)]
-        program += [op(jump_equal, NUMBER[name], 0, len(block)), *block]
-    if others == "allow":
-        return b"".join([*program, op(ret, allow)])
-    # ENOSYS for calls newer than Linux 5.2, so that libc falls back to older ones (clone3 to clone)
-    return b"".join([*program, op(jump_at_least, 424, 0, 1), op(ret, error | 38), op(ret, error | 1)])
+        for argument, mask, values in conditions:
+            block += [op(load, 16 + 8 * argument), op(mask_with, mask)]
+            block += [op(jump_if_equal, value, len(values) - i) for i, value in enumerate(sorted(values))]
+            block += [op(give, deny)]
+        program += [op(jump_if_equal, NUMBER[name], 0, len(block) + 1), *block, op(give, allow)]
+    if otherwise == "allow":
+        return b"".join([*program, op(give, allow)])
+    # Calls newer than Linux 5.2 are said to be missing, so that libc uses older ones: clone instead of clone3.
+    return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
+
+
+class SockFprog(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
 
 
 def apply_filter(program):
-    class SockFprog(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
-
     return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(SockFprog(len(program) // 8, program)), 0, 0) == 0
 
 
+def candidate_filter(pid):
+    """What C gives up beyond the zygote's filter: no process but its own threads, no signal but to itself."""
+    return bpf_filter({"clone": [(0, CLONE_THREAD, {CLONE_THREAD})], "kill": [(0, ALL_BITS, {pid})],
+                       "tgkill": [(0, ALL_BITS, {pid})],
+                       "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})]}, "allow")
+
+
 def restrict_files(folder, readable):
-    """Landlock: from here on only these paths open, in this process and its children. -> whether the kernel does it."""
+    """Landlock: from now on nothing else opens, here and in all children. -> whether this kernel does it"""
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on all machines
-    write_file, read_file, read_dir, remove_file, make_file, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14
-    abi = libc.syscall(create_ruleset, None, 0, 1)
-    if abi < 1:
+    write, read, read_dir, remove, make, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14
+    version = libc.syscall(create_ruleset, None, 0, 1)
+    if version < 1:
         return False
-    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # all rights over files that this kernel knows
+    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # every right that this kernel can withhold
     ruleset = libc.syscall(create_ruleset, struct.pack("Q", known), 8, 0)
-    rules = dict.fromkeys(readable, read_file | read_dir)
-    rules |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read_file | write_file)
-    rules[folder] = read_file | read_dir | write_file | truncate | make_file | remove_file  # no folders, no links
-    for path, rights in rules.items():
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_PATH)
-            rights &= known if os.path.isdir(path) else known & ~(read_dir | remove_file | make_file)
-            if libc.syscall(add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0):
-                return False
-            os.close(fd)
-    done = libc.syscall(restrict_self, ruleset, 0) == 0
-    os.close(ruleset)
-    return done
+    rules = dict.fromkeys(readable, read | read_dir)
+    rules |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read | write)
+    rules[folder] = read | read_dir | write | truncate | make | remove  # files; no folders, no links
+    for path in filter(os.path.exists, rules):
+        fd = os.open(path, os.O_PATH)
+        rights = rules[path] & (known if os.path.isdir(path) else read | write)
+        if libc.syscall(add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0):
+            return False
+        os.close(fd)
+    return libc.syscall(restrict_self, ruleset, 0) == 0
 
 
 def confine(folder, readable, without):
-    """Confines the zygote, and so all that it forks. -> the names of the protections that are missing."""
+    """Confines the zygote and all that it will fork. -> the names of the protections that are missing"""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("800")  # short of memory, the kernel ends the sandbox before the training
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user may trace the zygote or read its memory
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
     landlock = "Landlock" not in without and restrict_files(folder, readable)
-    arguments = {name: [] for name in NUMBER if landlock or name not in LANDLOCK_ONLY}
+    arguments = {name: [] for name in NUMBER if landlock or name not in CHANGE_FOLDERS}
     arguments |= ARGUMENTS if landlock else ARGUMENTS | WITHOUT_LANDLOCK
-    seccomp = "seccomp" not in without and COLUMN is not None and apply_filter(bpf_filter(arguments, "refuse"))
-    return ([] if landlock else ["Landlock"]) + ([] if seccomp else ["seccomp"])
+    seccomp = "seccomp" not in without and COLUMN and apply_filter(bpf_filter(arguments, "deny"))
+    return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
-def restrict_candidate(limits, seccomp):
-    """What C gives up beyond the zygote's confinement, before a byte of the program is compiled."""
-    cpu = math.ceil(limits["cpu_s"])
-    for name, soft, hard in (("AS", limits["memory_mb"] * MIB, limits["memory_mb"] * MIB), ("CPU", cpu, cpu + 1),
-                             ("FSIZE", limits["file_mb"] * MIB, limits["file_mb"] * MIB),
-                             ("NOFILE", OPEN_FILES, OPEN_FILES)):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
-    only_self = [(0, ALL_BITS, {os.getpid()})]
-    return not seccomp or apply_filter(bpf_filter({
-        "clone": [(0, CLONE_THREAD, {CLONE_THREAD})], "kill": only_self, "tgkill": only_self,
-        "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})]}, "allow"))
+# ---- Z, the zygote ------------------------------------------------------------------------------------------------
 
-
-# ---- Z, the zygote ---------------------------------------------------------------------------------------------------
+ANY_PID = 0x7FFFFFFF  # stands for C's pid in a filter that is made before C is
 
 
 def die_with(parent):
@@ -667,53 +551,51 @@ def die_with(parent):
         os._exit(1)
 
 
-def candidate(request, fds, lifeline, folder, zygote, seccomp):
-    """Runs in the fork; never returns."""
+def candidate(fds, lifeline, limits, folder, zygote, filter_template):
+    """Runs in the fork and never returns. fds: the code, then either a socket to T or stdin, stdout, stderr."""
     try:
         die_with(zygote)
         source = b""
         while part := os.pread(fds[0], MIB, len(source)):
             source += part
-        # received descriptors are the lowest free ones in ascending order, so none is overwritten before its turn
-        for fd, place in zip(fds[1:], (3,) if len(fds) == 2 else (0, 1, 2)):
-            os.dup2(fd, place, inheritable=False)
+        # Received descriptors are the lowest free ones in ascending order: none is overwritten before its turn.
+        for fd, place in zip(fds[1:], (0, 1, 2) if len(fds) == 4 else (3,)):
+            os.dup2(fd, place)
         os.dup2(lifeline, 4)
         os.closerange(5, 256)
-        if len(fds) > 2:
-            os.closerange(3, 4)
         os.chdir(folder)
-        if not restrict_candidate(request, seccomp):
+        for kind, value in limits:
+            resource.setrlimit(kind, (value, value))
+        own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
+        if own_filter and not apply_filter(own_filter):
             os._exit(1)
-        if len(fds) > 2:
+        if len(fds) == 4:
+            os.closerange(3, 4)
             os._exit(run_script(source) & 0xFF)
         serve(source, socket.socket(fileno=3))
-        os._exit(0)
-    except BaseException:
+    finally:
         os._exit(1)
 
 
 def supervise(pid, lifeline, control, limits, folder):
-    """Waits for the end of C or puts an end to it. -> what became of it."""
-    start = time.monotonic()
-    deadline = start + limits["timeout_s"]
+    """Waits for the end of C or puts an end to it. -> what became of it"""
+    start, cpu_s, cpu_clock = time.monotonic(), 0.0, (~pid << 3) | 2  # the number of another process's CPU clock
     poll = select.poll()
-    poll.register(lifeline, 0)  # its other end is open in C alone
+    poll.register(lifeline, 0)  # C alone holds its other end
     poll.register(control, select.POLLIN)
     why = None
-    while not why:
-        if poll.poll(1000 * max(0.0, min(TICK_S, deadline - time.monotonic()))):
-            break  # C has ended, or the caller has, or wants no more
-        if time.monotonic() >= deadline:
+    while not why and not poll.poll(1000 * TICK_S):  # until C has ended, or the caller has
+        idle = cpu_s == (cpu_s := time.clock_gettime(cpu_clock))
+        late = time.monotonic() - start - limits["timeout_s"]
+        # On a busy machine, a program that computes gets up to twice the time by the clock on the wall.
+        if cpu_s >= limits["timeout_s"] or (late > 0 and idle) or late > limits["timeout_s"]:
             why = "timeout"
-        elif os.stat(f"/proc/{pid}/task").st_nlink - 2 > limits["threads"]:  # links: one per thread, `.` and `..`
+        elif os.stat(f"/proc/{pid}/task").st_nlink - 2 > limits["threads"]:  # a link per thread, and `.` and `..`
             why = "threads"
         elif folder_size(folder) > limits["disk_mb"] * MIB:
             why = "disk"
     os.kill(pid, signal.SIGKILL)
-    _, status, usage = os.wait4(pid, 0)
-    if usage.ru_utime + usage.ru_stime >= math.ceil(limits["cpu_s"]):
-        why = why or "timeout"
-    return {"why": why, "status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - start}
+    return [why, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
 
 
 def folder_size(folder):
@@ -722,171 +604,180 @@ def folder_size(folder):
     return sum(sizes) if len(sizes) <= SCRATCH_FILES else math.inf
 
 
+def run_candidate(control, limits, fds, folder, filter_template):
+    rlimits = [(resource.RLIMIT_AS, limits["memory_mb"] * MIB), (resource.RLIMIT_NOFILE, OPEN_FILES),
+               (resource.RLIMIT_FSIZE, limits["file_mb"] * MIB),
+               (resource.RLIMIT_CPU, 2 * math.ceil(limits["timeout_s"]) + 1)]  # should `supervise` ever fail
+    lifeline, far_end = os.pipe()
+    zygote_pid, pid = os.getpid(), os.fork()
+    if not pid:
+        candidate(fds, far_end, rlimits, folder, zygote_pid, filter_template)
+    for fd in (far_end, *fds):
+        os.close(fd)
+    report = supervise(pid, lifeline, control, limits, folder)
+    os.close(lifeline)
+    for name in os.listdir(folder):
+        os.unlink(os.path.join(folder, name))
+    return report
+
+
 def zygote(config):
-    limit = resource.getrlimit(resource.RLIMIT_STACK)
-    wanted = STACK if limit[1] == resource.RLIM_INFINITY else min(STACK, limit[1])
-    if limit[0] != wanted:  # the stack's room is laid out when a program starts, so start again
-        resource.setrlimit(resource.RLIMIT_STACK, (wanted, limit[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    stack = STACK if hard == resource.RLIM_INFINITY else min(STACK, hard)
+    if soft != stack:  # room for the stack is laid out when a program starts, so start again
+        resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     control, tests = (socket.socket(fileno=fd) for fd in config["fds"])
     sys.path += config["packages"]
-    for name in PRELOADED:
+    for name in PRELOADED.split():
         importlib.import_module(name)
-    importlib.import_module("_thread").stack_size(8 * MIB)
-    if config["core"] is not None:
-        os.sched_setaffinity(0, {config["core"]})
+    importlib.import_module("_thread").stack_size(8 * MIB)  # of C's threads, which would each take STACK
     missing = confine(config["folder"], config["readable"], config["without"])
-    me = os.getpid()
-    tester_pid = os.fork()
+    filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
+    pid, tester_pid = os.getpid(), os.fork()
     if not tester_pid:
         control.close()
-        die_with(me)
+        die_with(pid)
         tester(tests)
         os._exit(0)
     tests.close()
-    os.dup2(0, 2)  # stderr was for a failure to start; now it is /dev/null
-    send(control, json.dumps(missing).encode())
+    os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
+    send(control, missing)
     gc.collect()
-    gc.freeze()  # a collection in C does not touch, and so copy, the zygote's pages
+    gc.freeze()  # so that a collection in C does not write to, and thereby copy, the zygote's pages
     with contextlib.suppress(EOFError, OSError):
         while True:
-            payload, fds = receive(control, max_fds=4)
-            request = json.loads(payload)
-            ends, lifeline = os.pipe()
-            pid = os.fork()
-            if not pid:
-                candidate(request, fds, lifeline, config["folder"], me, "seccomp" not in missing)
-            for fd in (lifeline, *fds):
-                os.close(fd)
-            report = supervise(pid, ends, control, request, config["folder"])
-            os.close(ends)
-            for name in os.listdir(config["folder"]):
-                os.unlink(os.path.join(config["folder"], name))
-            send(control, json.dumps(report).encode())
+            limits, fds = receive(control, max_fds=4)
+            send(control, run_candidate(control, limits, fds, config["folder"], filter_template))
     os.kill(tester_pid, signal.SIGKILL)
     os.waitpid(tester_pid, 0)
-    os._exit(0)
 
 
-# ---- The caller ------------------------------------------------------------------------------------------------------
+# ---- The caller ---------------------------------------------------------------------------------------------------
 
 SYSTEM_LIBRARIES = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo",
                     "/etc/ld.so.cache", "/etc/localtime"]
-START_TIMEOUT_S, GRACE_S = 120, 5
 WITHOUT = []  # protections to do without, for tests: "Landlock", "seccomp"
 
 
 class Worker:
-    """A zygote with its tester. Used by one thread at a time."""
+    """A zygote with its tester, used by one thread at a time."""
 
     live, idle, warned = set(), [], False
 
     def __init__(self):
-        packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        libraries = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), f"{sys.base_prefix}/lib"]
-        self.owner, self.folder = os.getpid(), tempfile.mkdtemp(prefix="sandbox-")
+        self.owner, self.stopped, self.process = os.getpid(), False, None
+        self.folder = tempfile.mkdtemp(prefix="sandbox-")
         self.control, zygote_end = socket.socketpair()
         self.tests, tester_end = socket.socketpair()
-        config = {"fds": [zygote_end.fileno(), tester_end.fileno()], "folder": self.folder, "packages": packages,
-                  "readable": SYSTEM_LIBRARIES + libraries + packages, "without": WITHOUT, "core": None}
-        environment = {"HOME": self.folder, "TMPDIR": self.folder, "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1",
-                       "OPENBLAS_NUM_THREADS": "1", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-        self.process, self.stopped = None, False
         Worker.live.add(self)
+        packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        libraries = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", *SYSTEM_LIBRARIES]
+        config = {"fds": [zygote_end.fileno(), tester_end.fileno()], "folder": self.folder, "packages": packages,
+                  "readable": libraries + packages, "without": WITHOUT}
+        environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "2",
+                       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         try:
             with zygote_end, tester_end:
                 self.process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), json.dumps(config)],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/",
-                    env=environment, pass_fds=config["fds"], start_new_session=True)  # Ctrl-C is the caller's
+                    env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    pass_fds=config["fds"], start_new_session=True)  # Ctrl-C is the caller's to handle
             self.control.settimeout(START_TIMEOUT_S)
-            missing = json.loads(receive(self.control)[0])
+            missing, _ = receive(self.control)
         except BaseException as error:
-            said = self.process.stderr.read().decode(errors="replace").strip() if isinstance(error, EOFError) else ""
             self.close()
-            raise RuntimeError(f"the sandbox does not start: {said or error!r}") from error
+            raise RuntimeError(f"the sandbox does not start ({error!r}); see above for why") from error
         if missing and not Worker.warned:
             Worker.warned = True
-            print(f"sandbox: no {' and no '.join(missing)} here; see 'Not covered' in sandbox.py. Use a container.",
+            print(f"sandbox: no {' and no '.join(missing)} here; see 'Not covered' in sandbox.py, use a container",
                   file=sys.stderr, flush=True)
 
-    def usable(self):
-        return self.owner == os.getpid() and not self.stopped and self.process.poll() is None
+    @classmethod
+    def take(cls):
+        """A worker that waits for work, or a new one."""
+        while cls.idle:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                worker = cls.idle.pop()
+                if worker.owner == os.getpid() and not worker.stopped and worker.process.poll() is None:
+                    return worker
+                worker.close()
+        return cls()
 
     def stop(self):
-        """Ends the worker from another thread: whoever waits for it gets an EOFError."""
+        """From another thread: whoever waits for this worker gets an EOFError."""
         self.stopped = True
         for sock in (self.control, self.tests):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
     def close(self):
-        if self.owner != os.getpid():
-            return  # a forked copy of the caller
+        if self.owner != os.getpid():  # we are a forked copy of the caller
+            return
         self.stop()
         self.control.close()
         self.tests.close()
         if self.process:
             try:
-                self.process.wait(1)  # the zygote kills its children, waits for them and ends
+                self.process.wait(1)  # Z kills C and T, waits for them and ends
             except subprocess.TimeoutExpired:
-                self.process.kill()  # which the kernel passes on to them
+                self.process.kill()  # and the kernel kills C and T
                 self.process.wait()
-            self.process.stderr.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         Worker.live.discard(self)
 
     def run(self, program, limits):
-        """-> result. Raises EOFError or OSError when the worker has died; close it then."""
+        """-> result. Raises EOFError or OSError when the worker does not answer; it is to be closed then."""
         start = time.monotonic()
         with memory_file(program["code"]) as code:
-            run = self.run_scripts if program["cases"] and not program["fn_name"] else self.run_judged
+            run = self.run_script if program["cases"] and not program["fn_name"] else self.run_judged
             passed, total, reason = run(code, program, limits)
-        return {"passed": reason is None, "reason": reason or "passed", "seconds": time.monotonic() - start,
+        return {"passed": not reason, "reason": printable(reason or "passed"), "seconds": time.monotonic() - start,
                 "tests_passed": passed, "tests_total": total}
 
-    def start(self, limits, files):
-        send(self.control, json.dumps(limits).encode(), [file.fileno() for file in files])
+    def start(self, limits, *files):
+        send(self.control, limits, [file.fileno() for file in files])
 
     def report(self, limits):
-        self.control.settimeout(limits["timeout_s"] + GRACE_S)
-        return json.loads(receive(self.control)[0])
+        self.control.settimeout(2 * limits["timeout_s"] + GRACE_S)
+        return receive(self.control)[0]
 
-    def run_scripts(self, code, program, limits):
-        """stdin programs: one run per case."""
-        passed, reason = 0, None
+    def run_script(self, code, program, limits):
+        """A stdin program: one run per case."""
+        passed, first_failure = 0, None
         for case in program["cases"]:
             with memory_file(case["input"]) as stdin, memory_file() as stdout, memory_file() as stderr:
-                self.start(limits, [code, stdin, stdout, stderr])
-                report = self.report(limits)
-                failure = script_failure(report, stdout, stderr, limits)
-                if not failure and not same_output(contents(stdout), case["output"]):
-                    failure = "wrong answer"
+                self.start(limits, code, stdin, stdout, stderr)
+                why, status = self.report(limits)
+                size, stderr_size = (os.fstat(file.fileno()).st_size for file in (stdout, stderr))
+                output = os.pread(stdout.fileno(), size, 0)
+                said = os.pread(stderr.fileno(), 4096, max(0, stderr_size - 4096)).decode(errors="replace")
+            failure = why or ("output limit" if size >= limits["file_mb"] * MIB else None)
+            if status:
+                failure = failure or died(status, said)
+            if not failure and not same_output(output, case["output"]):
+                failure = "wrong answer"
             passed += not failure
-            reason = reason or failure
+            first_failure = first_failure or failure
             if failure and not program["all_cases"]:
                 break
-        return passed, len(program["cases"]), reason
+        return passed, len(program["cases"]), first_failure
 
     def run_judged(self, code, program, limits):
-        """Asserts and calls: C and T talk to each other; the caller waits for C's end and for T's verdict."""
+        """Asserts and calls: C and T talk to each other; the caller waits for the end of C and for T's verdict."""
         calls = len(program["cases"])
-        job = {**program, "code": None, "case_timeout_s": limits["timeout_s"] if calls else None}
-        limits = {**limits, "timeout_s": limits["timeout_s"] * (calls + 1), "cpu_s": limits["cpu_s"] * (calls + 1)}
+        job = {**program, "code": None, "call_timeout_s": limits["timeout_s"] if calls else None}
+        limits = {**limits, "timeout_s": limits["timeout_s"] * (calls + 1)}
         for_tester, for_candidate = socket.socketpair()
         with for_candidate:
             with for_tester:
-                send(self.tests, pickle.dumps(job), [for_tester.fileno()])
-            self.start(limits, [code, for_candidate])
-        report = self.report(limits)
+                send(self.tests, pack(job, None), [for_tester.fileno()])
+            self.start(limits, code, for_candidate)
+        why, status = self.report(limits)
         self.tests.settimeout(GRACE_S)
-        verdict = json.loads(receive(self.tests)[0])
-        if verdict["passed"]:
-            return verdict["tests_passed"], verdict["tests_total"], None
-        reason = verdict["reason"]
-        if reason == "gone":
-            reason = died(report)
-        return verdict["tests_passed"], verdict["tests_total"], report["why"] or printable(reason)
+        (passed, total, reason), _ = receive(self.tests)
+        return passed, total, reason and (why or (died(status) if reason == "gone" else reason))
 
 
 @contextlib.contextmanager
@@ -897,31 +788,14 @@ def memory_file(text=""):
         yield file
 
 
-def contents(file):
-    size = os.fstat(file.fileno()).st_size
-    return os.pread(file.fileno(), size, 0)
-
-
-def script_failure(report, stdout, stderr, limits):
-    """Why a stdin program failed whatever it printed, or None."""
-    if report["why"]:
-        return report["why"]
-    if os.fstat(stdout.fileno()).st_size >= limits["file_mb"] * MIB:
-        return "output limit"
-    if not report["status"]:
-        return None
-    size = os.fstat(stderr.fileno()).st_size
-    lines = os.pread(stderr.fileno(), 4096, max(0, size - 4096)).decode(errors="replace").strip().splitlines()
-    if report["status"] < 0 or not lines:
-        return died(report)
-    return "memory" if lines[-1].startswith("MemoryError") else printable(f"exception: {lines[-1]}")
-
-
-def died(report):
-    status = report["status"]
-    if status == -signal.SIGXCPU:
-        return "timeout"
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited early with status {status}"
+def died(status, said=""):
+    """Why C ended by itself; `said`: the end of its stderr."""
+    last_line = said.strip().rpartition("\n")[2]
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    if not last_line:
+        return f"exit status {status}"
+    return "memory" if last_line.startswith("MemoryError") else f"exception: {last_line}"
 
 
 def printable(text):
@@ -932,54 +806,51 @@ FLOAT = re.compile(rb"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-
 
 
 def same_output(output, expected):
-    """Compares token by token. Two floats may differ by 1e-6, absolute or relative; all else is text."""
+    """Token by token. Two floats may differ by 1e-6, absolute or relative; all else is text."""
     want = expected.encode("utf-8", "surrogatepass").split()
     got = output.split(None, len(want))  # no more pieces than that, however much was printed
     return len(got) == len(want) and all(map(same_token, got, want))
 
 
 def same_token(got, want):
-    if got == want:
-        return True
-    if not (FLOAT.fullmatch(got) and FLOAT.fullmatch(want)):
-        return False
+    if got == want or not (FLOAT.fullmatch(got) and FLOAT.fullmatch(want)):
+        return got == want
     return math.isclose(float(got), float(want), rel_tol=1e-6, abs_tol=1e-6)
 
 
-PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None, "all_cases": False,
-           "timeout_s": None}
+PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None,
+           "all_cases": False, "timeout_s": None}
 
 
-def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, cpu_s=None, file_mb=16, disk_mb=64, threads=64,
+def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, file_mb=16, disk_mb=64, threads=64,
               on_result=None):
-    """Runs every program against its tests; -> [{"passed", "reason", "seconds", "tests_passed", "tests_total"}].
+    """Runs every program against its tests. -> [{"passed", "reason", "seconds", "tests_passed", "tests_total"}]
 
     A program is a dict with "code" and one of
-      "tests": source that asserts about names of the code; optional "setup" (trusted source that runs before, and whose
+      "tests": source that asserts about names of the code; optional "setup" (trusted source that runs before; its
           names win over the code's) and "entry_point" (the name under test, which wins over the setup's);
-      "cases": [{"input": text, "output": text}]: each is a run of the code as a script;
-      "cases" and "fn_name": calls of a function or a method of `class Solution`; an input is a list of arguments or a text
-          with one JSON value per line, an output is a value or JSON text.
-    Optional: "timeout_s" of its own; "all_cases": do not stop at the first failure. Other keys are ignored.
+      "cases": [{"input": text, "output": text}], each a run of the code as a script;
+      "cases" and "fn_name", each a call of that function or method of `class Solution`: an input is a list of
+          arguments or a text with a JSON value per line, an output is a value or its JSON text.
+    Optional: "timeout_s" of its own; "all_cases": go on after a failed case. Other keys are ignored.
 
-    timeout_s, cpu_s (default: as timeout_s, rounded up): of one run: the whole of "tests", or one case.
-    memory_mb: address space. file_mb: of one file, and of the output. disk_mb: of the folder. threads: of one program.
-    workers: default one per core. on_result(index, result) is called in the caller's thread as results come.
+    timeout_s: of the whole of "tests", or of one case: CPU time, and wall time unless the machine is busy.
+    memory_mb: address space. file_mb: one file, and the output. disk_mb: all files. threads: at a time.
+    workers: default one per core. on_result(index, result) is called in this thread as results come in.
     reason: "passed", "wrong answer", "timeout", "memory", "threads", "disk", "output limit", "exception: ...",
-    "exited early ...", "killed by ...", "no tests", "worker died ...". Equal programs run once.
-    RuntimeError when the sandbox cannot start. May be called from any thread; the workers stay for the next call.
+    "exit status ...", "killed by ...", "no tests" or "worker died: ...". Equal programs run once.
+    May be called from any thread; the workers stay for the next call. RuntimeError when none can start.
     """
     jobs, places = collections.deque(), {}
-    for index, program in enumerate(programs):
+    for place, program in enumerate(programs):
         if not isinstance(program.get("code"), str) or not ("tests" in program or "cases" in program):
-            raise ValueError(f"program {index} needs 'code' and 'tests' or 'cases'")
+            raise ValueError(f"program {place} needs 'code' and 'tests' or 'cases'")
         program = PROGRAM | {key: program[key] for key in PROGRAM if program.get(key) is not None}
-        key = json.dumps(program, sort_keys=True, default=repr)
+        key = repr(program)
         if key not in places:
-            own_s = program["timeout_s"] or timeout_s
-            jobs.append((key, program, {"timeout_s": own_s, "cpu_s": cpu_s or own_s, "memory_mb": memory_mb,
+            jobs.append((key, program, {"timeout_s": program["timeout_s"] or timeout_s, "memory_mb": memory_mb,
                                         "file_mb": file_mb, "disk_mb": disk_mb, "threads": threads}))
-        places.setdefault(key, []).append(index)
+        places.setdefault(key, []).append(place)
     results, finished, busy, stopped = [None] * len(programs), queue.Queue(), set(), threading.Event()
     count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     pool = [threading.Thread(target=work, args=(jobs, finished, busy, stopped), daemon=True) for _ in range(count)]
@@ -990,10 +861,10 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, cpu_s=No
             key, result = finished.get()
             if isinstance(result, BaseException):
                 raise result
-            for index in places[key]:
-                results[index] = dict(result)
+            for place in places[key]:
+                results[place] = dict(result)
                 if on_result:
-                    on_result(index, results[index])
+                    on_result(place, results[place])
     except BaseException:  # Ctrl-C too
         stopped.set()
         for worker in list(busy):
@@ -1006,13 +877,13 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, cpu_s=No
 
 
 def work(jobs, finished, busy, stopped):
-    """One thread of run_tests: takes jobs until there are none."""
+    """A thread of run_tests: takes jobs while there are any."""
     worker = None
     try:
         while jobs and not stopped.is_set():
             with contextlib.suppress(IndexError):  # another thread took the last one
                 key, program, limits = jobs.popleft()
-                worker = worker or take_worker()
+                worker = worker or Worker.take()
                 busy.add(worker)
                 try:
                     result = worker.run(program, limits)
@@ -1020,10 +891,10 @@ def work(jobs, finished, busy, stopped):
                     busy.discard(worker)
                     worker.close()
                     worker = None
-                    # a tester that does not come back is in a comparison that the program's answer made endless
+                    # A tester that does not come back is in a test that the program's answers have made endless.
                     reason = "timeout" if isinstance(error, TimeoutError) else f"worker died: {error!r}"
-                    result = {"passed": False, "reason": reason, "seconds": limits["timeout_s"], "tests_passed": 0,
-                              "tests_total": len(program["cases"]) or 1}
+                    result = {"passed": False, "reason": reason, "seconds": limits["timeout_s"],
+                              "tests_passed": 0, "tests_total": len(program["cases"]) or 1}
                 finished.put((key, result))
     except BaseException as error:
         finished.put((None, error))
@@ -1036,18 +907,8 @@ def work(jobs, finished, busy, stopped):
                 Worker.idle.append(worker)
 
 
-def take_worker():
-    while Worker.idle:
-        with contextlib.suppress(IndexError):
-            worker = Worker.idle.pop()
-            if worker.usable():
-                return worker
-            worker.close()
-    return Worker()
-
-
 def close_workers():
-    """Ends the workers that wait for the next call of run_tests; called at exit."""
+    """Ends the workers that wait for the next call of run_tests. Called at exit."""
     for worker in list(Worker.live):
         worker.close()
 
