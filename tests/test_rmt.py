@@ -1,4 +1,4 @@
-"""rmt.py: equations by hand, rewards and parsing, entropy and its cache, the loss, and short runs as processes."""
+"""rmt.py: equations by hand, rewards and parsing, entropy and its cache, the losses, and short runs."""
 
 import dataclasses
 import inspect
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo_rlvr
 import rmt
-from common import Ranks, UserError, launch, load_model, load_tokenizer, uniforms
+from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, uniforms
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-PIECES = ["<think>", "</think>", "\\boxed{", "}", "{", " the", " cat", "s", "\ufffd", "</", "think", ">", "}.\n", "", "<eos>"]
+PIECES = [
+    "<think>",
+    "</think>",
+    "\\boxed{",
+    "}",
+    "{",
+    " the",
+    " cat",
+    "s",
+    "\ufffd",
+    "</",
+    "think",
+    ">",
+    "}.\n",
+    "",
+    "<eos>",
+]
 EOS = PIECES.index("<eos>")
 SHARED = ("Sampler", "rollout", "group_advantages", "completion_logprobs", "score", "padded", "draw_problems")
 torch.set_num_threads(1)
@@ -37,8 +54,8 @@ def tokenizer():
 
 def tiny_llama(vocab_size=64, seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, max_position_embeddings=512, initializer_range=0.3)  # fmt: skip
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config.num_attention_heads, config.num_key_value_heads, config.initializer_range = 2, 2, 0.3
     return LlamaForCausalLM(config).eval()
 
 
@@ -62,7 +79,14 @@ def test_length_reward_by_hand():
 
 def test_curriculum_by_hand():
     p1, p2 = (0.6, 0.3, 0.1), (0.1, 0.3, 0.6)
-    for step, expected in ((0, p1), (30, p1), (40, (0.475, 0.3, 0.225)), (50, (0.35, 0.3, 0.35)), (70, p2), (99, p2)):
+    for step, expected in (
+        (0, p1),
+        (30, p1),
+        (40, (0.475, 0.3, 0.225)),
+        (50, (0.35, 0.3, 0.35)),
+        (70, p2),
+        (99, p2),
+    ):
         assert rmt.curriculum_probs(step, 30, 70, p1, p2) == pytest.approx(expected)
     assert all(sum(rmt.curriculum_probs(t, 30, 70, p1, p2)) == pytest.approx(1) for t in range(100))
 
@@ -82,7 +106,9 @@ def test_draw_positions_without_replacement_and_with_empty_levels():
     levels = np.array([0, 1, 1, -1, 0])
     for noise in uniforms((200, 4, 2), "all"):
         assert sorted(rmt.draw_positions(levels, (0.5, 0.1, 0.4), noise)) == [0, 1, 2, 4]  # all, each once
-    first = [rmt.draw_positions(levels, (0.1, 0.3, 0.6), noise)[0] for noise in uniforms((2000, 1, 2), "no hard")]
+    first = [
+        rmt.draw_positions(levels, (0.1, 0.3, 0.6), noise)[0] for noise in uniforms((2000, 1, 2), "no hard")
+    ]
     assert np.isin(first, [0, 4]).mean() == pytest.approx(0.25, abs=0.05)  # hard's 0.6 shared out as 1 : 3
     assert rmt.draw_positions(levels, (0.0, 0.0, 1.0), uniforms((3, 2), "none")) == []
     assert len(rmt.draw_positions(levels, (1.0, 0.0, 0.0), uniforms((3, 2), "few"))) == 2
@@ -150,7 +176,10 @@ def test_token_texts_and_boxable(tokenizer):
     texts = rmt.token_texts(tokenizer, len(tokenizer))
     sample = "def f(x):\n    return {'a': x}  # é\n"
     tokens = tokenizer.encode(sample, add_special_tokens=False)
-    assert "".join(texts[i] for i in tokens if "\ufffd" not in texts[i]) in sample.replace("é", "")  or "é" in texts
+    assert (
+        "".join(texts[i] for i in tokens if "\ufffd" not in texts[i]) in sample.replace("é", "")
+        or "é" in texts
+    )
     boxable = rmt.boxable_tokens(tokenizer, texts)
     assert not boxable[tokenizer.eos_token_id]
     for i in range(len(texts)):
@@ -165,7 +194,9 @@ def test_top_entropy_against_brute_force():
     logits = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
     for row, entropy in zip(logits, rmt.top_entropy(logits)):
         best = sorted(row.softmax(-1).tolist(), reverse=True)[:16]
-        assert entropy.item() == pytest.approx(-sum(p / sum(best) * math.log(p / sum(best)) for p in best), abs=1e-5)
+        assert entropy.item() == pytest.approx(
+            -sum(p / sum(best) * math.log(p / sum(best)) for p in best), abs=1e-5
+        )
     assert rmt.top_entropy(torch.zeros(64)).item() == pytest.approx(math.log(16))
 
 
@@ -188,12 +219,16 @@ def test_score_texts_position_by_position(bos):
 
 def test_entropy_cache_is_reused_and_invalidated(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(rmt, "score_texts", lambda model, texts, *a: (calls.append(1), [np.full(len(t), 0.7, np.float32) for t in texts])[::-1])
+    monkeypatch.setattr(
+        rmt,
+        "score_texts",
+        lambda model, texts, *a: (calls.append(1), [np.full(len(t), 0.7, np.float32) for t in texts])[::-1],
+    )
     tiny_llama().save_pretrained(tmp_path / "model")
     texts, cache = [[5, 6, 7], [8, 9]], tmp_path / "cache"
 
     def entropy(texts=texts, bos=()):
-        return rmt.corpus_entropy(lambda: None, str(tmp_path / "model"), texts, list(bos), cache, 64, ONE)
+        return rmt.cached_entropies(lambda: None, str(tmp_path / "model"), texts, list(bos), cache, 64, ONE)
 
     first, again = entropy(), entropy()
     assert len(calls) == 1 and [e.tolist() for e in first] == [e.tolist() for e in again]
@@ -217,9 +252,18 @@ def ends_of(*pieces, prompt=" the"):
 @pytest.mark.parametrize(
     ("pieces", "end"),
     [
-        (("<think>", "s", "</think>", "\\boxed{", "s", "}", "}"), 5),  # the first closing brace, not the second
-        (("<think>", "{", "}", "\\boxed{", "s", "}", "</think>", "}", "\\boxed{", "s", "}.\n"), 10),  # not in it
-        (("s", "</", "think", ">", "\\boxed{", "}"), 5),  # the prompt opened the thought; a tag of several tokens
+        (
+            ("<think>", "s", "</think>", "\\boxed{", "s", "}", "}"),
+            5,
+        ),  # the first closing brace, not the second
+        (
+            ("<think>", "{", "}", "\\boxed{", "s", "}", "</think>", "}", "\\boxed{", "s", "}.\n"),
+            10,
+        ),  # not in it
+        (
+            ("s", "</", "think", ">", "\\boxed{", "}"),
+            5,
+        ),  # the prompt opened the thought; a tag of several tokens
         (("<think>", "s", "think", "\\boxed{", "}", "<eos>"), 5),
         (("<think>", "s", "\\boxed{", "}"), None),
     ],
@@ -229,10 +273,14 @@ def test_a_response_ends_at_the_closing_brace(pieces, end):
 
 
 def test_rollout_stops_there_and_nowhere_else(tokenizer):
-    """The model is replaced by a script of tokens; rows end at different steps, with thoughts that hold braces."""
+    """The model is replaced by scripts of tokens; rows end at different steps; thoughts hold braces."""
     texts = rmt.token_texts(tokenizer, len(tokenizer))
     table = rmt.end_table(texts, {tokenizer.eos_token_id})
-    scripts = ["<think>{a} \\boxed{b}</think>\\boxed{ is} and on", "<think>x</think>\\boxed{s}}}", "<think>never ends"]
+    scripts = [
+        "<think>{a} \\boxed{b}</think>\\boxed{ is} and on",
+        "<think>x</think>\\boxed{s}}}",
+        "<think>never ends",
+    ]
     encoded = [tokenizer.encode(script + " more" * 70)[:64] for script in scripts]
     model = tiny_llama(len(tokenizer))
     draws = iter(range(64))
@@ -274,14 +322,20 @@ def test_rl_loss_is_equation_7_by_autograd():
                 sequence = sequence + p
         value = value + advantages[b] * sequence
     expected = -(value - beta * kl_value) / responses
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and kl.item() == pytest.approx(kl_value.item(), abs=1e-6)
-    got, = torch.autograd.grad(loss, logits, retain_graph=True)
-    want, = torch.autograd.grad(expected, logits, retain_graph=True)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and kl == pytest.approx(
+        kl_value.item(), abs=1e-6
+    )
+    (got,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (want,) = torch.autograd.grad(expected, logits, retain_graph=True)
     assert torch.allclose(got, want, atol=1e-6)
     # one update per rollout: the same gradient as the ratio form at ratio 1
     ratio_form = -(advantages.unsqueeze(-1) * (logprobs - logprobs.detach()).exp() * mask).sum() / responses
     plain, _ = rmt.rl_loss(logprobs, None, advantages, mask, 0.0, responses)
-    assert torch.allclose(torch.autograd.grad(plain, logits, retain_graph=True)[0], torch.autograd.grad(ratio_form, logits)[0], atol=1e-6)
+    assert torch.allclose(
+        torch.autograd.grad(plain, logits, retain_graph=True)[0],
+        torch.autograd.grad(ratio_form, logits)[0],
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("bos", [[], [1]])
@@ -304,7 +358,7 @@ def test_ntp_loss_leaves_out_exactly_the_chosen_positions(bos, tmp_path):
 
 
 def test_a_step_raises_the_rewarded_response_and_the_text(tmp_path):
-    """Eq. (9) with its sign put right: both terms move the right way, and micro-batches add up to one batch."""
+    """Eq. (9) with its sign put right: both terms improve, and micro-batches add up to one batch."""
     tiny_llama().save_pretrained(tmp_path)
     text, taken = [20, 21, 22, 23, 24, 25], {3}
     after = []
@@ -321,7 +375,9 @@ def test_a_step_raises_the_rewarded_response_and_the_text(tmp_path):
                 return [*rl.tolist(), rmt.ntp_loss(model, [text], [taken], [], 4).item()]
 
         before = measure()
-        sums, norm = rmt.train_batch(model, optimizer, samples, 2, [text, text], [taken, taken], [], 8, args, ONE)
+        sums, norm = rmt.train_batch(
+            model, optimizer, samples, 2, [text, text], [taken, taken], 8, [], args, ONE
+        )
         good, bad, ntp = measure()
         assert good > before[0] and bad < before[1] and ntp < before[2]
         assert sums["ntp_loss"] == pytest.approx(before[2], abs=1e-5)
@@ -337,7 +393,9 @@ def test_ntp_weight_scales_its_gradient_and_zero_leaves_it_out(tmp_path):
         sample = rmt.Sample(None, [5, 6], [7, 8], [0.0, 0.0], True, advantage=0.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         args = rmt.Args(ntp_weight=weight)
-        _, norms[weight] = rmt.train_batch(model, optimizer, [sample], 1, [[9, 10, 11]], [{1}], [], 1, args, ONE)
+        _, norms[weight] = rmt.train_batch(
+            model, optimizer, [sample], 1, [[9, 10, 11]], [{1}], 1, [], args, ONE
+        )
     assert norms[0.0] == 0 and norms[0.2] == pytest.approx(2 * norms[0.1], rel=1e-4) and norms[0.1] > 0
 
 
@@ -345,22 +403,22 @@ def test_ntp_weight_scales_its_gradient_and_zero_leaves_it_out(tmp_path):
 
 
 def test_prompt_is_the_one_the_tiny_model_knows(tokenizer):
-    head, tail, opened = rmt.prompt_frame(tokenizer, 12, chat=True)  # it has no template
-    assert tokenizer.decode(head + tail) == (
-        "Complete the given text by predicting the next token. Think in exactly 12 tokens within <think></think>, "
-        "then put the next token in \\boxed{}.\n### Text\n\n### Prediction\n"
+    frame = rmt.prompt_frame(tokenizer, 12, True)  # it has no template
+    assert tokenizer.decode(frame.head + frame.tail) == (
+        "Complete the given text by predicting the next token. "
+        "Think in exactly 12 tokens within <think></think>, then put the next token in \\boxed{}.\n### Text\n\n### Prediction\n"
     )
-    free, _, _ = rmt.prompt_frame(tokenizer, 0, chat=True)
-    assert "token. Think within <think></think>, then put" in tokenizer.decode(free) and not opened
+    free = rmt.prompt_frame(tokenizer, 0, True)
+    assert "token. Think within <think></think>, then put" in tokenizer.decode(free.head) and not free.opens
 
 
 def test_prompt_with_a_chat_template(tokenizer):
-    for suffix, expected in (("<|a|>", False), ("<|a|><think>\n", True)):
+    for suffix, expected in (("<|a|>", False), ("<|a|><think>{{ '\\n' }}", True)):
         tokenizer.chat_template = "<|u|>{{ messages[0]['content'] }}" + suffix
-        head, tail, opened = rmt.prompt_frame(tokenizer, 12, chat=True)
+        frame = rmt.prompt_frame(tokenizer, 12, True)
         tokenizer.chat_template = None
-        assert opened is expected and tokenizer.decode(tail) == "\n### Prediction\n" + suffix
-        assert tokenizer.decode(head).startswith("<|u|>Complete the given text")
+        assert frame.opens is expected and tokenizer.decode(frame.tail).startswith("\n### Prediction\n<|a|>")
+        assert tokenizer.decode(frame.head).startswith("<|u|>Complete the given text")
 
 
 def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
@@ -378,14 +436,27 @@ def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
 
 # ---------------------------------------------------------------- runs
 
-SMALL = {
-    **rmt.TINY_RUN, "train_texts": 24, "eval_texts": 8, "max_text_tokens": 32, "prompts_per_update": 4, "group_size": 4,
-    "max_new_tokens": 16, "initial_budget": 6, "updates": 4, "eval_every": 2, "eval_positions": 4, "beta": 0.01,
-}  # fmt: skip
+SMALL = rmt.TINY_RUN | {
+    "train_texts": 24,
+    "eval_texts": 8,
+    "max_text_tokens": 32,
+    "prompts_per_update": 4,
+    "group_size": 4,
+    "max_new_tokens": 16,
+    "initial_budget": 6,
+    "updates": 3,
+    "eval_positions": 4,
+    "beta": 0.01,
+}
+ROOT = Path(rmt.__file__).parent
 
 
 def run_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(row):
+    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
 
 
 def weights(folder):
@@ -401,17 +472,17 @@ def small_run(tmp_path_factory):
 
 def test_run_folder(small_run):
     metrics = run_metrics(small_run)
-    assert [row["update"] for row in metrics] == [0, 1, 2, 3, 4]
-    assert [row["rollout/budget"] for row in metrics[1:]] == [6, 4, 2, 1]
-    for row in metrics[::2]:
+    assert [row["update"] for row in metrics] == [0, 1, 2, 3]
+    assert [row["rollout/budget"] for row in metrics[1:]] == [6, 3, 2]  # 6 x 0.2^(t/3), t = 0, 1, 2
+    for row in (metrics[0], metrics[3]):
         assert {f"eval/{kind}_{level}" for kind in ("ntp", "ntr") for level in rmt.LEVELS} <= row.keys()
+    assert [row["eval/budget"] for row in (metrics[0], metrics[3])] == [6, 1]
     assert all(row["policy/rollout_ratio"] == pytest.approx(1, abs=1e-3) for row in metrics[1:])
     assert all(row["optim/skipped"] == 0 and math.isfinite(row["optim/grad_norm"]) for row in metrics[1:])
     for name in ("entropy.png", "curves.png", "samples.md", "args.json", "rmt.py"):
         assert (small_run / name).exists(), name
-    names = set().union(*metrics) - {"update"}
-    documented = (Path(rmt.__file__).parent / "docs" / "rmt.md").read_text()
-    assert [name for name in sorted(names) if f"`{name}`" not in documented] == []
+    documented = (ROOT / "docs" / "rmt.md").read_text()
+    assert [name for name in sorted(set().union(*metrics)) if f"`{name}`" not in documented] == []
 
 
 def test_kill_and_resume_is_the_same_run_bit_for_bit(small_run, monkeypatch):
@@ -426,11 +497,9 @@ def test_kill_and_resume_is_the_same_run_bit_for_bit(small_run, monkeypatch):
         rmt.main(rmt.Args(**SMALL, output_dir=str(folder)))
     assert [row["update"] for row in run_metrics(folder)] == [0, 1]
     with pytest.raises(UserError, match="ntp-weight"):
-        rmt.main(rmt.Args(**{**SMALL, "ntp_weight": 0.5}, resume=str(folder)))
+        rmt.main(rmt.Args(**SMALL | {"ntp_weight": 0.5}, resume=str(folder)))
     rmt.main(rmt.Args(**SMALL, resume=str(folder)))
-    timeless = [[{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in run_metrics(f)]
-                for f in (small_run, folder)]  # fmt: skip
-    assert timeless[0] == timeless[1]
+    assert list(map(without_times, run_metrics(small_run))) == list(map(without_times, run_metrics(folder)))
     first, second = weights(small_run), weights(folder)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -439,27 +508,43 @@ def test_a_gradient_that_is_not_finite_is_skipped(small_run, monkeypatch):
     original = rmt.rl_loss
     monkeypatch.setattr(rmt, "rl_loss", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
     folder = small_run.parent / "nan"
-    args = rmt.Args(**{**SMALL, "max_skipped": 2}, output_dir=str(folder))
-    with pytest.raises(UserError, match="not finite 2 times in a row"):
-        rmt.main(args)
+    with pytest.raises(UserError, match="2 updates in a row without a finite gradient"):
+        rmt.main(rmt.Args(**SMALL | {"max_skipped": 2}, output_dir=str(folder)))
     assert [row["optim/skipped"] for row in run_metrics(folder)[1:]] == [1, 2]
 
 
-def script(*arguments, ranks=1):
-    program = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "rmt.py"] if ranks > 1 else ["rmt.py"]
-    small = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if key not in ("tiny", "dataset", "text_column", "model")]
-    return subprocess.run([sys.executable, *program, "--tiny", *small, *arguments], capture_output=True, text=True, timeout=300,
-                          cwd=Path(rmt.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-
-
-def test_two_ranks_equal_one(small_run):
+def test_two_ranks_of_the_script_equal_one(small_run):
     folder = small_run.parent / "two"
-    outcome = script(f"--output-dir={folder}", "--micro-batch-tokens=300", ranks=2)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    changed = [
+        f"--{key.replace('_', '-')}={SMALL[key]}" for key in SMALL if SMALL[key] != rmt.TINY_RUN.get(key)
+    ]
+    command = [
+        sys.executable,
+        "rmt.py",
+        "--tiny",
+        *changed,
+        f"--output-dir={folder}",
+        "--micro-batch-tokens=300",
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
+        )
+        for rank in "01"
+    ]
+    errors = [rank.communicate(timeout=300)[1].decode()[-2000:] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
     for one, two in zip(run_metrics(small_run), run_metrics(folder), strict=True):
-        for key, value in one.items():
-            if not key.startswith(("time/", "perf/")):
-                assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-4), (one["update"], key)
+        assert without_times(two) == pytest.approx(without_times(one), rel=2e-3, abs=2e-4)
     first, second = weights(small_run), weights(folder)
     assert max((first[key] - second[key]).abs().max().item() for key in first) < 1e-4
 
@@ -470,11 +555,15 @@ def test_two_ranks_equal_one(small_run):
         (["--model", "./nowhere"], "nowhere"),
         (["--p1", "0.5", "0.5", "0.5"], "--p1 must be three probabilities"),
         (["--dataset", "./none.jsonl"], "no such data file"),
+        (["--text-column", "problem"], "has no column `problem`; it has: text"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capfd, monkeypatch):
+    def leave(code):
+        raise SystemExit(code)
+
     monkeypatch.setattr(sys, "argv", ["rmt.py", "--tiny", *arguments])
-    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as left:
         launch(rmt.main, rmt.parse_args())
     error = capfd.readouterr().err.strip().splitlines()
@@ -488,11 +577,10 @@ def test_functions_that_both_scripts_need_are_the_same():
 
 def test_grpo_starts_from_the_checkpoint(small_run):
     """RMT's continual post-training: grpo_rlvr.py --task math from what this script wrote."""
-    outcome = subprocess.run(
-        [sys.executable, "grpo_rlvr.py", "--tiny", "--task", "math", "--model", str(small_run / "checkpoints" / "final"),
-         "--updates", "1", "--prompts-per-update", "4", "--group-size", "2", "--eval-problems", "4", "--max-new-tokens", "8",
-         "--output-dir", str(small_run.parent / "grpo")],
-        capture_output=True, text=True, timeout=300, cwd=Path(rmt.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    assert (small_run.parent / "grpo" / "checkpoints" / "final" / "config.json").exists()
+    folder = small_run.parent / "grpo"
+    files = {"dataset": f"{TINY}/math_train.jsonl", "eval_dataset": f"{TINY}/math_heldout.jsonl"}
+    sizes = {"updates": 1, "prompts_per_update": 4, "group_size": 2, "eval_problems": 4, "max_new_tokens": 8}
+    model = {"model": str(small_run / "checkpoints" / "final"), "output_dir": str(folder)}
+    grpo_rlvr.main(grpo_rlvr.Args(**grpo_rlvr.MATH | grpo_rlvr.TINY_RUN | files | sizes | model))
+    assert (folder / "checkpoints" / "final" / "config.json").exists()
+    assert [row["update"] for row in run_metrics(folder)] == [0, 1]
