@@ -300,6 +300,9 @@ def complete(model, tokenizer, batch: list[tuple[Problem, dict]], args: Args) ->
     prompts = [tokenizer(problem.prompt).input_ids for problem in problems]
     stops = [[w for w in p.stop_words if not (args.thoughts and w == THOUGHT_STOP)] for p in problems]  # D1
     width, device = max(map(len, prompts)), model.device
+    room = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
+    if width > room:
+        raise UserError(f"a prompt has {width} tokens; beside --max-new-tokens the model has room for {room}")
     input_ids = common.pad_right([p[::-1] for p in prompts], tokenizer.pad_token_id, device).flip(1)  # [B, T]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask = torch.arange(width, device=device) >= width - lengths.unsqueeze(1)  # [B, T], left padding
@@ -325,6 +328,7 @@ def complete(model, tokenizer, batch: list[tuple[Problem, dict]], args: Args) ->
         logits_processor=[choose],
         stopping_criteria=[ended],
         do_sample=False,  # `choose` has drawn already
+        synced_gpus=False,  # the weights are gathered: no rank waits for the longest row of another
         max_new_tokens=args.max_new_tokens,
         eos_token_id=sorted(eos),
         pad_token_id=tokenizer.pad_token_id,
@@ -340,12 +344,16 @@ def complete(model, tokenizer, batch: list[tuple[Problem, dict]], args: Args) ->
 # ---------------------------------------------------------------- 3 judge
 
 
-def variants(problem: Problem, sample: dict, args: Args) -> list[dict]:
-    """What is judged of a sample: itself and, with --thoughts, the same completion cut at a thought (D1)."""
-    if not args.thoughts or THOUGHT_STOP not in problem.stop_words or "solution" in sample:
-        return [sample]
-    shorter = cut(sample.get("completion", ""), [THOUGHT_STOP])
-    return [sample, {**sample, "benchmark": f"{problem.benchmark}_cut", "completion": shorter}]
+def unjudged(batch: list[tuple[Problem, dict]], done: set, args: Args) -> list[tuple[Problem, dict]]:
+    """What is to judge of a batch: its samples and, with --thoughts, the same cut at a thought (D1)."""
+    records = []
+    for problem, sample in batch:
+        records.append((problem, sample))
+        if args.thoughts and THOUGHT_STOP in problem.stop_words and "solution" not in sample:
+            shorter = cut(sample.get("completion", ""), [THOUGHT_STOP])
+            shorter = {"benchmark": f"{problem.benchmark}_cut", "completion": shorter}
+            records.append((problem, {**sample, **shorter}))
+    return [(problem, record) for problem, record in records if key(record) not in done]
 
 
 def judge(records: list[tuple[Problem, dict]], write, args: Args) -> None:
@@ -372,28 +380,29 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def summarise(records: list[dict], ks: tuple[int, ...]) -> dict:
     """Shares in [0, 1] of one benchmark. pass@1 is that of the greedy samples if there are any."""
+    summary = {"problems": len({record["task_id"] for record in records})}
     greedy = [record for record in records if record["temperature"] == 0]
     verdicts = collections.defaultdict(list)  # task -> verdicts of its sampled completions
     for record in records:
         if record["temperature"] != 0:
             verdicts[record["task_id"]].append(record["passed"])
-    summary = {"problems": len({record["task_id"] for record in records})}
+    if greedy:
+        summary["pass@1"] = fmean(record["passed"] for record in greedy)
     for k in ks:
         if k <= min(map(len, verdicts.values()), default=0):
             name = "pass@1_sampled" if k == 1 and greedy else f"pass@{k}"
             summary[name] = fmean(pass_at_k(len(v), sum(v), k) for v in verdicts.values())
-    if greedy:
-        summary["pass@1"] = fmean(record["passed"] for record in greedy)
-    if records[0]["benchmark"] == "codeforces":
-        summary["tests_passed"] = fmean(r["tests_passed"] / r["tests_total"] for r in greedy or records)
     if "truncated" in records[0]:
         summary["truncated"] = fmean(record["truncated"] for record in records)
+    if records[0]["benchmark"] == "codeforces":
+        summary["tests_passed"] = fmean(r["tests_passed"] / r["tests_total"] for r in greedy or records)
     return summary
 
 
 def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
     """Table 1 of the paper, in percent; with --thoughts a second row: completions cut at a thought (D1)."""
-    names, width = [name for name in BENCHMARKS if name in results], 7 * len(ks) + 2
+    names = [name for name in BENCHMARKS if name in results]
+    width = max(7 * len(ks), 13) + 1
     lines = [" " * 24 + "".join(f"{title:{width}}" for title in [*(BENCHMARKS[n][0] for n in names), "Avg."])]
     lines.append(" " * 24 + "".join(f"{f'p@{k}':7}" for k in ks).ljust(width) * (len(names) + 1))
     for suffix, title in (("", label), ("_cut", "  cut at \\n#")):
@@ -402,7 +411,7 @@ def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
             cells = [[row.get(f"pass@{k}", math.nan) for k in ks] for row in rows]
             cells.append([fmean(shares) for shares in zip(*cells)])
             shown = ["".join(f"{100 * share:<7.1f}" for share in cell).ljust(width) for cell in cells]
-            lines.append(f"{title[:23]:24}" + "".join(shown))
+            lines.append(f"{title[-23:]:24}" + "".join(shown).replace("nan", "-  "))
     return "\n".join(lines)
 
 
@@ -415,23 +424,25 @@ def check(args: Args) -> None:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive")
     for k in args.k:
-        if k < 1 or (not args.samples and 1 != k > args.n_samples):
-            raise UserError(f"pass@{k} needs --n-samples {max(k, 1)} or more, and k = 1 or more")
+        if k < 1:
+            raise UserError(f"--k must be positive, got {k}")
+        if not args.samples and k > max(1, args.n_samples):  # pass@1 is greedy
+            raise UserError(f"pass@{k} needs --n-samples {k} or more, or leave {k} out of --k")
 
 
-def open_folder(args: Args) -> tuple[Path, dict]:
-    """The evaluation's folder and the samples judged before. UserError if its arguments were others."""
+def open_folder(args: Args) -> tuple[Path, set]:
+    """The evaluation's folder and what was judged before. UserError if its arguments were others."""
     stem = f"eval_code__{Path(args.samples or args.model).name}__s{args.seed}"
     folder = Path(args.output_dir or f"runs/{stem}__{time.strftime('%Y%m%d-%H%M%S')}")
     now = json.loads(json.dumps({k: v for k, v in asdict(args).items() if k not in SPEED_ONLY}))
-    if (folder / "args.json").exists():
+    if (folder / "samples.jsonl").exists():
         before = json.loads((folder / "args.json").read_text())
         differ = [f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if v != before.get(name)]
         if differ:
             raise UserError(f"{folder} holds an evaluation with other arguments ({', '.join(differ)})")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(now, indent=1))
-    return folder, read_verdicts(folder / "samples.jsonl")
+    return folder, set(read_verdicts(folder / "samples.jsonl"))
 
 
 def read_verdicts(file: Path) -> dict[tuple, dict]:
@@ -444,35 +455,41 @@ def read_verdicts(file: Path) -> dict[tuple, dict]:
     return {key(record): record for record in records}
 
 
+def report(folder: Path, jobs: list[tuple[Problem, dict]], args: Args) -> None:
+    """Write results.json and print the table."""
+    verdicts, by_benchmark = read_verdicts(folder / "samples.jsonl"), collections.defaultdict(list)
+    for _, record in unjudged(jobs, set(), args):
+        if key(record) not in verdicts:
+            raise UserError(f"{folder} lacks the verdict of {key(record)}: run the same command again")
+        by_benchmark[record["benchmark"]].append(verdicts[key(record)])
+    results = {name: summarise(records, args.k) for name, records in by_benchmark.items()}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{table(results, Path(args.samples or args.model).name, args.k)}\n\n{folder / 'results.json'}")
+
+
 def main(args: Args) -> None:
     ranks = common.setup(args.seed)
     check(args)
 
-    # 1 problems
+    # 1 problems. Batches do not depend on the ranks, and one that a kill interrupted is generated again as a
+    # whole, so samples are the same to the last bit. Longest prompts first: a lack of memory shows at once
     problems = load_problems(args)
     jobs = read_samples(args, problems) if args.samples else plan_samples(args, problems)
-    planned = [key(record) for job in jobs for record in variants(*job, args)]
     opened = common.together(lambda: open_folder(args) if ranks.main else None, ranks)
     folder, done = common.all_gather_list([opened], ranks)[0]
-    jobs = [job for job in jobs if any(key(record) not in done for record in variants(*job, args))]
-    jobs.sort(key=lambda job: -len(job[0].prompt))  # the longest first: a lack of memory shows at once
-    mine = jobs[ranks.rank :: ranks.world_size]
+    longest = sorted(jobs, key=lambda job: -len(job[0].prompt))
+    batches = [longest[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    batches = [batch for batch in batches if unjudged(batch, done, args)]
     model = None
-    if jobs and not args.samples:
+    if batches and not args.samples:
         tokenizer = common.load_tokenizer(args.model)
         model = common.load_model(args.model, ranks, train=False)
-        room = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
-        for problem in problems:
-            if (length := len(tokenizer(problem.prompt).input_ids)) > room:
-                raise UserError(
-                    f"{problem.benchmark} {problem.task_id}: its prompt has {length} tokens, but --max-new-tokens "
-                    f"{args.max_new_tokens} leaves only {room} of the model's context: lower it"
-                )
 
-    # 2 sample and 3 judge, at the same time. A line is one unbuffered append, so that ranks share the file
-    samples_file = open(folder / "samples.jsonl", "ab", buffering=0)  # noqa: SIM115
-    total = sum(len(variants(*job, args)) for job in mine)
+    # 2 sample and 3 judge, at the same time. One unbuffered append per line: the ranks share the file
+    mine = batches[ranks.rank :: ranks.world_size]
+    total = sum(len(unjudged(batch, done, args)) for batch in mine)
     bar = tqdm(total=total, unit="sample", disable=not ranks.main)
+    samples_file = open(folder / "samples.jsonl", "ab", buffering=0)  # noqa: SIM115
 
     def write(record: dict) -> None:
         samples_file.write((json.dumps(record) + "\n").encode())
@@ -480,27 +497,17 @@ def main(args: Args) -> None:
 
     background, judged = ThreadPoolExecutor(1), []
     with common.gathered(model) if model else contextlib.nullcontext():
-        for start in range(0, len(mine), args.batch_size):
-            batch = mine[start : start + args.batch_size]
+        for batch in mine:
             if model:
                 complete(model, tokenizer, batch, args)
-            records = [(job[0], record) for job in batch for record in variants(*job, args)]
-            records = [(problem, record) for problem, record in records if key(record) not in done]
-            judged.append(background.submit(judge, records, write, args))
+            judged.append(background.submit(judge, unjudged(batch, done, args), write, args))
+            if judged[0].done():
+                judged.pop(0).result()  # raises what went wrong in the background
     common.together(lambda: [future.result() for future in judged], ranks)
     bar.close()
 
     # 4 report
-    if ranks.main:
-        verdicts = read_verdicts(folder / "samples.jsonl")
-        by_benchmark = collections.defaultdict(list)
-        for name in planned:
-            if name not in verdicts:
-                raise UserError(f"{folder} lacks the verdict of {name}; run the same command again")
-            by_benchmark[name[0]].append(verdicts[name])
-        results = {name: summarise(records, args.k) for name, records in by_benchmark.items()}
-        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\n{table(results, args.samples or args.model, args.k)}\n\n{folder / 'results.json'}")
+    common.together(lambda: report(folder, jobs, args) if ranks.main else None, ranks)
 
 
 if __name__ == "__main__":
