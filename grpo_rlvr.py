@@ -443,7 +443,8 @@ def verify_lines():
     for line in sys.stdin:
         gold, text = json.loads(line)
         try:
-            gold, answer = parse(f"${gold}$"), parse(text, extraction_config=boxed)
+            last_box = text[text.rfind("\\boxed") :]  # the answer; math-verify would make a set of several
+            gold, answer = parse(f"${gold}$"), parse(last_box, extraction_config=boxed)
             right = bool(gold and answer) and verify(gold, answer)  # gold first: verify is not symmetric
             reason = "right" if right else "wrong answer" if answer else "no answer"
         except Exception as error:
@@ -751,11 +752,11 @@ def main(args: Args) -> None:
     model = load_model(args.model, ranks)
     ref_model = load_model(args.model, ranks, train=False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    state = {"update": 0, "cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
+    state = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
     if run.state:
         state = run.restore({"policy": model}, optimizer)
     rollouts, interrupt = Rollouts(model, tokenizer, args, ranks), Interrupt()
-    begun, first = time.time(), state["update"]
+    begun, first = time.time(), state.pop("update", 0)
     if first == 0:
         metrics = evaluate(rollouts, heldout, args, run, 0)
         run.log({"update": 0, **metrics})
