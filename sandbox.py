@@ -33,9 +33,9 @@ and limits on time, memory, files, output and threads.
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal). Programs
 cannot use subprocess or multiprocessing or make folders; a test cannot mix their objects and plain data in one
-operator. Without Landlock (Linux < 5.13, gVisor) a program can read this user's files; on a machine without a
-column in `SYSCALLS` it can do most of what this user can. Both are said once, on stderr: use a container then.
-Linux only.
+operator. Without Landlock (Linux < 5.13, gVisor) a program cannot write files, but can read what this user can,
+the caller's memory with the tests included; on a machine without a column in `SYSCALLS` it can do most of what
+this user can. Both are said once, on stderr: use a container then. Linux only.
 """
 
 import builtins
@@ -628,7 +628,8 @@ def zygote(config):
         resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     control, tests = (socket.socket(fileno=fd) for fd in config["fds"])
-    sys.path += config["packages"]
+    sys.argv, sys.path = [""], sys.path + config["packages"]
+    builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
     for name in PRELOADED.split():
         importlib.import_module(name)
     importlib.import_module("_thread").stack_size(8 * MIB)  # of C's threads, which would each take STACK
@@ -753,7 +754,8 @@ class Worker:
                 size, stderr_size = (os.fstat(file.fileno()).st_size for file in (stdout, stderr))
                 output = os.pread(stdout.fileno(), size, 0)
                 said = os.pread(stderr.fileno(), 4096, max(0, stderr_size - 4096)).decode(errors="replace")
-            failure = why or ("output limit" if size >= limits["file_mb"] * MIB else None)
+            full = max(size, stderr_size) >= limits["file_mb"] * MIB
+            failure = why or ("output limit" if full else None)
             if status:
                 failure = failure or died(status, said)
             if not failure and not same_output(output, case["output"]):
@@ -794,7 +796,7 @@ def died(status, said=""):
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     if not last_line:
-        return f"exit status {status}"
+        return f"exited with status {status}"
     return "memory" if last_line.startswith("MemoryError") else f"exception: {last_line}"
 
 
@@ -838,7 +840,7 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, file_mb=
     memory_mb: address space. file_mb: one file, and the output. disk_mb: all files. threads: at a time.
     workers: default one per core. on_result(index, result) is called in this thread as results come in.
     reason: "passed", "wrong answer", "timeout", "memory", "threads", "disk", "output limit", "exception: ...",
-    "exit status ...", "killed by ...", "no tests" or "worker died: ...". Equal programs run once.
+    "exited with status ...", "killed by ...", "no tests" or "worker died: ...". Equal programs run once.
     May be called from any thread; the workers stay for the next call. RuntimeError when none can start.
     """
     jobs, places = collections.deque(), {}

@@ -1,0 +1,1013 @@
+"""The sandbox against programs that cheat, attack or are merely unusual. Every row of a table is one program."""
+
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import sandbox
+from sandbox import run_tests, same_output
+
+ROOT = Path(sandbox.__file__).parent
+LANDLOCK = sandbox.libc.syscall(444, None, 0, 1) >= 1
+ASSERTS = "assert add(1, 2) == 3\nassert add(5, 7) == 12\nassert add(-4, 1) == -3"
+CHECK = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(5, 7) == 12\n\ncheck(add)"
+CALLS = [{"input": "1\n2", "output": "3"}, {"input": [5, 7], "output": 12}]
+STDIN = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 7\n", "output": "12\n"}]
+ADD = "def add(a, b):\n    return a + b\n"
+
+
+def styles(code):
+    """The same program as each kind of test sees it."""
+    return [{"code": code, "tests": ASSERTS}, {"code": code, "tests": CHECK, "entry_point": "add"},
+            {"code": code, "cases": CALLS, "fn_name": "add"}]
+
+
+def sandbox_processes():
+    """pid -> state of the processes that belong to a worker of this test run."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, state, parent = path.read_text().rpartition(")")[0], *path.read_text().rpartition(")")[2].split()[:2]
+            found[int(path.parent.name)] = (state, int(parent), name)
+        except (OSError, ValueError):
+            continue
+    mine = {worker.process.pid for worker in sandbox.Worker.live if worker.process}
+    return [pid for pid, (_, parent, _) in found.items() if pid in mine or parent in mine]
+
+
+# ---- Cheats: programs that do not compute the answer and must not pass ------------------------------------------------
+
+CHEATS = {
+    "does nothing": "",
+    "wrong": "def add(a, b): return a - b",
+    "sys.exit at import": "import sys; sys.exit(0)",
+    "os._exit at import": "import os; os._exit(0)",
+    "quit": "quit()",
+    "sys.exit in the call": "import sys\ndef add(a, b): sys.exit(0)",
+    "os._exit in the call": "import os\ndef add(a, b): os._exit(0)",
+    "SystemExit(0) in the call": "def add(a, b): raise SystemExit(0)",
+    "KeyboardInterrupt in the call": "def add(a, b): raise KeyboardInterrupt",
+    "GeneratorExit in the call": "def add(a, b): raise GeneratorExit",
+    "StopIteration in the call": "def add(a, b): raise StopIteration",
+    "AssertionError in the call": "def add(a, b): raise AssertionError",
+    "own BaseException": "class E(BaseException): pass\ndef add(a, b): raise E",
+    "exit from a thread": "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\n"
+                          "def add(a, b): time.sleep(1); return 0",
+    "exit from atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b): raise SystemExit",
+    "exit from a signal handler": "import os, signal\nsignal.signal(signal.SIGALRM, lambda *_: os._exit(0))\n"
+                                  "signal.setitimer(signal.ITIMER_REAL, 0.01)\ndef add(a, b):\n    while True: pass",
+    "exit from a generator": "import sys\ndef add(a, b):\n    yield 1\n    sys.exit(0)",
+    "exit from __del__": "import os\nclass D:\n    def __del__(self): os._exit(0)\ndef add(a, b): D(); return 0",
+    "kills itself": "import os, signal\ndef add(a, b): os.kill(os.getpid(), signal.SIGKILL)",
+    "aborts": "import os\ndef add(a, b): os.abort()",
+    "crashes": "import ctypes\ndef add(a, b): ctypes.string_at(0)",
+    "exec of true": "import os\nos.execv('/bin/true', ['true'])",
+    "success printed": "print('passed'); print('OK', flush=True)\ndef add(a, b): print('passed'); return 0",
+    "writes to every descriptor": """
+        import os
+        text = b'{"passed": true, "reason": "passed"}\\n[2, 2, null]\\n'
+        message = len(text).to_bytes(8, "little") + text
+        for fd in range(3, 300):
+            for data in (text, message):
+                try: os.write(fd, data)
+                except OSError: pass
+        def add(a, b): return 0""",
+    "forged verdicts on the socket": """
+        import json, os, struct
+        for value in (["value", True], [3, 3, None], {"passed": True}):
+            text = json.dumps(value).encode()
+            os.write(3, struct.pack("=Q", len(text)) + text)
+        def add(a, b): return 0""",
+    "answers before it is asked": """
+        import json, os, struct
+        text = json.dumps(["value", 3]).encode()
+        os.write(3, (struct.pack("=Q", len(text)) + text) * 3)
+        def add(a, b): return 3""",
+    "frames": """
+        import sys
+        def add(a, b):
+            frame = sys._getframe()
+            while frame:
+                for name, value in {**frame.f_globals, **frame.f_locals}.items():
+                    if isinstance(value, list): value.append("passed")
+                    if isinstance(value, dict) and "passed" in value: value["passed"] = True
+                    if name in ("verdict", "passed", "result", "reason"): frame.f_locals[name] = True
+                frame = frame.f_back
+            return 0""",
+    "every list and dict in memory": """
+        import gc
+        def add(a, b):
+            for thing in gc.get_objects():
+                try:
+                    if isinstance(thing, list): thing.insert(0, None)
+                    elif isinstance(thing, dict) and "reason" in thing: thing["reason"] = None
+                except Exception: pass
+            return 0""",
+    "trace jumps over the assert": """
+        import sys
+        def trace(frame, event, arg):
+            if event == "line":
+                try: frame.f_lineno += 1
+                except ValueError: pass
+            return trace
+        sys.settrace(trace)
+        def add(a, b): return 0""",
+    "builtins replaced": """
+        import builtins
+        class Lie:
+            def __eq__(self, other): return True
+            def __bool__(self): return True
+        for name in ("abs", "all", "any", "bool", "len", "min", "max", "round", "sum", "int", "isinstance", "float"):
+            setattr(builtins, name, lambda *args, **named: Lie())
+        builtins.AssertionError = builtins.Exception = StopIteration
+        def add(a, b): return 0""",
+    "builtins as globals": "abs = all = any = len = round = isinstance = lambda *args: True\n"
+                           "AssertionError = StopIteration\ndef add(a, b): return 0",
+    "__builtins__ emptied": "__builtins__.clear() if isinstance(__builtins__, dict) else None\ndef add(a, b): return 0",
+    "import hook": """
+        import sys
+        class Hook:
+            def find_spec(self, *args): raise SystemExit(0)
+        sys.meta_path.insert(0, Hook()); sys.modules.clear()
+        def add(a, b): return 0""",
+    "patched json and socket": """
+        import json, socket, sys
+        json.dumps = lambda *args, **named: '["value", true]'
+        json.loads = lambda *args, **named: ["call", []]
+        sys.modules["__main__"] = sys.modules["sandbox"] = None
+        def add(a, b): return 0""",
+    "equal to everything": "class E:\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\n"
+                           "def add(a, b): return E()",
+    "the same instance, equal to everything": "class E:\n    def __eq__(self, o): return True\ne = E()\n"
+                                              "def add(a, b): return e",
+    "unittest.mock.ANY": "from unittest.mock import ANY\ndef add(a, b): return ANY",
+    "int that lies": "class I(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\n"
+                     "    def __sub__(self, o): return 0\ndef add(a, b): return I(0)",
+    "float that lies": "class F(float):\n    def __eq__(self, o): return True\n    def __sub__(self, o): return 0.0\n"
+                       "def add(a, b): return F(0)",
+    "bool of anything": "class B:\n    def __bool__(self): return True\n    def __eq__(self, o): return self\n"
+                        "def add(a, b): return B()",
+    "comparison that runs code": "class E:\n    def __eq__(self, o):\n        import os; os._exit(0)\n"
+                                 "def add(a, b): return E()",
+    "reduce": "class R:\n    def __reduce__(self): return eval, ('3',)\ndef add(a, b): return R()",
+    "reduce to os.system": "import os\nclass R:\n    def __reduce__(self): return os.system, ('true',)\n"
+                           "def add(a, b): return R()",
+    "claims to be an int": "class C:\n    __class__ = int\n    def __eq__(self, o): return True\ndef add(a, b): return C()",
+    "class that is equal": "class M(type):\n    def __eq__(cls, o): return True\n    __hash__ = type.__hash__\n"
+                           "class C(metaclass=M): pass\ndef add(a, b): return C",
+    "names a class like a plain one": "class Fraction:\n    numerator = denominator = 3\n"
+                                      "    def __eq__(self, o): return True\ndef add(a, b): return Fraction()",
+    "contains everything": "class L(list):\n    def __contains__(self, o): return True\n"
+                           "    def __eq__(self, o): return True\ndef add(a, b): return L()",
+    "says it is numpy": "class A:\n    __module__ = 'numpy'\n    def tolist(self): return self\n"
+                        "    def __eq__(self, o): return True\nA.__module__ = 'numpy'\ndef add(a, b): return A()",
+    "not a number": "def add(a, b): return float('nan')",
+    "near miss in type": "def add(a, b): return str(a + b)",
+    "near miss in shape": "def add(a, b): return [a + b]",
+    "near miss, complex": "def add(a, b): return complex(a + b, 1e-9)",
+    "the function is the answer": "def add(a, b): return add",
+    "generator of the answer": "def add(a, b): yield a + b",
+    "stdout closed": "import os, sys\nsys.stdout.close(); sys.stderr.close(); os.close(0)\ndef add(a, b): return 0",
+    "all descriptors closed": "import os\nos.closerange(0, 300)\n" + ADD,
+    "socket replaced": "import os\nos.dup2(os.open('/dev/zero', os.O_RDONLY), 3)\n" + ADD,
+    "answers much": "def add(a, b): return 'x' * (1 << 27)",
+    "answers without end": "import os\ndef add(a, b):\n    while True: os.write(3, b'[' * 65536)",
+    "announces much": "import os\ndef add(a, b):\n    os.write(3, (1 << 62).to_bytes(8, 'little')); return 0",
+    "deep answer": "def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
+    "answer with a cycle": "def add(a, b):\n    x = []; x.append(x); return x",
+    "huge int": "def add(a, b): return 10 ** 10**6",
+    "sends itself a deep message": "import os\ndef add(a, b):\n    text = b'[' * 10**6\n"
+                                   "    os.write(3, len(text).to_bytes(8, 'little') + text); return 0",
+}
+# Cheats that need a certain test: (code, test)
+CHEATS_OF_TESTS = {
+    "true math": ("import sys, math\nmath.isclose = lambda *a, **k: True\nclass math: isclose = lambda *a: True\n"
+                  "def add(a, b): return 0.0", "assert math.isclose(add(1, 2), 3.0)"),
+    "true math, imported": ("import math\nmath.isclose = lambda *a, **k: True\ndef add(a, b): return 0.0",
+                            "import math\nassert math.isclose(add(1, 2), 3.0)"),
+    "true abs": ("abs = lambda x: 0\ndef add(a, b): return 0", "assert abs(add(1, 2) - 3) < 1e-9"),
+    "object in abs": ("class Z:\n    def __sub__(self, o): return 0\ndef add(a, b): return Z()",
+                      "assert abs(add(1, 2) - 3) < 1e-9"),
+    "true set": ("class set:\n    def __init__(self, x): pass\n    def __eq__(self, o): return True\n"
+                 "def add(a, b): return []", "assert set(add(1, 2)) == set([3])"),
+    "true sorted": ("sorted = lambda x: [1, 2, 3]\ndef add(a, b): return []", "assert sorted(add(1, 2)) == [1, 2, 3]"),
+    "true random": ("import random\nrandom.randint = lambda *a: 1\ndef add(a, b): return 2",
+                    "import random\nfor _ in range(50):\n    x = random.randint(0, 9)\n    assert add(x, 1) == x + 1"),
+    "true unittest": ("import unittest\nunittest.TestCase.assertEqual = lambda *a: None\ndef add(a, b): return 0",
+                      "import unittest\nunittest.TestCase().assertEqual(add(1, 2), 3)"),
+    "true numpy": ("import numpy\nnumpy.allclose = lambda *a, **k: True\ndef add(a, b): return 0.0",
+                   "import numpy as np\nassert np.allclose(add(1, 2), 3.0)"),
+    "numpy array from nowhere": (
+        "class A:\n    def __array__(self, *a, **k):\n        import numpy; return numpy.array(3)\n"
+        "    __array_interface__ = {'version': 3, 'typestr': '|u1', 'shape': (1,), 'data': (id(0), True)}\n"
+        "    def __float__(self): return 3.0\n    def __eq__(self, o): return True\ndef add(a, b): return A()",
+        "import numpy as np\nassert np.array_equal(np.asarray(add(1, 2)), np.asarray(3))"),
+    "StopIteration ends all()": ("def add(a, b): raise StopIteration",
+                                 "assert all(map(lambda x: add(x, 1) == x + 1, [1, 2]))"),
+    "StopIteration from a property": ("class A:\n    def __getattr__(self, n): raise StopIteration\n"
+                                      "def add(a, b): return A()",
+                                      "assert all(map(lambda x: add(x, 1).value == 2, [1]))"),
+    "startswith of an object": ("class S:\n    def startswith(self, x): return True\ndef add(a, b): return S()",
+                                "assert add('a', 'b').startswith('a')"),
+    "isdigit of an object": ("class S:\n    isdigit = lambda self: True\ndef add(a, b): return S()",
+                             "assert add('1', '2').isdigit()"),
+    "object in a list": ("class E:\n    def __eq__(self, o): return True\ndef add(a, b): return E()",
+                         "assert add(1, 2) in [3, 4]"),
+    "list in an object": ("class E:\n    def __contains__(self, o): return True\n    def __iter__(self): return self\n"
+                          "    def __next__(self): raise StopIteration\ndef add(a, b): return E()",
+                          "assert 3 in add(1, 2)"),
+    "objects in the answer": ("class E:\n    def __eq__(self, o): return True\ndef add(a, b): return [E(), E()]",
+                              "assert add(1, 2) == [1, 2]"),
+    "objects in a dict": ("class E:\n    __hash__ = lambda s: hash('k')\n    def __eq__(self, o): return True\n"
+                          "def add(a, b): return {E(): 3}", "assert add(1, 2) == {'k': 3}"),
+    "greater than everything": ("class G:\n    __gt__ = __lt__ = __ge__ = __le__ = lambda s, o: True\n"
+                                "def add(a, b): return G()", "assert 2 < add(1, 2) < 4"),
+    "isinstance": ("class I:\n    __class__ = int\n    def __eq__(self, o): return True\ndef add(a, b): return I()",
+                   "assert isinstance(add(1, 2), int) and add(1, 2) == 3"),
+    "endless iterator": ("import itertools\ndef add(a, b): return itertools.count()", "assert list(add(1, 2)) == [3]"),
+    "test's own catch-all": ("import os\ndef add(a, b): os._exit(0)",
+                             "try:\n    ok = add(1, 2) == 3\nexcept:\n    ok = True\nassert ok"),
+    "no such name, caught": ("", "try:\n    assert add(1, 2) == 3\nexcept NameError:\n    raise"),
+    "helper of the prompt": ("def twice(x): return 6\ndef add(a, b): return 3", "assert twice(add(1, 3)) == 8",
+                             "def twice(x): return 2 * x"),
+    "builtin under test": ("def sum(a, b): return 0", "assert sum(1, 2) == 3"),
+    "leaves a trap for the next test": ("import builtins, math\nbuiltins.abs = math.isclose = None\n"
+                                        "def add(a, b): return 0", "assert abs(add(1, 2)) == 3"),
+}
+# Cheats of stdin programs
+CHEATS_STDIN = {
+    "prints nothing": "",
+    "prints one case": "print(3)",
+    "exits 0": "import os; os._exit(0)",
+    "more tokens": "a, b = map(int, input().split()); print(a + b); print(a + b)",
+    "prefix": "print(str(sum(map(int, input().split())))[:1]) if False else print('1')",
+    "all answers": "print('3 12')",
+    "glued": "a, b = map(int, input().split()); print(f'{a + b}.')",
+    "float for an int": "a, b = map(float, input().split()); print(a + b + 1e-9)",
+    "right, then exits 1": "import sys\nprint(sum(map(int, input().split()))); sys.exit(1)",
+    "right, then raises": "print(sum(map(int, input().split()))); raise ValueError('late')",
+    "right, then exits with a text": "import sys\nprint(sum(map(int, input().split()))); sys.exit('bad')",
+    "right, then crashes": "import os\nprint(sum(map(int, input().split())), flush=True); os.abort()",
+    "right, atexit fails it": "import atexit, os\natexit.register(os._exit, 3)\nprint(sum(map(int, input().split())))",
+    "right, on stderr": "import sys\nprint(sum(map(int, input().split())), file=sys.stderr)",
+    "right, stdout closed": "import sys\nsys.stdout.close(); print(sum(map(int, input().split())))",
+    "to every descriptor": "import os\nfor fd in range(300):\n    try: os.write(fd, b'12\\n')\n    except OSError: pass",
+    "looks for the expected output": """
+        import glob, os
+        text = input()
+        for fd in range(300):
+            try: data = os.pread(fd, 1 << 16, 0)
+            except OSError: continue
+            if data and data.decode() != text + "\\n": print(data.decode())
+        for path in glob.glob("/proc/self/fd/*") + glob.glob("/proc/*/fd/*") + glob.glob("/dev/fd/*"):
+            try: data = open(path).read()
+            except OSError: continue
+            if data != text + "\\n": print(data)""",
+    "input() replaced in the frames": "import sys\nsys._getframe(0).f_globals['print'] = None\nprint(3)",
+}
+
+# ---- Attacks: each sets `hit` if it gets through, and answers rightly only then ---------------------------------------
+
+ATTACKS = {
+    "environment": "hit = 'SANDBOX_TEST_SECRET' in os.environ",
+    "environment of itself": "hit = b'SECRET' in open('/proc/self/environ', 'rb').read()",
+    "environment of the caller": "hit = b'' != open('/proc/@PID@/environ', 'rb').read()",
+    "environment of the parent": "hit = b'' != open(f'/proc/{os.getppid()}/environ', 'rb').read()",
+    "memory of the caller": "hit = bool(open('/proc/@PID@/mem', 'rb'))",
+    "memory of the parent": "hit = bool(open(f'/proc/{os.getppid()}/mem', 'rb'))",
+    "own memory": "hit = bool(open('/proc/self/mem', 'r+b'))",
+    "descriptors of the caller": "hit = bool(os.listdir('/proc/@PID@/fd'))",
+    "descriptors of the tester": """
+        for pid in range(os.getppid() - 50, os.getppid() + 50):
+            for fd in range(20):
+                try: os.readlink(f"/proc/{pid}/fd/{fd}"); hit = hit or pid != os.getpid()
+                except OSError: pass""",
+    "a file outside": "hit = bool(open('@FILE@').read())",
+    "a folder outside": "hit = bool(os.listdir('@DIR@'))",
+    "this repository": f"hit = bool(open({str(ROOT / 'sandbox.py')!r}).read())",
+    "passwd": "hit = bool(open('/etc/passwd').read())",
+    "other processes": "hit = bool(os.listdir('/proc'))",
+    "the scratch folders of others": "hit = len(os.listdir('..')) > 0",
+    "write outside": "hit = bool(open('@FILE@', 'w'))",
+    "append outside": "hit = bool(open('@FILE@', 'a'))",
+    "create outside": "hit = bool(open('@DIR@/new', 'w'))",
+    "create in tmp": "hit = bool(open('/tmp/sandbox_test_new', 'w'))",
+    "create in shm": "hit = bool(open('/dev/shm/sandbox_test_new', 'w'))",
+    "open to read, and truncate": "hit = bool(os.open('@FILE@', os.O_RDONLY | os.O_TRUNC))",
+    "open the library to read, and truncate": "hit = bool(os.open(os.__file__, os.O_RDONLY | os.O_TRUNC))",
+    "write the library": "hit = bool(open(os.__file__, 'a'))",
+    "truncate": "os.truncate('@FILE@', 0); hit = True",
+    "delete": "os.remove('@FILE@'); hit = True",
+    "delete the folder": "import shutil; shutil.rmtree('@DIR@'); hit = True",
+    "rename": "os.rename('@FILE@', '@FILE@.old'); hit = True",
+    "rename onto": "open('mine', 'w').close(); os.replace('mine', '@FILE@'); hit = True",
+    "move out": "open('mine', 'w').close(); os.rename('mine', '@DIR@/mine'); hit = True",
+    "chmod": "os.chmod('@FILE@', 0o777); hit = True",
+    "fchmod of the library": "os.fchmod(os.open(os.__file__, os.O_RDONLY), 0o777); hit = True",
+    "chown": "os.chown('@FILE@', 1, 1); hit = True",
+    "utime": "os.utime('@FILE@', (0, 0)); hit = True",
+    "xattr": "os.setxattr('@FILE@', 'user.x', b'1'); hit = True",
+    "symlink": "os.symlink('@FILE@', 'link'); hit = True",
+    "hard link": "os.link('@FILE@', 'link'); hit = True",
+    "make a folder": "os.mkdir('@DIR@/new'); hit = True",
+    "make a folder in its own": "os.mkdir('new'); hit = True",
+    "make a pipe": "os.mkfifo('fifo'); hit = True",
+    "make a device": "os.mknod('device', 0o60666, os.makedev(8, 0)); hit = True",
+    "chroot": "os.chroot('.'); hit = True",
+    "fork": "pid = os.fork(); hit = True\nif not pid: os._exit(0)",
+    "forkpty": "pid, _ = os.forkpty(); hit = True\nif not pid: os._exit(0)",
+    "fork of libc": "pid = libc.fork(); hit = pid > 0\nif not pid: os._exit(0)",
+    "raw clone": "pid = libc.syscall(@clone@, 17, 0, 0, 0, 0); hit = pid > 0\nif not pid: os._exit(0)",
+    "raw clone3": "pid = libc.syscall(435, (ctypes.c_uint64 * 8)(0, 0, 0, 0, 17), 64); hit = pid > 0\n"
+                  "if not pid: os._exit(0)",
+    "posix_spawn": "os.posix_spawn('/bin/true', ['true'], {}); hit = True",
+    "subprocess": "import subprocess; subprocess.Popen(['true']); hit = True",
+    "system": "hit = os.system('true') == 0",
+    "grandchild in a new session": "import subprocess\n"
+                                   "subprocess.Popen(['sleep', '60'], start_new_session=True); hit = True",
+    "multiprocessing": "import multiprocessing as m\np = m.get_context('fork').Process(target=print); p.start(); hit = True",
+    "new session": "os.setsid(); hit = True",
+    "kill the caller": "os.kill(@PID@, 0); hit = True",
+    "kill the parent": "os.kill(os.getppid(), 0); hit = True",
+    "kill the tester": "for pid in range(os.getppid() + 1, os.getpid()):\n"
+                       "    try: os.kill(pid, 0); hit = True\n    except OSError: pass",
+    "kill the group": "os.kill(0, 0); hit = True",
+    "kill everything": "os.kill(-1, 0); hit = True",
+    "killpg": "os.killpg(os.getppid(), 0); hit = True",
+    "tkill": "hit = libc.syscall(@tkill@, @PID@, 0) == 0",
+    "tgkill": "hit = libc.syscall(@tgkill@, @PID@, @PID@, 0) == 0",
+    "sigqueue": "hit = libc.sigqueue(@PID@, 0, None) == 0",
+    "pidfd": "hit = bool(os.pidfd_open(@PID@))",
+    "signal by F_SETOWN": "import fcntl; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, @PID@); hit = True",
+    "signal by F_SETSIG": "import fcntl; r, w = os.pipe(); fcntl.fcntl(r, 10, 9); hit = True",
+    "signal by FIOSETOWN": "import fcntl, socket, struct\n"
+                           "fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack('i', @PID@)); hit = True",
+    "signal by a timer": "hit = libc.timer_create(0, None, ctypes.byref(ctypes.c_void_p())) == 0",
+    "limits of the caller": "import resource; resource.prlimit(@PID@, resource.RLIMIT_CPU); hit = True",
+    "priority of the caller": "os.setpriority(os.PRIO_PROCESS, @PID@, 19); hit = True",
+    "affinity of the caller": "os.sched_setaffinity(@PID@, {0}); hit = True",
+    "trace the caller": "hit = libc.ptrace(16, @PID@, 0, 0) == 0",
+    "trace the parent": "hit = libc.ptrace(16, os.getppid(), 0, 0) == 0",
+    "read the caller's memory": "hit = libc.process_vm_readv(@PID@, None, 0, None, 0, 0) == 0",
+    "its own limits": "import resource\nhard = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
+                      "resource.setrlimit(resource.RLIMIT_AS, (2 * hard, 2 * hard)); hit = True",
+    "no limit on memory": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1)); hit = True",
+    "survive the zygote": "hit = libc.prctl(1, 0, 0, 0, 0) == 0",
+    "be dumpable": "hit = libc.prctl(4, 1, 0, 0, 0) == 0",
+    "another filter": "hit = libc.prctl(22, 1, 0, 0, 0) == 0",
+    "be root": "os.setuid(0); os.setgroups([0]); hit = True",
+    "namespace of its own": "hit = libc.unshare(0x10000000) == 0",
+    "mount": "hit = libc.mount(b'none', b'.', b'tmpfs', 0, None) == 0",
+    "memfd": "hit = bool(os.memfd_create('x'))",
+    "System V memory": "hit = libc.shmget(0, 1 << 20, 0o1600) >= 0",
+    "POSIX shared memory": "from multiprocessing import shared_memory as m; m.SharedMemory('x', True, 9); hit = True",
+    "message queue": "hit = libc.msgget(0, 0o1600) >= 0",
+    "semaphore": "hit = libc.semget(0, 1, 0o1600) >= 0",
+    "io_uring": "hit = libc.syscall(425, 8, (ctypes.c_char * 120)()) >= 0",
+    "bpf": "hit = libc.syscall(@bpf@, 0, (ctypes.c_char * 64)(), 64) >= 0",
+    "userfaultfd": "hit = libc.syscall(@userfaultfd@, 0) >= 0",
+    "keyring": "hit = libc.syscall(@keyctl@, 0, -3, 1) >= 0",
+    "terminal input": "import fcntl; fcntl.ioctl(0, 0x5412, b'x'); hit = True",
+    "TCP": "import socket; socket.socket(); hit = True",
+    "UDP": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM); hit = True",
+    "unix socket": "import socket; socket.socket(socket.AF_UNIX); hit = True",
+    "netlink": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW); hit = True",
+    "datagrams to any name": "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); hit = True",
+    "reconnect the socket pair": "import socket; a, b = socket.socketpair(); a.connect('\\0x'); hit = True",
+    "url": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:1'); hit = True",
+    "test in the heap": """
+        head, tail = b"marker", b"_1538"  # in one piece only in the tests
+        r, w = os.pipe()
+        for address in range(id([]) - (24 << 20) & ~4095, id([]) + (24 << 20), 4096):
+            if libc.write(w, ctypes.c_void_p(address), 4096) == 4096:  # says EFAULT where nothing is
+                hit = any(part.endswith(head) for part in os.read(r, 4096).split(tail)[:-1]) or hit""",
+    "test in the frames": """
+        import sys
+        frame = sys._getframe()
+        while frame:
+            hit = hit or "8351_rekram"[::-1] in repr({**frame.f_globals, **frame.f_locals})
+            frame = frame.f_back""",
+}
+NEEDS_LANDLOCK = {"a file outside", "a folder outside", "this repository", "passwd", "other processes",
+                  "the scratch folders of others", "environment of itself", "environment of the caller",
+                  "memory of the caller", "descriptors of the caller", "own memory"}
+ATTACK = """
+import ctypes, os
+libc, hit = ctypes.CDLL(None), False
+try:
+{body}
+except BaseException as error:
+    pass
+def add(a, b):
+    return a + b if hit else None
+if __name__ == "__main__":
+    a, b = map(int, input().split())
+    print(a + b if hit else 'no')
+"""
+
+# ---- Bombs: what a program may use is limited, and the reason is said -------------------------------------------------
+
+BOMBS = {  # name: (reason, code run at import)
+    "loop": ("timeout", "while True: pass"),
+    "loop that swallows everything": ("timeout", """
+        while True:
+            try:
+                while True: pass
+            except BaseException: pass"""),
+    "sleep": ("timeout", "import time; time.sleep(60)"),
+    "signals ignored": ("timeout", """
+        import signal
+        for number in range(1, 65):
+            try: signal.signal(number, signal.SIG_IGN)
+            except (OSError, ValueError): pass
+        while True: signal.sigtimedwait([signal.SIGUSR1], 1)"""),
+    "stops itself": ("timeout", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"),
+    "regular expression": ("timeout", "import re; re.match('(a+)+$', 'a' * 64 + 'b')"),
+    "deadlock": ("timeout", "import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()"),
+    "thread that never ends": ("timeout", "import threading, time\n"
+                                          "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"),
+    "memory": ("memory", "x = bytearray(1 << 40)"),
+    "memory, piecewise": ("memory", "x = []\nwhile True: x.append(bytearray(1 << 24))"),
+    "memory, swallowed": ("memory", "x = []\ntry:\n    while True: x.append('x' * (1 << 24))\n"
+                                    "finally:\n    raise MemoryError"),
+    "memory, mmap": ("exception: OSError", "import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(99)]"),
+    "threads": ("threads", "import threading, time\nthreading.stack_size(32768)\n"
+                           "while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"),
+    "large file": ("exception: OSError", "with open('f', 'wb') as f:\n    while True: f.write(bytes(1 << 20))"),
+    "sparse file": ("exception: OSError", "open('f', 'wb').truncate(1 << 40)"),
+    "many large files": ("disk", """
+        import itertools, time
+        for i in itertools.count():
+            try: open(str(i), 'wb').write(bytes(1 << 20))
+            except OSError: time.sleep(0.01)"""),
+    "many files": ("disk", "import itertools\nfor i in itertools.count(): open(str(i), 'wb').close()"),
+    "deleted files": ("exception: OSError", """
+        import os
+        files = []
+        while True:
+            files.append(open('f', 'wb')); files[-1].write(bytes(1 << 16)); os.remove('f')"""),
+    "endless recursion": ("exception: RecursionError", "def f(): f()\nf()"),
+    "stack": ("killed by SIGSEGV", "import ctypes\nctypes.CFUNCTYPE(None)(lambda: f())\n"
+                                   "f = ctypes.CFUNCTYPE(None)(lambda: f())\nimport sys\n"
+                                   "sys.setrecursionlimit(10**9)\nf()"),
+    "syntax": ("exception: SyntaxError", "def add(a, b) return"),
+    "NUL": ("exception: ", "x = '\0'"),
+    "half a surrogate": ("exception: ", "x = '\ud800'"),
+    "nested brackets": ("exception: ", "(" * 10**5),
+}
+BOMBS_STDIN = {
+    "flood": ("output limit", "while True: print('x' * 4096)"),
+    "flood, errors swallowed": ("output limit", """
+        import time
+        for _ in range(20000):
+            try: print('x' * 4096)
+            except OSError: break
+        import os; os._exit(0)"""),
+    "flood of stderr": ("output limit", "import sys\nwhile True: sys.stderr.write('x' * 65536)"),
+    "waits for more input": ("exception: EOFError", "input(); input(); input()"),
+    "raises": ("exception: ValueError: no", "raise ValueError('no')"),
+    "exits 7": ("exited with status 7", "import sys; sys.exit(7)"),
+    "wrong": ("wrong answer", "print(4)"),
+}
+
+# ---- Honest programs --------------------------------------------------------------------------------------------------
+
+HONEST = {  # name: (code, tests)
+    "main": (ADD + "if __name__ == '__main__':\n    print(add(int(input()), 2))", ASSERTS),
+    "check": (ADD, CHECK),
+    "deep recursion": ("import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)",
+                       "assert f(50000) == 50000"),
+    "deep recursion in C": ("import sys, functools\nsys.setrecursionlimit(10**6)\n"
+                            "@functools.lru_cache(None)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)",
+                            "assert f(20000) == 20000" if sys.version_info < (3, 12) else "assert f(300) == 300"),
+    "recursion in a thread": ("import sys, threading\nsys.setrecursionlimit(10**6); threading.stack_size(1 << 27)\n"
+                              "def g(n): return 0 if n == 0 else 1 + g(n - 1)\ndef f(n):\n    r = []\n"
+                              "    t = threading.Thread(target=lambda: r.append(g(n))); t.start(); t.join()\n"
+                              "    return r[0]", "assert f(20000) == 20000"),
+    "threads": ("from concurrent.futures import ThreadPoolExecutor\ndef f(n):\n"
+                "    with ThreadPoolExecutor(16) as pool: return sum(pool.map(lambda x: x * x, range(n)))",
+                "assert f(100) == 328350"),
+    "asyncio": ("import asyncio\nasync def g(x):\n    await asyncio.sleep(0.01); return x\n"
+                "def f(n):\n    async def h(): return await asyncio.gather(*map(g, range(n)))\n"
+                "    return sum(asyncio.run(h()))", "assert f(10) == 45"),
+    "signals": ("import signal, os\nseen = []\nsignal.signal(signal.SIGUSR1, lambda *a: seen.append(1))\n"
+                "def f():\n    os.kill(os.getpid(), signal.SIGUSR1); return seen", "assert f() == [1]"),
+    "standard library": ("import argparse, bisect, collections, csv, datetime, decimal, email, enum, fractions, gzip,"
+                         "hashlib, heapq, html, http, inspect, itertools, json, logging, math, multiprocessing,"
+                         "operator, pathlib, pickle, queue, random, re, sqlite3, statistics, string, subprocess,"
+                         "tempfile, threading, time, typing, unittest, urllib.request, uuid, xml.dom, zlib\n"
+                         "def f(): return hashlib.sha256(b'x').hexdigest()[:8], len(str(uuid.uuid4()))",
+                         "assert f() == ('2d711642', 36)"),
+    "numpy": ("import numpy as np\ndef f(n): return np.arange(n) ** 2, np.float64(2), np.bool_(True), np.int64(3)",
+              "assert f(4) == ([0, 1, 4, 9], 2.0, True, 3)"),
+    "numpy in the test": ("def f(n): return [x / 10 for x in range(n)]",
+                          "import numpy as np\nassert np.allclose(f(3), np.array([0, 0.1, 0.2]))"),
+    "a file in its folder": ("def f(t):\n    with open('out.txt', 'w') as o: o.write(t)\n"
+                             "    import os; os.rename('out.txt', 'x.txt'); r = open('x.txt').read(); os.remove('x.txt')\n"
+                             "    return r, os.listdir('.')", "assert f('é') == ('é', [])"),
+    "temporary file": ("import tempfile\ndef f(t):\n    with tempfile.NamedTemporaryFile('w+') as o:\n"
+                       "        o.write(t); o.seek(0); return o.read()", "assert f('abc') == 'abc'"),
+    "dev null": ("import contextlib, os\ndef f():\n    with open(os.devnull, 'w') as o, contextlib.redirect_stdout(o):\n"
+                 "        print('x')\n    return 1", "assert f() == 1"),
+    "prints a lot": ("def f(n):\n    for _ in range(n): print('x' * 100)\n    return n", "assert f(100000) == 100000"),
+    "large data": ("def f(x): return [v + 1 for v in x], {str(v): v for v in x}",
+                   "r = f(list(range(100000)))\nassert r[0][-1] == 100000 and r[1]['7'] == 7"),
+    "long text": ("def f(s): return s[::-1]", "assert f('ab' * 10**6) == 'ba' * 10**6"),
+    "unicode": ("def größe(s): return s.upper() + '\U0001f600\\u0000'",
+                "assert größe('straße') == 'STRASSE\U0001f600\\u0000'"),
+    "encoding line": ("# -*- coding: utf-8 -*-\ndef f(): return 'é'", "assert f() == 'é'"),
+    "windows lines": (ADD.replace("\n", "\r\n"), ASSERTS),
+    "future import": ("from __future__ import annotations\n" + ADD, ASSERTS),
+    "surrogate in the answer": ("def f(): return '\\ud800'", "assert f() == '\\ud800'"),
+    "every plain type": ("import collections as c, datetime as d, decimal, fractions\ndef f(x): return x\n"
+                         "def g(): return [c.deque([1]), c.Counter('aab'), c.OrderedDict(a=1), c.defaultdict(int, b=2),"
+                         "decimal.Decimal('1.10'), fractions.Fraction(1, 3), d.date(2020, 1, 2),"
+                         "d.datetime(2020, 1, 2, 3, 4, 5, 6), d.time(1, 2), d.timedelta(1, 2), 1j, range(3), b'\\xff',"
+                         "{1, 2}, frozenset([3]), (1,), None, True, float('inf'), 2**99, -2**20000]",
+                         "import collections as c, datetime as d, decimal, fractions\n"
+                         "want = [c.deque([1]), {'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, decimal.Decimal('1.10'),"
+                         "fractions.Fraction(1, 3), d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.time(1, 2),"
+                         "d.timedelta(1, 2), 1j, range(3), b'\\xff', {1, 2}, frozenset([3]), (1,), None, True,"
+                         "float('inf'), 2**99, -2**20000]\n"
+                         "assert g() == want\nassert f(want) == want\n"
+                         "assert [type(v) for v in f(want)] == [type(v) for v in want]"),
+    "subclasses": ("import enum, collections\nP = collections.namedtuple('P', 'x y')\n"
+                   "class E(enum.IntEnum):\n    A = 5\nclass S(str): pass\ndef f(): return P(1, 2), E.A, S('s')",
+                   "assert f() == ((1, 2), 5, 's')"),
+    "iterators": ("def f(n):\n    for i in range(n): yield i\ndef g(d): return d.keys()\ndef h(x): return map(str, x)",
+                  "assert list(f(3)) == [0, 1, 2]\nassert set(g({1: 2})) == {1}\nassert 1 in g({1: 2})\n"
+                  "assert sorted(h([2, 1])) == ['1', '2']\nassert sum(f(4)) == 6\nassert next(iter(f(2))) == 0"),
+    "classes": ("class Node:\n    def __init__(self, v): self.v, self.left = v, None\n    def __len__(self): return 7\n"
+                "    def __eq__(self, o): return self.v == o.v\n    def __str__(self): return f'N{self.v}'\n"
+                "    def __getitem__(self, i): return [self.v, i]\ndef depth(n): return 1 + depth(n.left) if n else 0\n"
+                "Node.__bool__ = lambda self: True",
+                "n = Node(1)\nn.left = Node(2)\nn.left.left = Node(3)\nassert depth(n) == 3\nassert n.left.v == 2\n"
+                "assert Node(4) == Node(4)\nassert Node(4) != Node(5)\nassert str(n) == 'N1'\nassert len(n) == 7\n"
+                "assert n[3] == [1, 3]"),
+    "stateful class": ("class Stack:\n    def __init__(self): self.x = []\n    def push(self, v): self.x.append(v)\n"
+                       "    def pop(self): return self.x.pop()", "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2"),
+    "exceptions": ("class Bad(KeyError): pass\ndef f(x):\n    if x < 0: raise ValueError('negative')\n    raise Bad('b')",
+                   "for x, kind in ((-1, ValueError), (1, KeyError)):\n    try:\n        f(x)\n"
+                   "    except kind as error:\n        assert x > 0 or str(error) == 'negative'\n"
+                   "    else:\n        assert False"),
+    "constants": ("LIMIT = 7\ndef f(): return LIMIT", "assert LIMIT == 7 and f() == LIMIT"),
+    "redefined builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert sum(1, 2) == 3"),
+    "named like a module": ("def copy(a): return a", "assert copy(3) == 3", {"entry_point": "copy"}),
+    "prompt as setup": ("def helper(x): return 0\ndef f(x): return 2 * x",
+                        "assert helper(f(2)) == 5", {"setup": "def helper(x): return x + 1\ndef f(x): pass",
+                                                     "entry_point": "f"}),
+    "slow but within limits": ("import time\ndef f():\n    time.sleep(0.5)\n    return 1", "assert f() == 1"),
+    "keyword arguments": ("def f(*, a=1, **k): return a, k", "assert f(a=2, b=3) == (2, {'b': 3})"),
+    "dataclass": ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 1\ndef f(p): return p.x",
+                  "assert f(P(5)) == 5 and P() == P(1)"),
+    "random": ("import random\ndef f(): return [random.random() for _ in range(3)]", "assert len(set(f())) == 3"),
+    "environment": ("import os\ndef f():\n    os.environ['A'] = 'b'; return os.environ['A']", "assert f() == 'b'"),
+    "raise its stack limit": ("import resource, sys\nresource.setrlimit(resource.RLIMIT_STACK, "
+                              "(1 << 28, resource.getrlimit(resource.RLIMIT_STACK)[1]))\n" + ADD, ASSERTS),
+}
+HONEST_CALLS = {  # name: (code, fn_name, [(input, output)])
+    "json lines": (ADD, "add", [("1\n2", "3"), ('"a"\n"b"\n', '"ab"'), ("[1]\n[2]", "[1, 2]")]),
+    "values": (ADD, "add", [([1, 2], 3), (["a", "b"], "ab"), ([[1], [2]], [1, 2])]),
+    "Solution": ("class Solution:\n    def add(self, a, b): return a + b", "add", [("1\n2", "3")]),
+    "tuples are lists": ("def f(x): return tuple(x), [(1, 2)]", "f", [("[1, 2]", "[[1, 2], [[1, 2]]]")]),
+    "rounding": ("def f(): return [0.1 + 0.2]", "f", [("", "[0.3]")]),
+    "null, true, text": ("def f(x): return x", "f", [("null", "null"), ("true", "true"), ('"é\\n"', '"é\\n"'), (["x"], "x")]),
+    "objects": ("def f(d): return {k: v + 1 for k, v in d.items()}", "f", [('{"a": 1}', '{"a": 2}')]),
+    "arguments in place": ("def f(x):\n    x.append(1)\n    return x", "f", [("[0]", "[0, 1]"), ([[]], [1])]),
+}
+HONEST_STDIN = {
+    "input": "a, b = map(int, input().split())\nprint(a + b)",
+    "main": "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()",
+    "sys.stdin": "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))",
+    "readline": "import sys\ninput = sys.stdin.readline\nprint(sum(map(int, input().split())))",
+    "buffer": "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
+    "open(0)": "print(sum(map(int, open(0).read().split())))",
+    "os.read": "import os\nprint(sum(map(int, os.read(0, 1 << 20).split())))",
+    "dev stdin": "print(sum(map(int, open('/dev/stdin').read().split())))",
+    "fileinput": "import fileinput\nprint(sum(int(x) for line in fileinput.input() for x in line.split()))",
+    "BytesIO": "import io, os\ninput = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\n"
+               "print(sum(map(int, input().split())))",
+    "until EOFError": "total = 0\ntry:\n    while True: total += sum(map(int, input().split()))\nexcept EOFError: print(total)",
+    "sys.stdout.write": "import sys\nsys.stdout.write(str(sum(map(int, input().split()))))",
+    "os.write": "import os\nos.write(1, str(sum(map(int, input().split()))).encode())",
+    "stdout replaced": "import io, os, sys\nout = io.StringIO(); real = sys.stdout; sys.stdout = out\n"
+                       "print(sum(map(int, input().split())))\nos.write(1, out.getvalue().encode())",
+    "atexit": "import atexit\na, b = map(int, input().split())\natexit.register(lambda: print(a + b))",
+    "thread not joined": "import threading, time\ndef f():\n    time.sleep(0.1); print(sum(map(int, input().split())))\n"
+                         "threading.Thread(target=f).start()",
+    "thread with a large stack": "import sys, threading\nsys.setrecursionlimit(10**6); threading.stack_size(1 << 28)\n"
+                                 "def g(n): return 0 if n == 0 else 1 + g(n - 1)\n"
+                                 "def f():\n    a, b = map(int, input().split()); print(g(10000) - 10000 + a + b)\n"
+                                 "t = threading.Thread(target=f); t.start(); t.join()",
+    "sys.exit()": "import sys\nprint(sum(map(int, input().split())))\nsys.exit()",
+    "exit(0)": "print(sum(map(int, input().split())))\nexit(0)",
+    "os._exit": "import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(0)",
+    "noise on stderr": "import sys\nprint('x' * 100000, file=sys.stderr)\nprint(sum(map(int, input().split())))",
+    "white space": "print('\\n  ', sum(map(int, input().split())), '  \\n\\n')",
+    "class and pickle": "import pickle\nclass P: pass\np = pickle.loads(pickle.dumps(P()))\n"
+                        "print(sum(map(int, input().split())))",
+    "numpy": "import numpy as np\nprint(np.array(input().split(), int).sum())",
+    "a file": "open('f', 'w').write(input())\nprint(sum(map(int, open('f').read().split())))",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed_workers():
+    yield
+    sandbox.close_workers()
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "precious").write_text("precious")
+    (folder / "precious").chmod(0o600)
+    os.environ["SANDBOX_TEST_SECRET"] = "secret"
+    yield folder / "precious"
+    del os.environ["SANDBOX_TEST_SECRET"]
+
+
+def unharmed(path):
+    state = path.stat()
+    return (path.read_text() == "precious" and stat.S_IMODE(state.st_mode) == 0o600 and state.st_mtime > 1e9
+            and os.listdir(path.parent) == [path.name])
+
+
+def attack(body, path):
+    numbers = {"clone": (56, 220), "tkill": (200, 130), "tgkill": (234, 131), "bpf": (321, 280),
+               "userfaultfd": (323, 282), "keyctl": (250, 219)}
+    for name, pair in numbers.items():
+        body = body.replace(f"@{name}@", str(pair[sandbox.COLUMN - 1]))
+    body = body.replace("@PID@", str(os.getpid())).replace("@FILE@", str(path)).replace("@DIR@", str(path.parent))
+    return ATTACK.format(body=textwrap.indent(textwrap.dedent(body), "    "))
+
+
+def dedent(code):
+    return textwrap.dedent(code).strip() + "\n"
+
+
+def passed(results):
+    return [result["passed"] for result in results]
+
+
+def test_cheats_fail():
+    names = [name for name in CHEATS for _ in range(3)]
+    results = run_tests([program for code in CHEATS.values() for program in styles(dedent(code))], timeout_s=2)
+    assert [(name, result) for name, result in zip(names, results) if result["passed"]] == []
+    strange = [(name, result) for name, result in zip(names, results) if "worker died" in result["reason"]]
+    assert strange == []
+
+
+def test_cheats_of_particular_tests_fail():
+    programs = [dict(zip(("code", "tests", "setup"), row)) for row in CHEATS_OF_TESTS.values()]
+    results = run_tests(programs, timeout_s=2)
+    assert [(name, result) for name, result in zip(CHEATS_OF_TESTS, results) if result["passed"]] == []
+
+
+def test_cheats_at_stdin_fail():
+    results = run_tests([{"code": dedent(code), "cases": STDIN} for code in CHEATS_STDIN.values()], timeout_s=2)
+    assert [(name, result) for name, result in zip(CHEATS_STDIN, results) if result["passed"]] == []
+
+
+@pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
+def test_attacks_get_nowhere(outside):
+    programs, names = [], []
+    for name, body in ATTACKS.items():
+        code = attack(body, outside)
+        programs += [{"code": code, "tests": "marker_1538 = 0\n" + ASSERTS}, {"code": code, "cases": STDIN}]
+        names += [f"{name} (assert)", f"{name} (stdin)"]
+    results = run_tests(programs, timeout_s=4)
+    assert [(name, result) for name, result in zip(names, results) if result["passed"]] == []
+    # it was the answer that was wrong: nothing crashed before the attack was tried
+    odd = [(name, result["reason"]) for name, result in zip(names, results) if result["reason"] != "wrong answer"]
+    assert odd == []
+    assert unharmed(outside)
+    assert not os.path.exists("/dev/shm/sandbox_test_new") and not os.path.exists("/tmp/sandbox_test_new")
+
+
+def test_bombs_are_contained_and_named(outside):
+    wanted = {**BOMBS, **BOMBS_STDIN}
+    programs = [{"code": dedent(code) + "\n" + ADD, "tests": ASSERTS} for _, code in BOMBS.values()]
+    programs += [{"code": dedent(code), "cases": STDIN} for _, code in BOMBS_STDIN.values()]
+    for program, (reason, _) in zip(programs, wanted.values()):
+        program["timeout_s"] = 0.7 if reason == "timeout" else 20
+    results = run_tests(programs, memory_mb=256)
+    odd = [(name, result["reason"]) for (name, (reason, _)), result in zip(wanted.items(), results)
+           if result["passed"] or not result["reason"].startswith(reason)]
+    assert odd == []
+    assert all(os.listdir(worker.folder) == [] for worker in sandbox.Worker.live)
+
+
+def test_honest_programs_pass():
+    programs = [{"code": row[0], "tests": row[1], **(row[2] if row[2:] else {})} for row in HONEST.values()]
+    results = run_tests(programs, timeout_s=20)
+    assert [(name, result) for name, result in zip(HONEST, results) if not result["passed"]] == []
+
+
+def test_honest_calls_pass():
+    programs = [{"code": code, "fn_name": name, "cases": [{"input": i, "output": o} for i, o in cases]}
+                for code, name, cases in HONEST_CALLS.values()]
+    results = run_tests(programs, timeout_s=20)
+    assert [(name, result) for name, result in zip(HONEST_CALLS, results) if not result["passed"]] == []
+
+
+def test_honest_stdin_programs_pass():
+    results = run_tests([{"code": code, "cases": STDIN} for code in HONEST_STDIN.values()], timeout_s=20)
+    assert [(name, result) for name, result in zip(HONEST_STDIN, results) if not result["passed"]] == []
+
+
+def test_large_stdin_and_stdout():
+    lines = [str(number) for number in range(200_000)]
+    echo = "import sys\nprint('\\n'.join(sys.stdin.read().split()))"
+    cases = [{"input": "\n".join(lines), "output": "\n".join(lines) + "\n"}]
+    short = echo.replace("split()", "split()[:-1]")
+    good, bad = run_tests([{"code": echo, "cases": cases}, {"code": short, "cases": cases}], timeout_s=20)
+    assert good["passed"] and bad["reason"] == "wrong answer"
+
+
+@pytest.mark.parametrize(("output", "expected", "same"), [
+    ("3", "3\n", True), ("  3 \n\n", "3", True), ("1 2\n3", "1\n2 3\n", True), ("", "", True), ("\n", "", True),
+    ("3 4", "3", False), ("3", "3 4", False), ("", "3", False), ("3", "", False), ("33", "3 3", False),
+    ("3.0", "3.0", True), ("3.00", "3.0", True), ("3.0000001", "3.0", True), ("3.00001", "3.0", False),
+    ("3", "3.0", False), ("3.0", "3", False), ("3.", "3.0", True), (".5", "0.5", True), ("-.5", "-0.5", True),
+    ("1e3", "1000.0", True), ("1E+3", "1e3", True), ("1e", "1.0", False), ("-0.0", "0.0", True),
+    ("100000000000000001", "100000000000000000", False), ("100000000000000001.0", "100000000000000000.0", True),
+    ("007", "7", False), ("+3", "3", False), ("YES", "yes", False), ("nan", "nan", True), ("nan", "1.0", False),
+    ("inf", "1e999", False), ("0x10", "16", False), ("1_0.0", "10.0", False), ("é", "é", True),
+    ("\u0663.0", "3.0", False), ("1,2", "1, 2", False), ("1.0 2.0", "1.0 2.1", False),
+    ("0.3333333", "0.33333333333", True), ("0.333", "0.33333333333", False),
+])
+def test_output_is_compared_token_by_token(output, expected, same):
+    assert same_output(output.encode(), expected) is same
+
+
+@pytest.mark.parametrize(("got", "want", "same"), [
+    (3, 3, True), (3, "3", False), ("3", 3, False), ((1, (2,)), [1, [2]], True), ([1], [1, 2], False), ([], {}, False),
+    (0.1 + 0.2, 0.3, True), (0.30001, 0.3, False), ([1.0], [1.0 + 1e-9], True), (10**17 + 1, 10**17, False),
+    ({"a": (1,)}, {"a": [1]}, True), ({"a": 1}, {"a": 2}, False), ({"a": 1}, {"b": 1}, False), (None, 0, False),
+    (float("nan"), 1.0, False), ({1}, [1], False), ("ab", ["a", "b"], False), (True, False, False),
+])
+def test_values_are_compared_as_json(got, want, same):
+    assert sandbox.same_value(got, want) is same
+
+
+def test_counts_and_reasons():
+    def result(**program):
+        (found,) = run_tests([program], timeout_s=2)
+        return found["tests_passed"], found["tests_total"], found["reason"]
+
+    assert result(code=ADD, tests=ASSERTS) == (3, 3, "passed")
+    assert result(code="def add(a, b): return 3 if a == 1 else 0", tests=ASSERTS) == (1, 3, "wrong answer")
+    assert result(code=ADD, tests=CHECK) == (1, 1, "passed")
+    assert result(code=ADD, tests="") == (0, 1, "no tests")
+    assert result(code=ADD, cases=[]) == (0, 1, "no tests")
+    assert result(code="", tests=ASSERTS) == (0, 3, "exception: NameError: name 'add' is not defined")
+    assert result(code=ADD, tests="assert add(1) == 1")[2].startswith("exception: TypeError: add() missing 1 required")
+    assert result(code="def add(a, b): return None", tests="assert add(1, 2) > 1")[2].startswith("exception: TypeError")
+    assert result(code=ADD, tests="assert add(")[2].startswith("exception: SyntaxError")
+    assert result(code="import os\ndef add(a, b): os._exit(3)", tests=ASSERTS) == (0, 3, "exited with status 3")
+    assert result(code="def add(a, b): raise ValueError('a\\x1b[31mb')", tests=ASSERTS)[2] == "exception: ValueError: a [31mb"
+    once = "print(3)"
+    assert result(code=once, cases=STDIN) == (1, 2, "wrong answer")
+    assert result(code=once, cases=STDIN[::-1]) == (0, 2, "wrong answer")
+    assert result(code=once, cases=STDIN[::-1], all_cases=True) == (1, 2, "wrong answer")
+    calls = [{"input": [0], "output": 1}, {"input": [1], "output": 1}, {"input": [2], "output": 0.5}]
+    code = "def f(x): return 1 / x"
+    assert result(code=code, fn_name="f", cases=calls) == (0, 3, "exception: ZeroDivisionError: division by zero")
+    assert result(code=code, fn_name="f", cases=calls, all_cases=True)[:2] == (2, 3)
+    assert result(code="", fn_name="f", cases=calls)[2].startswith("exception: NameError")
+
+
+def test_every_limit_is_an_option():
+    def reason(code, **options):
+        stdin = options.pop("stdin", False)
+        program = {"code": code, "cases": [{"input": "", "output": "ok"}]} if stdin else {"code": code, "tests": "f()"}
+        return run_tests([program], **options)[0]["reason"]
+
+    sleep = "import time\ndef f(): time.sleep(0.7)"
+    assert reason(sleep, timeout_s=0.3) == "timeout"
+    assert reason(sleep, timeout_s=6) == "passed"
+    assert run_tests([{"code": sleep, "tests": "f()", "timeout_s": 0.3}], timeout_s=6)[0]["reason"] == "timeout"
+    assert reason("def f(): bytearray(300 << 20)", memory_mb=200) == "memory"
+    assert reason("def f(): bytearray(300 << 20)", memory_mb=600) == "passed"
+    threads = "import threading, time\ndef f():\n    for _ in range(12): threading.Thread(target=time.sleep, args=(.4,)).start()"
+    threads += "\n    time.sleep(0.4)"
+    assert reason(threads, threads=8) == "threads"
+    assert reason(threads, threads=32) == "passed"
+    big = "def f():\n    open('x', 'wb').write(bytes(3 << 20))"
+    assert reason(big, file_mb=2).startswith("exception: OSError")
+    assert reason(big, file_mb=4) == "passed"
+    several = "import time\ndef f():\n    for i in range(4): open(str(i), 'wb').write(bytes(3 << 20))\n    time.sleep(.5)"
+    assert reason(several, disk_mb=8) == "disk"
+    assert reason(several, disk_mb=16) == "passed"
+    printing = "print('ok' + ' ' * (3 << 20))"
+    assert reason(printing, stdin=True, file_mb=2) == "output limit"
+    assert reason(printing, stdin=True, file_mb=4) == "passed"
+
+
+def test_results_come_in_order_and_equal_programs_run_once():
+    code = "import time; time.sleep(0.4)\n" + ADD
+    programs = [{"code": code, "tests": ASSERTS, "task_id": i} for i in range(8)] + [{"code": "", "tests": ASSERTS}]
+    seen = {}
+    start = time.monotonic()
+    results = run_tests(programs, workers=1, on_result=lambda place, result: seen.update({place: result}))
+    assert time.monotonic() - start < 8 * 0.4
+    assert passed(results) == [True] * 8 + [False]
+    assert seen == dict(enumerate(results))
+    assert run_tests([]) == []
+
+
+@pytest.mark.parametrize("program", [{"code": ADD}, {"tests": ASSERTS}, {"code": None, "tests": ""}])
+def test_what_is_no_program_is_refused(program):
+    with pytest.raises(ValueError, match="program 0 needs"):
+        run_tests([program])
+
+
+def test_error_in_callback_is_the_callers():
+    with pytest.raises(ZeroDivisionError):
+        run_tests([{"code": ADD, "tests": ASSERTS}], on_result=lambda *_: 1 / 0)
+    assert run_tests([{"code": ADD, "tests": ASSERTS}])[0]["passed"]
+
+
+def test_called_from_threads_at_once():
+    results = {}
+
+    def call(place):
+        results[place] = run_tests([{"code": ADD + f"# {place} {i}", "tests": ASSERTS} for i in range(10)], workers=2)
+
+    threads = [threading.Thread(target=call, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [passed(results[place]) for place in range(3)] == [[True] * 10] * 3
+
+
+def test_workers_stay_and_a_dead_one_is_replaced():
+    sandbox.close_workers()
+    run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)
+    (worker,) = sandbox.Worker.live
+    run_tests([{"code": ADD + "#", "tests": ASSERTS}], workers=1)
+    assert {worker} == sandbox.Worker.live
+    worker.process.kill()
+    worker.process.wait()
+    assert passed(run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)) == [True]
+    assert not os.path.exists(worker.folder)
+    # one that dies at work costs that program its verdict and no other
+    killer = threading.Timer(0.5, lambda: next(iter(sandbox.Worker.live)).process.kill())
+    killer.start()
+    programs = [{"code": "import time; time.sleep(2)\n" + ADD, "tests": ASSERTS}, {"code": ADD, "tests": ASSERTS}]
+    first, second = run_tests(programs, workers=1)
+    assert first["reason"].startswith("worker died") and second["passed"]
+
+
+def test_nothing_is_left():
+    sandbox.close_workers()
+    run_tests([{"code": f"import time\n{ADD}#{i}", "tests": ASSERTS} for i in range(20)], workers=2)
+    assert len(sandbox_processes()) == 4  # two workers: a zygote and a tester each
+    folders = [worker.folder for worker in sandbox.Worker.live]
+    pids = sandbox_processes()
+    sandbox.close_workers()
+    assert not any(os.path.exists(folder) for folder in folders)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+SCRIPT = """
+import sys; sys.path.insert(0, {root!r})
+from sandbox import run_tests
+import sandbox
+{setup}
+programs = {programs!r}
+print("ready", flush=True)
+print([(r["passed"], r["reason"]) for r in run_tests(programs, timeout_s=60, workers=2)])
+"""
+
+
+def start_script(programs, setup="", **options):
+    code = SCRIPT.format(root=str(ROOT), setup=setup, programs=programs)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, **options)
+
+
+def descendants(pid):
+    children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_in_the_middle(number, tmp_path):
+    busy = [{"code": f"while True: {i}", "tests": ASSERTS} for i in range(4)]
+    script = start_script(busy, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert script.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 60
+    while len(pids := descendants(script.pid)) < 6 and time.monotonic() < deadline:  # 2 x (Z, T, C)
+        time.sleep(0.05)
+    assert len(pids) == 6
+    script.send_signal(number)
+    script.wait(30)
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt" in script.stderr.read()
+        assert os.listdir(tmp_path) == []
+
+
+PROBES = {  # name: (code, tests, passes without Landlock)
+    "honest": (ADD, ASSERTS, True),
+    "cheat": ("class E:\n    def __eq__(self, o): return True\ndef add(a, b): return E()", ASSERTS, False),
+    "early exit": ("import os; os._exit(0)", ASSERTS, False),
+    "fork": (ATTACK.format(body="    os.fork(); hit = True"), ASSERTS, False),
+    "kill": (ATTACK.format(body="    os.kill(os.getppid(), 0); hit = True"), ASSERTS, False),
+    "socket": (ATTACK.format(body="    import socket; socket.socket(); hit = True"), ASSERTS, False),
+    "write": (ATTACK.format(body="    open('/tmp/sandbox_test_new', 'w'); hit = True"), ASSERTS, False),
+    "delete": (ATTACK.format(body="    os.remove('/tmp/sandbox_test_new'); hit = True"), ASSERTS, False),
+    "zygote's and tester's memory": (ATTACK.format(body="""
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        parent = open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1]
+        if str(os.getppid()) in (pid, parent) and int(pid) != os.getpid():
+            try: hit = bool(open(f'/proc/{pid}/mem', 'rb'))
+            except OSError: pass"""), ASSERTS, False),
+    "environment": (ATTACK.format(body="    hit = len(os.environ) > 9"), ASSERTS, False),
+    "numpy": ("import numpy\n" + ADD, ASSERTS, True),
+}
+
+
+def run_probes(setup="", programs=PROBES, **options):
+    """-> (the probes' verdicts, what was said on stderr)"""
+    script = start_script([{"code": code, "tests": tests} for code, tests, _ in programs.values()], setup, **options)
+    out, err = script.communicate(timeout=120)
+    assert script.returncode == 0, err
+    return {name: row for name, row in zip(programs, eval(out.partition("\n")[2]))}, err
+
+
+def test_without_landlock():
+    results, said = run_probes("sandbox.WITHOUT.append('Landlock')")
+    wanted = {name: passes for name, (_, _, passes) in PROBES.items()}
+    assert {name: row[0] for name, row in results.items()} == wanted, results
+    assert said.count("no Landlock here") == 1 and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not LANDLOCK or not sandbox.COLUMN, reason="a protection is missing here")
+def test_nothing_is_said_when_nothing_is_missing():
+    results, said = run_probes()
+    assert {name: row[0] for name, row in results.items()} == {name: row[2] for name, row in PROBES.items()}, results
+    assert said == ""
+
+
+def test_without_any_protection_verdicts_still_hold():
+    verdicts = ("honest", "cheat", "early exit", "numpy")
+    results, said = run_probes("sandbox.WITHOUT += ['Landlock', 'seccomp']", {name: PROBES[name] for name in verdicts})
+    assert [results[name][0] for name in verdicts] == [True, False, False, True]
+    assert said.count("no Landlock and no seccomp here") == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("setup", ["", "sandbox.WITHOUT.append('Landlock')"])
+def test_as_an_ordinary_user(setup, monkeypatch):
+    nobody = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
+    for python in (sys.executable, "/usr/bin/python3"):  # the first may be in a folder of root's
+        with contextlib.suppress(OSError):
+            code = f"import sys; open({str(ROOT / 'sandbox.py')!r}); sys.exit(sys.version_info < (3, 10))"
+            if not subprocess.run([python, "-c", code], **nobody).returncode:
+                break
+    else:
+        pytest.skip("an ordinary user cannot read this Python or this repository")
+    monkeypatch.setattr(sys, "executable", python)
+    probes = {name: row for name, row in PROBES.items() if name != "numpy"}
+    results, _ = run_probes(setup, probes, **nobody)
+    assert {name: row[0] for name, row in results.items()} == {name: row[2] for name, row in probes.items()}, results
+
+
+def test_system_call_numbers_are_this_machines():
+    """The table against the kernel's own header, where it is installed."""
+    header = next(iter([*Path("/usr/include").glob("*/asm/unistd_64.h"), *Path("/usr/include").glob("asm/unistd_64.h")]), None)
+    if header is None or os.uname().machine != "x86_64":
+        pytest.skip("no header to compare with")
+    defined = dict(line.split()[1:3] for line in header.read_text().splitlines() if line.startswith("#define __NR_"))
+    assert {name: int(defined[f"__NR_{name}"]) for name in sandbox.NUMBER} == sandbox.NUMBER
+
+
+def test_messages_hold_plain_data_only():
+    refuse = {"tag": ["eval", "1"], "empty": [], "not a name": [["list"], 1], "growth": ["Fraction", "1e999999999"],
+              "wrong": ["range", "a"], "unhashable": ["set", ["list", 1]]}
+    for name, message in refuse.items():
+        with pytest.raises(Exception):  # noqa: B017
+            pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), lambda number: number)}")
