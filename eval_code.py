@@ -15,7 +15,7 @@ Shapes: B rows, T tokens of the padded prompt, V vocabulary.
 Deviations from BigCode (docs/eval_code.md has all):
   D1 An RA3 model may think at column 0, where HumanEval's stop word "\\n#" would end it. With --thoughts it
      is no stop word, and both are reported: thoughts kept, and the same completions cut (`humaneval_cut`).
-  D2 512 is the number of new tokens, as in the paper; BigCode's default counts the prompt, too.
+  D2 512 is the number of new tokens, as in the authors' scripts; BigCode's default counts the prompt, too.
   D3 MBPP's `test_setup_code` (one test task has it) runs before the tests; BigCode leaves it out.
 
   python eval_code.py --tiny                                                                  # this machine
@@ -97,6 +97,7 @@ TINY_DEFAULTS = Args(
     tiny=True,
     model=str(common.TINY / "model"),
     benchmarks=(f"humaneval={common.TINY / 'code_problems.jsonl'}",),
+    n_samples=5,
     max_new_tokens=64,
     batch_size=128,
 )

@@ -5,10 +5,8 @@ import itertools
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -195,6 +193,17 @@ def test_both_mbpp_prompts():
     assert "\ndef" in problem.stop_words
 
 
+def test_contest_prompts_are_those_of_training():
+    import grpo_rlvr
+
+    functional, stdin = lcb_row(True, False), lcb_row(False, False)
+    for row in (functional, stdin):
+        row_of_training = {"problem": row["question_content"], "tests": row["public_test_cases"]}
+        row_of_training |= {key: row[key] for key in ("starter_code", "metadata")}
+        prompt, _ = grpo_rlvr.code_problem(row_of_training, "rows")
+        assert eval_code.livecodebench_problem(row, Args()).prompt == prompt
+
+
 def test_setup_code_of_mbpp_runs_before_the_tests(tmp_path):
     row = MBPP | {
         "code": "class Node:\n    pass\ndef depth(node):\n    return 1",
@@ -357,9 +366,9 @@ def prompts_of_all_lengths(count: int) -> list[Problem]:
 
 
 def test_samples_do_not_depend_on_their_batch(tiny):
-    problems = prompts_of_all_lengths(7)
+    problems = prompts_of_all_lengths(5)
     together = generate(tiny, problems)
-    assert len({completion for completion, _ in together.values()}) > 7
+    assert len({completion for completion, _ in together.values()}) > 5
     assert generate(tiny, problems, batch_size=1) == together
     assert generate(tiny, problems[::-1], batch_size=3) == together
     assert generate(tiny, problems, seed=1) != together
@@ -451,20 +460,16 @@ def test_two_ranks_give_the_samples_of_one(finished, tmp_path):
     assert (tmp_path / "out/results.json").read_text() == (finished / "results.json").read_text()
 
 
-def test_a_killed_evaluation_goes_on(finished, tmp_path):
-    command = [sys.executable, PROGRAM, *FLAGS, f"--output-dir={tmp_path}"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    lines = tmp_path / "samples.jsonl"
-    while process.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < 2):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "results.json").exists()
-    with open(lines, "ab") as file:
-        file.write(b'{"benchmark": "humaneval", "task_id": "Ti')  # torn
-    before = lines.read_bytes().count(b"\n")
-    assert 2 <= before < 20
+@pytest.mark.parametrize("written", [0, 0.3, 0.8])
+def test_a_killed_evaluation_goes_on(finished, tmp_path, written):
+    """Lines are appended one write each, so a kill leaves the beginning of the file, or a torn last line."""
+    lines = (finished / "samples.jsonl").read_bytes()
+    (tmp_path / "samples.jsonl").write_bytes(lines[: int(written * len(lines))])
+    (tmp_path / "args.json").write_text((finished / "args.json").read_text())
     eval_code.main(Args(**SMALL | {"batch_size": 3}, output_dir=str(tmp_path)))  # how fast it runs may change
+    assert (tmp_path / "samples.jsonl").read_bytes()[
+        : int(written * 0.9 * len(lines))
+    ] in lines  # kept, not redone
     assert completions(tmp_path) == completions(finished)
     assert (tmp_path / "results.json").read_text() == (finished / "results.json").read_text()
 
