@@ -1,30 +1,31 @@
 """Builds the embedded default: small data sets, a tokenizer and a tiny pre-trained language model.
 
     python tiny/build.py                    everything: data, tokenizer, model (about 45 minutes on one core)
-    python tiny/build.py --parts data       the JSON Lines files only (half a minute); the same bytes every time
-    python tiny/build.py --parts report     measure the model in tiny/model and print samples (about four minutes)
+    python tiny/build.py --parts data       the JSON Lines files only (seconds); the same bytes every time
+    python tiny/report.py                   measure the model: does it start where the demonstrations need it?
 
-One model serves four demonstrations, so it is pre-trained on one mixture of five parts (SHARES below):
+One model serves four demonstrations, so it is pre-trained on one mixture (PHASES below):
 
   real code   the running Python's standard library, cut into pieces at top-level statements
   programs    straight-line programs whose last line asserts a value that takes five dependent steps (RA3)
   problems    coding problems in words with short solutions (GRPO, evaluation)
   math        arithmetic word problems with worked solutions (GRPO)
-  text, RMT   small synthetic text, and next-token reasoning over all the other parts (RMT)
+  text        small synthetic English
+  rmt         next-token reasoning over all the other parts (RMT)
 
-The parts are *unreliable on purpose*. Reinforcement learning can only sharpen what a model already does now and
-then, so pre-training must leave the right behaviour likely enough to be sampled and far from certain: programs carry
-a worked comment before half of their asserts and idle comments before a fifth of the other lines; solutions use a
-typical mistake instead of the right operation with a probability that depends on the operation (RIGHT_MOSTLY,
-RIGHT_SELDOM); the next-token reasoner boxes the token it drafted first only in BOX_FIRST of the cases. The JSON Lines
-files hold no such noise: programs have no comments, and solutions and answers are right.
+The parts are *unreliable on purpose*. Reinforcement learning can only sharpen what a model already does now
+and then, so pre-training must leave the right behaviour likely enough to be sampled and far from certain.
+Half of the programs' asserts have a worked comment before them, a fifth of their other lines an idle one.
+Solutions use a typical mistake instead of the right operation, as often as the operation's row says. The
+next-token reasoner drafts how the text goes on and boxes the draft's first token only in half of the cases.
+The JSON Lines files hold no such noise: programs have no comments, solutions and answers are right.
 
-Everything is seeded. The data are the same bytes on every machine; the tokenizer and the model also depend on the
-standard library of the running Python and, in the last bits, on the machine's arithmetic.
+Everything is seeded. The data are the same bytes on every machine; the tokenizer and the model also depend on
+the standard library of the running Python and, in the last bits, on the machine's arithmetic.
 """
 
 import argparse
-import ast
+import functools
 import itertools
 import json
 import math
@@ -32,24 +33,35 @@ import random
 import sysconfig
 import time
 import tokenize
-import warnings
 import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers. Documents are drawn until each part has its share of the training tokens.
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-SHARES = {"real_code": 0.40, "programs": 0.15, "problems": 0.15, "math": 0.12, "text": 0.04, "rmt": 0.14}
+# Training has three phases: (tokens, peak of the learning rates, weight of next-token reasoning, shares).
+# A phase drills what the one before was too short to teach: the second arithmetic and following a program's
+# values, the third next-token reasoning, whose few telling tokens it also weighs.
+PHASES = {
+    "pretrain": (7_500_000, 1.0, 0, {"real_code": 0.36, "programs": 0.15, "problems": 0.15, "math": 0.13,
+                                     "text": 0.04, "rmt": 0.17}),
+    "drill": (1_500_000, 0.5, 0, {"real_code": 0.10, "programs": 0.13, "traces": 0.27, "problems": 0.14,
+                                  "math": 0.14, "sums": 0.06, "text": 0.02, "rmt": 0.14}),
+    "polish": (1_500_000, 0.4, 1, {"real_code": 0.14, "programs": 0.12, "traces": 0.06, "problems": 0.14,
+                                   "math": 0.10, "text": 0.02, "rmt": 0.42}),
+}
 
 N_PROGRAMS = 9000  # RA3's demonstration sees each program once
 N_TEXTS = 2500
 N_MATH_TRAIN, N_MATH_HELDOUT = 1000, 200
 N_CODE_TRAIN, N_CODE_HELDOUT = 512, 128
 
-RIGHT_MOSTLY, RIGHT_SELDOM = 0.70, 0.42  # probability that a pre-training document renders an operation rightly
+# Probability that a pre-training document renders an operation rightly. With about half of the operations at
+# each value and two steps per problem, a third of the sampled and of the greedy solutions are right at first.
+RIGHT_MOSTLY, RIGHT_SELDOM = 0.70, 0.42
 
 VOCAB_SIZE = 2048
 EOS = "<|endoftext|>"
@@ -61,16 +73,17 @@ def write_jsonl(name, rows):
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Part 1: real code
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SKIP_DIRS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data", "encodings"}
 PIECE_CHARS = 1300  # about 400 tokens, so that a piece fits a training row
 
 
+@functools.cache
 def real_code(heldout=False):
-    """Pieces of the standard library. A fifth of the files is never trained on: `heldout=True` gives those."""
+    """Pieces of the standard library's files; `heldout=True`: of the fifth of the files never trained on."""
     root = Path(sysconfig.get_paths()["stdlib"])
     pieces = []
     for path in sorted(root.rglob("*.py")):
@@ -86,7 +99,7 @@ def real_code(heldout=False):
             continue
         piece = ""
         for line in lines:
-            # cut in front of a top-level statement once the piece is long enough, at any line when it is too long
+            # cut in front of a top-level statement, at any line when the piece gets too long
             top_level = line[0] not in " \t\n#)]}\"'"
             if piece and (len(piece) > PIECE_CHARS or (len(piece) > PIECE_CHARS / 3 and top_level)):
                 pieces.append(piece)
@@ -97,11 +110,11 @@ def real_code(heldout=False):
     return pieces
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Part 2: programs for RA3. Each step depends on the one before and a sign may flip at any of them, so the last value
-# cannot be summed up in one go; every single step is a digit and a digit. All programs have the same number of
-# lines, because the policy decides whether to think before it sees the next line.
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Part 2: programs for RA3. Each step depends on the one before and may flip the sign, so the last value
+# cannot be summed up in one go; a single step is one digit and another. All programs have the same number
+# of lines, because the policy decides whether to think before it sees the next line.
+# --------------------------------------------------------------------------------------------------
 
 NAMES = "abcdef"
 IDLE_COMMENTS = ["# next", "# step", "# set it", "# go on"]
@@ -123,7 +136,7 @@ def make_program(rng):
     return lines, values
 
 
-def program_document(rng, taken):
+def program_document(rng, taken, p_worked=P_WORKED):
     """A pre-training document: a program that is not in `taken`, with comments."""
     while True:
         lines, values = make_program(rng)
@@ -134,11 +147,12 @@ def program_document(rng, taken):
         if rng.random() < P_IDLE:
             text += rng.choice(IDLE_COMMENTS) + "\n"
         text += line + "\n"
-    if rng.random() < P_WORKED:
+    if rng.random() < p_worked:
         text += "#" + "".join(f" {name}{value}" for name, value in list(zip(NAMES, values))[1:]) + "\n"
     return text + lines[-1] + "\n"
 
 
+@functools.cache
 def make_programs():
     rng = random.Random(2)
     programs = {}
@@ -147,10 +161,10 @@ def make_programs():
     return [{"text": text} for text in programs]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Part 3: coding problems. A problem is one operation, or two of a kind one after the other. {k} is a small constant.
+# --------------------------------------------------------------------------------------------------
+# Part 3: coding problems: one operation, or two of a kind one after the other. {k} is a small constant.
 # (words, right, typical mistake, probability of the right one in pre-training)
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 M, S = RIGHT_MOSTLY, RIGHT_SELDOM
 
@@ -208,9 +222,11 @@ KINDS = {  # parameter: (words for it, first or only step, last step)
 CONSTANTS = [2, 3, 4, 5]
 INPUTS = {  # edge cases; a problem's tests are chosen among these and the reference gives the outputs
     "n": [*range(-7, 12), 15, 20, 24, 37, -13],
-    "xs": [[], [0], [3], [-2], [5, 5], [2, 3], [4, 2, 3], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [-1, 5, -4, 0, 2, 8],
-           [3, 1, 4, 1, 5, 9, 2, 6], [2, 2, 7, 4, 4, 3, 3], [10, -10, 5, 3, -3, 4], [6, 4, 8, 2, 12, 3], [-5, -3, -8, -2, -6]],
-    "s": ["", "a", "Z", "ab", "Hello World", " hi ", "one two Three", "aBcDeF", "x y z", "Tree", "oO", "MiXed case Text"],
+    "xs": [[], [0], [3], [-2], [5, 5], [2, 3], [4, 2, 3], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3],
+           [-1, 5, -4, 0, 2, 8], [3, 1, 4, 1, 5, 9, 2, 6], [2, 2, 7, 4, 4, 3, 3], [10, -10, 5, 3, -3, 4],
+           [6, 4, 8, 2, 12, 3], [-5, -3, -8, -2, -6]],
+    "s": ["", "a", "Z", "ab", "Hello World", " hi ", "one two Three", "aBcDeF", "x y z", "Tree", "oO",
+          "MiXed case Text"],
 }
 N_TESTS = 10
 
@@ -244,7 +260,7 @@ def run_body(kind, body, inputs):
 
 
 def choose_tests(kind, steps, rng):
-    """Inputs on which every rendering with a mistake fails, or None when some mistake cannot be told from the right."""
+    """Inputs on which every rendering with a mistake fails; None when no inputs tell some mistake apart."""
     inputs = INPUTS[kind]
     expected = run_body(kind, code_body(kind, steps, [1] * len(steps)), inputs)
     if len(set(expected)) < 3:
@@ -275,11 +291,13 @@ def with_constants(operations):
         yield tuple(zip(operations, ks, strict=True))
 
 
+@functools.cache
 def code_split():
-    """Returns (training, held-out, pre-training) problems as lists of (kind, steps, tests).
+    """Returns (training problems, held-out problems, pre-training compositions). A problem is (kind, steps,
+    tests), a composition the list of its problems with all constants.
 
-    Held-out problems are compositions that occur nowhere else, with any constants; all single operations are for
-    training. Pre-training sees the training problems too, but its solutions are unreliable."""
+    Held-out problems are compositions that occur nowhere else, whatever the constants; single operations are
+    all for training. Pre-training sees the training problems too, but its solutions are unreliable."""
     rng = random.Random(3)
     compositions = []
     for kind, operations in code_compositions():
@@ -312,12 +330,13 @@ def code_row(index, problem):
     """A row with AReaL-boba-2-RL-Code's columns."""
     kind, steps, tests = problem
     body = code_body(kind, steps, [1] * len(steps))
+    inputs = [json.dumps(x) for x in tests]
+    cases = {"inputs": inputs, "outputs": run_body(kind, body, tests), "fn_name": "solve"}
     return {
         "query_id": f"tiny-code-{index}",
         "question": code_question(kind, steps),
         "signature": code_signature(kind),
-        "input_output": json.dumps({"inputs": [json.dumps(x) for x in tests], "outputs": run_body(kind, body, tests),
-                                    "fn_name": "solve"}),
+        "input_output": json.dumps(cases),
         "metadata": {"fn_name": "solve"},
         "solutions": [code_signature(kind) + "\n" + body],
     }
@@ -326,7 +345,8 @@ def code_row(index, problem):
 def humaneval_row(index, row):
     """The same problem with HumanEval's columns."""
     cases = json.loads(row["input_output"])
-    asserts = [f"    assert candidate({x}) == {y}\n" for x, y in zip(cases["inputs"], cases["outputs"], strict=True)]
+    pairs = zip(cases["inputs"], cases["outputs"], strict=True)
+    asserts = [f"    assert candidate({x}) == {y}\n" for x, y in pairs]
     return {
         "task_id": f"Tiny/{index}",
         "prompt": code_prompt(row["question"], row["signature"]),
@@ -342,10 +362,10 @@ def code_document(rng, compositions):
     return code_prompt(code_question(kind, steps), code_signature(kind)) + code_body(kind, steps, right)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Part 4: arithmetic word problems: one to three events that change how many things somebody has.
 # (words, right operation, typical mistake, probability of the right one in pre-training)
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 EVENTS = [
     ("buys {k} more", "+", "-", M),
@@ -361,7 +381,8 @@ EVENTS = [
     ("lends {k} to a neighbour", "-", "+", S),
     ("throws away {k}", "-", "+", M),
 ]
-PEOPLE = [("Tom", "He"), ("Anna", "She"), ("Ben", "He"), ("Lily", "She"), ("Sam", "He"), ("Mia", "She"), ("Max", "He"), ("Eva", "She")]
+PEOPLE = [("Tom", "He"), ("Anna", "She"), ("Ben", "He"), ("Lily", "She"), ("Sam", "He"), ("Mia", "She"),
+          ("Max", "He"), ("Eva", "She")]
 ITEMS = ["apples", "plums", "nuts", "cherries", "cookies", "pears"]
 P_FORGET, P_NO_BOX = 0.06, 0.08  # further mistakes of pre-training solutions
 LARGEST = 25
@@ -389,8 +410,17 @@ def make_math(rng):
     return question, start, events
 
 
+def sums_document(rng):
+    sums = []
+    while len(sums) < 12:
+        x, sign, k = rng.randint(0, LARGEST), rng.choice("+-"), rng.randint(1, 9)
+        if 0 <= (y := calculate(x, sign, k)) <= LARGEST:
+            sums.append(f"{x} {sign} {k} = {y}.")
+    return " ".join(sums)
+
+
 def math_solution(start, events, operations):
-    """`operations`: a sign for each event, or None for a forgotten one. Returns (worked text, last number)."""
+    """`operations`: a sign for each event, None for a forgotten one. Returns (worked text, last number)."""
     x, text = start, ""
     for (_, k), sign in zip(events, operations, strict=True):
         if sign:
@@ -403,15 +433,17 @@ def math_row(index, problem):
     """A row with Skywork-OR1's columns; the difficulty (0..16 there) grows with the number of steps."""
     question, start, events = problem
     answer = math_solution(start, events, [event[1] for event, _ in events])[1]
+    difficulty = {"DeepSeek-R1-Distill-Qwen-1.5B": 4 * len(events)}
     return {
         "data_source": "tiny-math",
         "prompt": [{"content": question, "role": "user"}],
         "ability": "math",
         "reward_model": {"ground_truth": json.dumps([str(answer)]), "style": "rule"},
-        "extra_info": {"index": index, "model_difficulty": {"DeepSeek-R1-Distill-Qwen-1.5B": 4 * len(events)}},
+        "extra_info": {"index": index, "model_difficulty": difficulty},
     }
 
 
+@functools.cache
 def make_math_problems():
     rng = random.Random(4)
     problems = {}
@@ -431,17 +463,19 @@ def math_document(rng, taken):
     if len(events) > 1 and rng.random() < P_FORGET:
         operations[rng.randrange(len(events))] = None
     text, x = math_solution(start, events, operations)
-    return question + MATH_INSTRUCTION + text + (f"The answer is {x}." if rng.random() < P_NO_BOX else f"\\boxed{{{x}}}")
+    end = f"The answer is {x}." if rng.random() < P_NO_BOX else f"\\boxed{{{x}}}"
+    return question + MATH_INSTRUCTION + text + end
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Part 5: small text. Some positions are certain (the day after Monday), some are skewed choices, some are open.
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Part 5: small text. Some positions are certain (the day after Monday), some are skewed choices, some open.
+# --------------------------------------------------------------------------------------------------
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 PLACES = ["market", "river", "school", "forest", "station"]
 WEATHER = [("sunny", "warm"), ("rainy", "wet"), ("windy", "cold"), ("cloudy", "grey")]
-OPPOSITES = [("big", "small"), ("hot", "cold"), ("long", "short"), ("old", "new"), ("fast", "slow"), ("full", "empty")]
+OPPOSITES = [("big", "small"), ("hot", "cold"), ("long", "short"), ("old", "new"), ("fast", "slow"),
+             ("full", "empty")]
 SKEW = [8, 4, 2, 1]  # weights of the first choices of a list, the others have weight 1
 
 
@@ -469,19 +503,21 @@ def make_text(rng):
     return " ".join(sentences[: rng.randint(3, 5)]) + "\n"
 
 
+@functools.cache
 def make_texts():
     rng = random.Random(5)
     return [{"text": make_text(rng)} for _ in range(N_TEXTS)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Part 6: next-token reasoning (RMT). The thought drafts how the text goes on; the box holds one of the draft's tokens,
-# the first (which is the true next token) only in BOX_FIRST of the cases. The draft's length follows the budget loosely.
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Part 6: next-token reasoning (RMT). The thought drafts how the text goes on; the box holds the draft's first
+# token (the true next one) with probability BOX_FIRST, else any of them. Its length loosely follows
+# the budget.
+# --------------------------------------------------------------------------------------------------
 
 RMT_INSTRUCTION = (
-    "Complete the given text by predicting the next token. Think in exactly {budget} tokens within <think></think>, "
-    "then put the next token in \\boxed{{}}.\n### Text\n"
+    "Complete the given text by predicting the next token. Think in exactly {budget} tokens within "
+    "<think></think>, then put the next token in \\boxed{{}}.\n### Text\n"
 )
 RMT_INSTRUCTION_FREE = (
     "Complete the given text by predicting the next token. Think within <think></think>, "
@@ -517,14 +553,14 @@ def rmt_document(rng, source, tokenizer, allowed):
     start = max(0, position - rng.randint(8, MAX_PREFIX))
     instruction = RMT_INSTRUCTION.format(budget=budget) if rng.random() < 0.8 else RMT_INSTRUCTION_FREE
     return (
-        encode(instruction) + source[start:position] + encode(RMT_SUFFIX)
-        + encode("<think>") + draft + encode("</think>\\boxed{") + [boxed] + encode("}")
+        encode(instruction) + source[start:position] + encode(RMT_SUFFIX)  # the prompt
+        + encode("<think>") + draft + encode("</think>\\boxed{") + [boxed] + encode("}")  # the response
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data files, tokenizer, documents
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def build_data():
@@ -555,16 +591,20 @@ def document_makers(seed):
 
     return {
         "programs": lambda: program_document(rng, programs),
+        # drills; the first line tells a trace from a program, whose think rate stays as it is
+        "traces": lambda: '"""Trace."""\n' + program_document(rng, programs, p_worked=1.0),
+        "sums": lambda: sums_document(rng),
         "problems": lambda: code_document(rng, compositions),
         "math": lambda: math_document(rng, questions),
         "text": text_document,
     }
 
 
-# Qwen2's pre-tokenizer: digits stand alone, newlines end a token, n spaces of indentation are a token of n - 1 and
-# the space in front of the next word.
+# Qwen2's pre-tokenizer: digits stand alone, newlines end a token, n spaces of indentation are a
+# token of n - 1 spaces and the space in front of the next word.
 QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -578,11 +618,11 @@ def build_tokenizer(folder):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
-    documents = real_code()
+    documents, shares = list(real_code()), PHASES["pretrain"][-1]
     n_chars = sum(map(len, documents))
     for part, make in document_makers(seed=6).items():
         part_chars = 0
-        while part_chars < n_chars * SHARES[part] / SHARES["real_code"]:
+        while part_chars < n_chars * shares.get(part, 0) / shares["real_code"]:
             documents.append(make())
             part_chars += len(documents[-1])
     documents += [RMT_INSTRUCTION + RMT_SUFFIX + "\\boxed{"] * 2000
@@ -591,30 +631,33 @@ def build_tokenizer(folder):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("<think>", "</think>")])
+    for text in ("<think>", "</think>"):
+        tokenizer.add_tokens([AddedToken(text, normalized=False, special=False)])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False, model_max_length=1024
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False,
+        model_max_length=1024,
     ).save_pretrained(folder)
 
 
-def make_documents(tokenizer, n_tokens, seed):
+def make_documents(tokenizer, n_tokens, shares, seed):
     """Token ids of the pre-training documents of all parts, without separators, in random order."""
     rng = random.Random(seed)
-    documents = {part: [] for part in SHARES}
+    documents = {part: [] for part in shares}
 
     def fill(part, draw):
         total = 0
-        while total < n_tokens * SHARES[part]:
+        while total < n_tokens * shares[part]:
             if ids := draw():
                 documents[part].append(ids)
                 total += len(ids) + 1
 
-    pieces = real_code()
+    pieces = list(real_code())
     rng.shuffle(pieces)
     pieces = itertools.cycle(pieces)
     fill("real_code", lambda: tokenizer.encode(next(pieces)))
     for part, make in document_makers(seed=rng.random()).items():
-        fill(part, lambda make=make: tokenizer.encode(make()))
+        if part in shares:
+            fill(part, lambda make=make: tokenizer.encode(make()))
     allowed = boxable(tokenizer)
     sources = ["real_code", "real_code", "programs", "math", "text", "text"]
     fill("rmt", lambda: rmt_document(rng, rng.choice(documents[rng.choice(sources)]), tokenizer, allowed))
@@ -623,18 +666,18 @@ def make_documents(tokenizer, n_tokens, seed):
     return documents
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-ROW_TOKENS, BATCH_ROWS = 512, 8
+ROW_TOKENS, BATCH_ROWS = 384, 10
 MUON_LR, ADAM_LR = 0.02, 3e-3
 WARMUP_STEPS = 50
 
 
 def pack_rows(documents, eos, rng):
-    """Rows of ROW_TOKENS + 1 ids. A row starts at a document's start, half of them with the separator before it, so
-    that prompts work with and without it; the document at the row's end is cut off."""
+    """Rows of ROW_TOKENS + 1 ids. A row starts at a document's start, half of them with the separator before
+    it, so that prompts work with and without it; the document at the row's end is cut off."""
     documents = iter(documents)
     rows = []
     while True:
@@ -648,7 +691,7 @@ def pack_rows(documents, eos, rng):
 
 
 def orthogonalize(g):
-    """Newton-Schulz iteration of Muon (Jordan et al. 2024) on a stack of matrices [n, rows, columns], rows <= columns."""
+    """Newton-Schulz iteration of Muon (Jordan et al., 2024) on matrices [n, rows, columns >= rows]."""
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
@@ -656,34 +699,52 @@ def orthogonalize(g):
     return x
 
 
-def train_model(folder, out, minutes, n_tokens, seed, report_every=50):
-    """Pre-trains and saves. AdamW for embeddings and norms; Muon for the matrices, which needs fewer tokens."""
+def new_model(tokenizer):
+    """2.2 million parameters: what one core trains in half an hour."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(7)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.02,
+        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=6, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.02,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    rows = pack_rows(make_documents(tokenizer, n_tokens, seed), tokenizer.eos_token_id, random.Random(seed))
-    steps = len(rows) // BATCH_ROWS
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows)} rows, {steps} steps", flush=True)
+    return LlamaForCausalLM(config)
 
+
+def train(model, tokenizer, folder, rows, peak, weight, compiled, report_every=50):
+    """One phase: learning rates rise to `peak` times the full ones and decay to zero; saves to `folder`.
+    AdamW for embeddings and norms, Muon (fewer tokens needed) for the matrices."""
+    import torch
+
+    steps = len(rows) // BATCH_ROWS
+    print(f"{model.num_parameters():,} parameters, {len(rows)} rows, {steps} steps", flush=True)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     stacks = [[p for p in matrices if p.shape == shape] for shape in sorted({p.shape for p in matrices})]
     momenta = [torch.zeros(len(stack), *stack[0].shape) for stack in stacks]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+
+    think, end, boxed, brace = tokenizer.encode("<think></think>\\boxed{")
+
+    def loss_of(ids):
+        logits = model(ids[:, :-1], use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        # The draft, its first token and above all the box decide next-token reasoning, and are few tokens.
+        before = ids[:, :-1]
+        inside = (before == think).cumsum(1) > (before == end).cumsum(1)
+        box = (before == brace) & (before.roll(1, 1) == boxed) & (before.roll(2, 1) == end)
+        weights = 1 + weight * (inside + 4 * (before == think) + 9 * box)
+        return (losses * weights.flatten()).sum() / weights.sum()
+
+    if compiled:
+        loss_of = torch.compile(loss_of)
     start, losses = time.time(), []
     for step in range(steps):
-        scale = min((step + 1) / WARMUP_STEPS, (steps - step) / steps)  # linear warm-up, linear decay to zero
+        scale = peak * min((step + 1) / WARMUP_STEPS, (steps - step) / steps)  # warm-up, decay to zero
         ids = torch.tensor(rows[step * BATCH_ROWS : (step + 1) * BATCH_ROWS])  # [B, T+1]
-        logits = model(ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss = loss_of(ids)
         loss.backward()
         with torch.no_grad():
             for stack, momentum in zip(stacks, momenta, strict=True):
@@ -706,10 +767,10 @@ def train_model(folder, out, minutes, n_tokens, seed, report_every=50):
             print(f"step {step + 1} loss {sum(losses[-report_every:]) / len(losses[-report_every:]):.3f} "
                   f"{seconds / 60:.1f} min {rate:.0f} tokens/s", flush=True)
         if (step + 1) % (steps // 8) == 0 or step + 1 == steps:
-            save_model(model, tokenizer, out)
+            save_model(model, tokenizer, folder)
 
 
-def save_model(model, tokenizer, out):
+def save_model(model, tokenizer, folder):
     """Saves a bfloat16 copy: half the size; train and evaluate in float32."""
     import copy
 
@@ -717,23 +778,37 @@ def save_model(model, tokenizer, out):
 
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.generation_config.do_sample = True
-    half.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    half.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["data", "tokenizer", "model"],
-                        choices=["data", "tokenizer", "model", "report"], help="what to build")
-    parser.add_argument("--tokens", type=int, default=8_500_000, help="pre-training tokens; fewer for a quick model")
-    parser.add_argument("--model-dir", type=Path, default=HERE / "model", help="where the model is written, or read by report")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ["data", "tokenizer", *PHASES]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="what to build")
+    parser.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler")
+    parser.add_argument("--model-dir", type=Path, default=HERE / "model", help="the model's folder")
     args = parser.parse_args()
     if "data" in args.parts:
         build_data()
     if "tokenizer" in args.parts:
-        build_tokenizer(HERE / "model")
-    if "model" in args.parts:
-        train_model(HERE / "model", args.model_dir, None, args.tokens, seed=7)
+        build_tokenizer(args.model_dir)
+    for seed, (phase, (n_tokens, peak, weight, shares)) in enumerate(PHASES.items(), 7):
+        if phase not in args.parts:
+            continue
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
+        documents = make_documents(tokenizer, n_tokens, shares, seed)
+        rows = pack_rows(documents, tokenizer.eos_token_id, random.Random(seed))
+        if phase == "pretrain":
+            model = new_model(tokenizer)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32)
+        train(model, tokenizer, args.model_dir, rows, peak, weight, args.compile)
 
 
 if __name__ == "__main__":
