@@ -1,7 +1,7 @@
 """Shared helpers of ra3.py, rmt.py, grpo_rlvr.py and eval_code.py. There is no algorithm in this file.
 
-What changes a gradient is in the scripts, with one exception: `token_logprobs`, which all of them need, stands here
-once and is pinned by tests. In the order of use:
+What changes a gradient is in the scripts, with one exception: `token_logprobs`, which all of them need,
+stands here once and is pinned by tests. In the order of use:
 
     1 errors and signals      UserError, launch, Interrupt
     2 processes               setup, Ranks, all_sum
@@ -42,7 +42,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from sandbox import run_tests  # noqa: F401  (section 9; the scripts import it from here)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -53,6 +52,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sandbox import run_tests  # noqa: F401  (section 9; the scripts import it from here)
 
 transformers.utils.logging.disable_progress_bar()
 TINY = Path(__file__).parent / "tiny"  # the embedded default: model, tokenizer, small corpora
@@ -66,7 +67,8 @@ class UserError(Exception):
 
 
 def launch(main: Callable, args) -> None:
-    """Run `main(args)`; a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Run `main(args)`; a UserError becomes one line on stderr and exit code 2, an interrupt exit code
+    130."""
     try:
         main(args)
     except UserError as error:
@@ -178,7 +180,8 @@ def together(action: Callable, ranks: Ranks):
     except UserError as caught:
         error = str(caught)
     except OSError as caught:
-        error = f"{caught.strerror or caught}: {caught.filename or ''} (is the disk full or the folder read-only?)"
+        where = caught.filename or ""
+        error = f"{caught.strerror or caught}: {where} (is the disk full or the folder read-only?)"
     errors = [e for e in all_gather_list([error], ranks) if e]
     if errors:
         raise UserError(errors[0])
@@ -191,9 +194,10 @@ def together(action: Callable, ranks: Ranks):
 def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     """Stream the rows of a data set, in order.
 
-    source: a .jsonl, .jsonl.gz, .json (a list), .parquet or .txt file; a folder (of .py files, else of such files);
-    `stdlib` (this Python's standard library); or a hub id, with a config or a data-file pattern after a colon
-    (`org/name:config`, `org/name:folder/*.arrow`). Raises UserError for what does not exist or cannot be read.
+    source: a .jsonl, .jsonl.gz, .json (a list), .parquet or .txt file; a folder (of .py files, else of such
+    files); `stdlib` (this Python's standard library); or a hub id, with a config or a data-file pattern after
+    a colon (`org/name:config`, `org/name:folder/*.arrow`). Raises UserError for what does not exist or cannot
+    be read.
     """
     path = Path(source)
     if source == "stdlib":
@@ -346,7 +350,8 @@ def shard(model, ranks: Ranks):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Whole weights on every rank inside: forward and generate run with no collective, so ranks may differ in length."""
+    """Whole weights on every rank inside: forward and generate run with no collective, so ranks may differ in
+    length."""
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for group in groups:
         group.set_reshard_after_forward(False)
@@ -384,11 +389,17 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device=None) -> torch.Ten
     return torch.from_numpy(padded).to(device)
 
 
+def positions(where: Sequence[np.ndarray], device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns wanted in each row -> (rows [N], cols [N]), row by row, as token_logprobs takes them."""
+    rows = np.repeat(np.arange(len(where)), [len(columns) for columns in where])
+    return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(where)).to(device)
+
+
 def micro_batches(lengths: Sequence[int], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
     """Indices of rows, sorted by length and cut so that rows x longest <= max_tokens (at least one row each).
 
-    With `ranks` given, every rank returns the same number of micro-batches (FSDP's collectives must pair up); the
-    missing ones are empty lists, for which the caller runs one row with weight zero.
+    With `ranks` given, every rank returns the same number of micro-batches (FSDP's collectives must pair up);
+    the missing ones are empty lists, for which the caller runs one row with weight zero.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # the longest first
@@ -404,17 +415,19 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, ranks: Ranks | None =
 
 
 def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
-    """Uniform noise in [0, 1) that depends on `key` (seed, update, purpose ...) alone: float32 of `shape`, on CPU.
+    """Uniform noise in [0, 1) that depends on `key` (seed, update, purpose ...) alone: float32 of `shape`, on
+    CPU.
 
-    All sampling noise is drawn so, for the whole global batch at once, and each rank takes its rows. A run is then
-    the same on any number of ranks, and resumes without any generator state.
+    All sampling noise is drawn so, for the whole global batch at once, and each rank takes its rows. A run is
+    then the same on any number of ranks, and resumes without any generator state.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()) | len(repr(key)) << 32)
     return torch.rand(tuple(shape), generator=generator)
 
 
 def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw one index per row of probs [B, V] (need not sum to one) from noise [B] in [0, 1). Returns [B] int64.
+    """Draw one index per row of probs [B, V] (need not sum to one) from noise [B] in [0, 1). Returns [B]
+    int64.
 
     Equal to torch.multinomial in distribution, but parallel, and the noise is the caller's.
     """
@@ -433,14 +446,16 @@ EVENT = -1  # a target that stands for the set of tokens `event`
 
 
 def token_logprobs(model, input_ids, rows, cols, **kw) -> tuple[torch.Tensor, torch.Tensor]:
-    """log pi(input_ids[rows, cols] | the tokens before), and the entropy of pi there, at N chosen positions only.
+    """log pi(input_ids[rows, cols] | the tokens before), and the entropy of pi there, at N chosen positions
+    only.
 
-    input_ids [B, T] right-padded; rows, cols [N] with cols >= 1: the position of the *predicted* token. Options:
-    `targets` [N] replaces the tokens at those positions; the target EVENT (-1) stands for "any token of the set
-    `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact. `temperature` divides the logits.
-    Returns logprobs [N] and entropy [N] in nats, float32; the entropy of an EVENT position is that of the
-    distribution in which the set is merged into one outcome, and is zero everywhere if `entropy` is False (it costs
-    a second pass). Logits exist for these positions alone, in chunks that the backward pass computes again.
+    input_ids [B, T] right-padded; rows, cols [N] with cols >= 1: the position of the *predicted* token.
+    Options: `targets` [N] replaces the tokens at those positions; the target EVENT (-1) stands for "any token
+    of the set `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact. `temperature`
+    divides the logits. Returns logprobs [N] and entropy [N] in nats, float32; the entropy of an EVENT
+    position is that of the distribution in which the set is merged into one outcome, and is zero everywhere
+    if `entropy` is False (it costs a second pass). Logits exist for these positions alone, in chunks that the
+    backward pass computes again.
     """
     return model.token_logprobs(input_ids, rows, cols, **kw)
 
@@ -495,16 +510,17 @@ NOT_DEFINING = {
 
 
 class Run:
-    """One folder per run: args.json, env.txt, the sources, metrics.jsonl, curves.png, TensorBoard events, checkpoints.
+    """One folder per run: args.json, env.txt, the sources, metrics.jsonl, curves.png, TensorBoard events,
+    checkpoints.
 
-    `state` is what the last good checkpoint holds in state.json (None for a fresh run). UserError if the folder
-    cannot be written, if there is nothing to resume, or if the arguments that define the run differ.
+    `state` is what the last good checkpoint holds in state.json (None for a fresh run). UserError if the
+    folder cannot be written, if there is nothing to resume, or if the arguments that define the run differ.
     """
 
     def __init__(self, args, script: str, ranks: Ranks) -> None:
         self.args, self.script, self.ranks = args, Path(script), ranks
-        stem = f"{self.script.stem}__{Path(args.model).resolve().name if Path(args.model).exists() else args.model}"
-        stem = f"{stem.replace('/', '_')}__s{args.seed}__"
+        model = Path(args.model).resolve().name if Path(args.model).exists() else args.model.replace("/", "_")
+        stem = f"{self.script.stem}__{model}__s{args.seed}__"
         path = None
         if ranks.main:
             path = args.output_dir or f"runs/{stem}{time.strftime('%Y%m%d-%H%M%S')}"
@@ -601,7 +617,8 @@ class Run:
     # -- checkpoints
 
     def export(self, model, tokenizer, name: str) -> Path:
-        """Write checkpoints/<name>, a folder that AutoModelForCausalLM.from_pretrained loads. Atomic; all ranks."""
+        """Write checkpoints/<name>, a folder that AutoModelForCausalLM.from_pretrained loads. Atomic; all
+        ranks."""
         target = self.path / "checkpoints" / name
         weights = {}
         tied = model._tied_weights_keys or {} if model.config.tie_word_embeddings else {}
@@ -625,9 +642,11 @@ class Run:
         return target
 
     def save(self, update: int, state: dict, models: dict, optimizer, keep: int = 2) -> None:
-        """Write the state that --resume continues from: written aside, then renamed, so it is whole or absent.
+        """Write the state that --resume continues from: written aside, then renamed, so it is whole or
+        absent.
 
-        state: JSON-able (cursors, phase ...); models: name -> model, all saved; optimizer may be None. All ranks.
+        state: JSON-able (cursors, phase ...); models: name -> model, all saved; optimizer may be None. All
+        ranks.
         """
         target = self.path / "checkpoints" / f"state_{update:06d}"
         aside = target.with_name(f".{target.name}.partial")
@@ -664,7 +683,8 @@ class Run:
         return complete[-1] if complete else None
 
     def restore(self, models: dict, optimizer) -> dict:
-        """Load the last good checkpoint into models and optimizer; cut metrics.jsonl back to it. Returns its state."""
+        """Load the last good checkpoint into models and optimizer; cut metrics.jsonl back to it. Returns its
+        state."""
         folder = self._latest()
         tensors = {name: get_model_state_dict(model) for name, model in models.items()}
         if optimizer is not None:
@@ -697,6 +717,7 @@ def _environment(ranks: Ranks) -> str:
     except OSError:
         commit, diff = "(no git)", ""
     return (
-        f"command: {' '.join(sys.argv)}\nranks: {ranks.world_size}\ndevice: {device}\npython: {sys.version.split()[0]}\n"
+        f"command: {' '.join(sys.argv)}\nranks: {ranks.world_size}\ndevice: {device}\n"
+        f"python: {sys.version.split()[0]}\n"
         f"torch: {torch.__version__}\ntransformers: {transformers.__version__}\ncommit: {commit}\n\n{diff}\n"
     )

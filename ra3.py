@@ -1,15 +1,16 @@
-"""RA3, Reasoning as Action Abstractions: EM mid-training that learns by RL where to think before a line of code.
+"""RA3, Reasoning as Action Abstractions: EM mid-training that learns by RL where a thought pays.
 
-Paper: "Learning to Reason as Action Abstractions with Scalable Mid-Training RL", arXiv 2509.25810; version 2 is the
-default here, version 1 where an option says so. Equation numbers are version 2's.
+Paper: "Learning to Reason as Action Abstractions with Scalable Mid-Training RL", arXiv 2509.25810; version 2
+is the default here, version 1 where an option says so. Equation numbers are version 2's.
 
-An expert's snippet is cut into actions a_1 .. a_T, one line of code each. Before every action the policy q chooses a
-latent z_t: *act* (nothing) or *think* (one comment line). The algorithm, with the steps that `main` names again:
+An expert's snippet is cut into actions a_1 .. a_T, one line of code each. Before every action the policy q
+chooses a latent z_t: *act* (nothing) or *think* (one comment line). The algorithm, with the steps that `main`
+names again:
 
   for every EM iteration i, starting from the model pi_i:
     E-step, rl_updates times; q starts as a copy of pi_i, pi_i itself is frozen:
       1 sample     G rollouts of each snippet: q samples the latents, the expert's lines are forced
-      2 score      r_t = l_t - c [z_t is a thought]; l_t = mean log pi_i(token of a_t | history with thoughts)  (4.1)
+      2 score      r_t = l_t - c [z_t is a thought]; l_t = mean log-likelihood of a_t under pi_i  (4.1)
       3 advantage  returns over the next 5 rewards, minus their mean over the G rollouts
       4 update     policy gradient on log q(z_t), plus a small entropy bonus
     M-step, ntp_updates times; q is frozen, pi starts again from pi_i:
@@ -17,14 +18,14 @@ latent z_t: *act* (nothing) or *think* (one comment line). The algorithm, with t
       4 update     next-token prediction on it  (4.2); the result is pi_{i+1}
     5 log, evaluate, save
 
-Notation: pi policy, q sampler of thoughts, z_t latent, a_t action, l_t `line_logprobs`, c `penalty`, G `group_size`.
-Shapes: S snippets, G rollouts of each, R = S*G rows, W steps, T actions (padded), V vocabulary.
+Notation: pi policy, q sampler of thoughts, z_t latent, a_t action, l_t `line_logprobs`, c `penalty`, G
+`group_size`. Shapes: S snippets, G rollouts of each, R = S*G rows, W steps, T actions (padded), V vocabulary.
 
 Deviations from the paper, and what it leaves open (docs/ra3.md has all, with both values):
-  D1 thinking is decided by the first token of the line itself ("#" or not), so the code keeps its tokenisation; the
-     paper removes the newline and lets the model write "\\n" or "\\n#".
+  D1 thinking is decided by the first token of the line itself ("#" or not), so the code keeps its
+     tokenisation; the paper removes the newline and lets the model write "\\n" or "\\n#".
   D2 l_t is a mean per token; the paper prints log pi(a_t | s_t, z_t), a sum. c = 0.05 fits the mean.
-  D3 a malformed thought gets r_t = -2; the paper says zero reward, which no line's log-likelihood would fall below.
+  D3 a malformed thought gets r_t = -2; the paper says zero, which no line's log-likelihood would fall below.
   D4 the penalty-free warm-up is that of the first E-step only.
 
   python ra3.py --tiny                                                     # this machine: no network, no GPU
@@ -38,13 +39,12 @@ import itertools
 import json
 import math
 import random
-import re
 import resource
 import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,41 +73,48 @@ from common import (
     load_tokenizer,
     micro_batches,
     pad_right,
+    positions,
     read_rows,
     setup,
     token_logprobs,
     uniforms,
 )
-from pysource import action_starts, cut_file
+from snippets import Snippet, Vocabulary, bootstrap_text, cut_file, segment
 
 
 @dataclass
 class Args:
-    """RA3 mid-training (and its NTP, BRiTE-style and external-rationale baselines). Defaults are the paper's values."""
+    """RA3 mid-training (and its NTP, BRiTE-style and external-rationale baselines). Defaults are the paper's
+    values."""
 
     # ---- run
     tiny: bool = False
-    """use the embedded default: tiny model, small corpora, a few minutes on two cores. Every flag still overrides"""
+    """use the embedded default: tiny model, small corpora, a few minutes on two cores. Every flag still
+    overrides"""
     output_dir: str = ""
     """folder of this run; empty: runs/ra3__<model>__s<seed>__<time>"""
     seed: int = 0
     """fixes the order of the data and all sampling noise, on any number of ranks"""
     resume: str = ""
-    """`auto`: continue the newest run of this model and seed (or of --output-dir) if there is one; or a run folder"""
+    """`auto`: continue the newest run of this model and seed (or of --output-dir) if there is one; or a run
+    folder"""
     dry_run: bool = False
     """print the plan, one bootstrapped snippet and a memory estimate, and stop"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """pi_0: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
     q_model: str = ""
-    """sample the thoughts from this model instead and skip the E-step (version 1, figure 7); same tokenizer"""
+    """sample the thoughts from this model instead and skip the E-step (version 1, figure 7); same
+    tokenizer"""
     dataset: tuple[str, ...] = (
         "OpenCoder-LLM/opc-annealing-corpus:synthetic_qa/*.arrow",
         "OpenCoder-LLM/opc-annealing-corpus:synthetic_code_snippet/*.arrow",
     )
-    """sources, see common.read_rows: hub ids, .jsonl/.jsonl.gz/.parquet files, folders of .py files, `stdlib`"""
+    """sources, see common.read_rows: hub ids, .jsonl/.jsonl.gz/.parquet files, folders of .py files,
+    `stdlib`"""
     dataset_weights: tuple[float, ...] = (0.95, 0.05)
-    """share of each source in the texts (the paper: 2.36M and 129K snippets); equal if not one for each source"""
+    """share of each source in the texts (the paper: 2.36M and 129K snippets); equal if not one for each
+    source"""
     text_column: str = "text"
     """the column that holds the code"""
     max_snippets: int = 0
@@ -118,7 +125,8 @@ class Args:
     """how much code an action spans; `snippet`: one latent for all of it, as in BRiTE"""
     # ---- algorithm
     algo: Literal["ra3", "ntp"] = "ra3"
-    """ntp: the M-step alone, with every latent act: the next-token-prediction baseline on the same snippets"""
+    """ntp: the M-step alone, with every latent act: the next-token-prediction baseline on the same
+    snippets"""
     em_iterations: int = 1
     """number of EM iterations i"""
     group_size: int = 3
@@ -132,7 +140,8 @@ class Args:
     normalize_std: bool = False
     """divide advantages by the standard deviation over the group (the paper does not)"""
     line_reward: Literal["mean", "logmean", "sum"] = "mean"
-    """l_t: mean log-probability of the line's tokens, log of their mean probability, or the sum of log-probabilities"""
+    """l_t: mean log-probability of the line's tokens, log of their mean probability, or the sum of
+    log-probabilities"""
     malformed_reward: float = -2.0
     """r_t of a thought that does not end in time or would break the source"""
     entropy_coef: float = 0.001
@@ -173,7 +182,8 @@ class Args:
     save_every: int = 50
     """updates between checkpoints that --resume continues from; the last two are kept"""
     bootstrap_only: bool = False
-    """write the corpus with sampled thoughts to bootstrapped.jsonl (--q-model, else --model, samples) and stop"""
+    """write the corpus with sampled thoughts to bootstrapped.jsonl (--q-model, else --model, samples) and
+    stop"""
 
 
 TINY_DEFAULTS = Args(
@@ -193,167 +203,16 @@ TINY_DEFAULTS = Args(
 )
 
 
-# ---------------------------------------------------------------- the vocabulary, seen as text
-
-
-class Vocabulary:
-    """What each token's text means for a thought; bool [V] on the device. Decided by decoded text, never by ids.
-
-    opens    H: the text begins with "#" after leading spaces and tabs; such a token at a boundary opens a thought
-    ends     holds a newline and nothing after it: the thought ends with this token
-    breaks   would break the source inside a comment: text after a newline, carriage return, NUL, special token
-    """
-
-    def __init__(self, tokenizer, size: int, device) -> None:
-        self.tokenizer = tokenizer
-        self.anchor = tokenizer(
-            "a", add_special_tokens=False
-        ).input_ids  # keeps SentencePiece from dropping a space
-        self.anchor_length = len(tokenizer.decode(self.anchor))
-        known = min(size, len(tokenizer))
-        self.text = self.decode([[i] for i in range(known)])
-        self.special = set(tokenizer.all_special_ids)
-        opens = [text.lstrip(" \t").startswith("#") for text in self.text]
-        # a byte-fallback decoder (SentencePiece) turns a newline into U+FFFD if it follows half a character
-        names = tokenizer.convert_ids_to_tokens(list(range(known)))
-        half = [bool(re.fullmatch("<0x[89A-F][0-9A-F]>", name or "")) for name in names]
-        breaks = [
-            i in self.special or half[i] or "\r" in text or "\0" in text or "\n" in text[:-1]
-            for i, text in enumerate(self.text)
-        ]
-        ends = ["\n" in text and not broken for text, broken in zip(self.text, breaks)]
-        padding = size - known  # a model's embedding may have more rows than the tokenizer has tokens
-        self.opens = torch.tensor(opens + [False] * padding, device=device)
-        self.breaks = torch.tensor(breaks + [True] * padding, device=device)
-        self.ends = torch.tensor(ends + [False] * padding, device=device)
-        newlines = [i for i, text in enumerate(self.text) if text == "\n" and i not in self.special]
-        canonical = tokenizer("a\n", add_special_tokens=False).input_ids[-1]
-        self.newline = canonical if canonical in newlines else next(iter(newlines), None)
-        if self.newline is None or not any(opens):
-            raise UserError(
-                "this tokenizer has no token for a newline or for '#', so it cannot write a comment line"
-            )
-        self.separator = (
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        )
-
-    def decode(self, rows: list[list[int]]) -> list[str]:
-        """Text of each row of tokens, as it is in the middle of a text."""
-        texts = self.tokenizer.batch_decode(
-            [self.anchor + row for row in rows], clean_up_tokenization_spaces=False
-        )
-        return [text[self.anchor_length :] for text in texts]
-
-
-# ---------------------------------------------------------------- data: snippets, actions, boundaries
-
-
-@dataclass
-class Snippet:
-    """One expert demonstration. Token k of `ids` covers text[starts[k]:starts[k + 1]]; ids[0] is the separator."""
-
-    text: str
-    source: str
-    ids: np.ndarray  # [L] separator, the text's canonical tokens, eos (if the text was not cut)
-    starts: np.ndarray  # [L + 1] where each token begins in `text` (characters)
-    boundaries: np.ndarray  # [T] index into ids of the first token of each action
-    indents: list[list[int]]  # [T] the indentation before it, forced once more after a thought
-    kinds: list[str]  # [T] kind of each action's code line, for the metrics
-
-    def width(self, max_latent_tokens: int) -> int:
-        """Most tokens that a rollout of this snippet can have."""
-        return len(self.ids) + sum(max_latent_tokens + len(indent) for indent in self.indents)
-
-
-def token_starts(text: str, ids: Sequence[int], vocabulary: Vocabulary) -> list[int] | None:
-    """[len(ids) + 1] character offset where each token begins; None if the tokens do not spell the text.
-
-    Of several tokens that share a character the first is said to hold it. The tokenizer's own offsets are not used:
-    some kinds leave the white space out of them.
-    """
-    starts, pieces, offset, pending = [0], [], 0, []
-    for token in ids:
-        piece = vocabulary.text[token]
-        if pending or "\ufffd" in piece:  # a part of a character: decode the parts together
-            pending.append(token)
-            piece = vocabulary.decode([pending])[0]
-            if piece.endswith("\ufffd") and len(pending) < 8:
-                starts.append(offset + 1)
-                continue
-            pending = []
-        pieces.append(piece)
-        offset += len(piece)
-        starts.append(offset)
-    return starts if "".join(pieces) == text else None
-
-
-def segment(
-    text: str, vocabulary: Vocabulary, max_tokens: int, context: int, args: Args, source: str = ""
-) -> Snippet | None:
-    """Cut one text into actions; a text that is too long ends with the last action that fits.
-
-    A boundary is the token that holds the first non-space character of an action; a line whose first token also holds
-    the end of the line before has none. Fits: at most max_tokens tokens, and at most `context` with the longest
-    possible thought at every boundary. None if the tokenizer does not give the text back unchanged, or it is empty.
-    """
-    tokenizer = vocabulary.tokenizer
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    starts = token_starts(text, ids, vocabulary)
-    if not ids or starts is None or vocabulary.special.intersection(ids):
-        return None
-    boundaries, indents, kinds, worst = [], [], [], [0]
-    for offset, kind in action_starts(text, args.granularity):
-        first = offset + len(text[offset:]) - len(text[offset:].lstrip(" \t\f"))
-        index = int(np.searchsorted(starts, first, side="right")) - 1  # the token that holds `first`
-        line_start = int(np.searchsorted(starts, offset))
-        if starts[index] < offset:
-            continue
-        if starts[line_start] == offset:  # the indentation is tokens of its own
-            indent = ids[line_start:index]
-        else:  # its beginning is in a token with the newline before
-            indent = tokenizer(text[offset : starts[index]], add_special_tokens=False).input_ids
-        boundaries.append(index)
-        indents.append(indent)
-        kinds.append(kind)
-        worst.append(worst[-1] + args.max_latent_tokens + len(indent))
-
-    def fits(end: int, actions: int) -> bool:  # 1: the separator
-        return 1 + end <= max_tokens and 1 + end + worst[actions] <= context
-
-    tail = [tokenizer.eos_token_id]
-    if not fits(len(ids) + 1, len(boundaries)):
-        actions = max((k for k in range(1, len(boundaries)) if fits(boundaries[k], k)), default=0)
-        end = boundaries[actions] if actions else min(len(ids), max_tokens - 1, context - 1)
-        boundaries, indents, kinds, tail = boundaries[:actions], indents[:actions], kinds[:actions], []
-        ids, text, starts = ids[:end], text[: starts[end]], starts[: end + 1]
-    return Snippet(
-        text=text,
-        source=source,
-        ids=np.array([vocabulary.separator, *ids, *tail]),
-        starts=np.array([0, *starts, *[len(text)] * len(tail)]),
-        boundaries=np.array(boundaries, dtype=np.int64) + 1,  # 1: the separator
-        indents=indents,
-        kinds=kinds,
-    )
-
-
-def bootstrap_text(snippet: Snippet, latents: dict[int, str]) -> str:
-    """The text with thoughts: latents maps an action to its comment line (without indentation, with newline)."""
-    pieces, done = [], 0
-    for action, latent in sorted(latents.items()):
-        start = snippet.starts[snippet.boundaries[action]]
-        line_start = snippet.text.rfind("\n", 0, start) + 1
-        pieces += [snippet.text[done:start], latent, snippet.text[line_start:start]]
-        done = start
-    return "".join([*pieces, snippet.text[done:]])
+# ---------------------------------------------------------------- data
 
 
 class SnippetStream:
-    """Endless, seeded stream of the snippets of one part of the data; `cursor` counts the texts taken from it.
+    """Endless, seeded stream of the snippets of one part of the data; `cursor` counts the texts taken from
+    it.
 
-    part: `eval` (one pass), `E` or `M` (endless), or `all` (everything once, in order). The part of a text follows
-    from a hash of it: parts are disjoint, duplicates stay together, and NTP sees what RA3's M-step sees. Every rank
-    reads the whole stream and takes its share of each batch.
+    part: `eval` (one pass), `E` or `M` (endless), or `all` (everything once, in order). The part of a text
+    follows from a hash of it: parts are disjoint, duplicates stay together, and NTP sees what RA3's M-step
+    sees. Every rank reads the whole stream and takes its share of each batch.
     """
 
     def __init__(self, args: Args, part: str, vocabulary: Vocabulary, context: int, cursor: int = 0) -> None:
@@ -362,17 +221,17 @@ class SnippetStream:
         self.texts = itertools.islice(self._texts(), cursor, None)
 
     def __iter__(self) -> Iterator[Snippet]:
+        args = self.args
         for text, source in self.texts:
             self.cursor += 1
-            snippet = segment(
-                text, self.vocabulary, self.args.max_snippet_tokens, self.context, self.args, source
-            )
+            limits = args.max_snippet_tokens, self.context, args.max_latent_tokens
+            snippet = segment(text, self.vocabulary, *limits, args.granularity, source)
             if snippet is not None and (self.part != "E" or len(snippet.boundaries)):
                 yield snippet
                 continue
             self.unusable += 1  # nothing to decide in it, or the tokenizer does not give it back unchanged
             if self.unusable == self.cursor == 1000:
-                raise UserError(f"none of the first 1000 texts of {', '.join(self.args.dataset)} can be used")
+                raise UserError(f"none of the first 1000 texts of {', '.join(args.dataset)} can be used")
 
     def batch(self, size: int) -> list[Snippet]:
         return list(itertools.islice(iter(self), size))
@@ -384,7 +243,8 @@ class SnippetStream:
         first_m = 50 + round(950 * min(0.5, max(0.1, e_share)))  # of 1000: 50 held out, then E, then M
         parts = {"eval": range(50), "E": range(50, first_m), "M": range(first_m, 1000), "all": range(1000)}
         for epoch in itertools.count():
-            mine = (item for item in interleaved(args) if zlib.crc32(item[0].encode()) % 1000 in parts[self.part])
+            wanted = parts[self.part]
+            mine = (item for item in interleaved(args) if zlib.crc32(item[0].encode()) % 1000 in wanted)
             if self.part != "all":
                 mine = shuffled(mine, random.Random(f"{args.seed} {self.part} {epoch}"))
             count = 0
@@ -394,7 +254,8 @@ class SnippetStream:
             if self.part in ("eval", "all"):
                 return
             if not count:
-                raise UserError(f"{', '.join(args.dataset)}: no text for the {self.part}-step; give more data")
+                sources = ", ".join(args.dataset)
+                raise UserError(f"{sources}: no text for the {self.part}-step; give more data")
 
 
 def interleaved(args: Args) -> Iterator[tuple[str, str]]:
@@ -445,13 +306,15 @@ FORCED = -2  # `targets` of a token that q did not choose
 
 
 class ForcedDecoding(LogitsProcessor):
-    """Forces the expert's tokens and lets the policy's latents through, row by row, inside one `generate` call.
+    """Forces the expert's tokens and lets the policy's latents through, row by row, inside one `generate`
+    call.
 
-    A row's script is its snippet's tokens, followed by one copy of the indentation of each boundary; `follow` gives the
-    script index after each. The pointer of a row walks along it. At a boundary one token is drawn from the policy: if
-    it is in H it opens a thought and is kept, else the policy acts, and the expert's token takes its place. When a
-    thought has ended the pointer goes to the copy of the indentation, and from there back to the boundary.
-    All state is tensors [R] on the device: no per-row Python and no host synchronisation in the token loop.
+    A row's script is its snippet's tokens, followed by one copy of the indentation of each boundary; `follow`
+    gives the script index after each. The pointer of a row walks along it. At a boundary one token is drawn
+    from the policy: if it is in H it opens a thought and is kept, else the policy acts, and the expert's
+    token takes its place. When a thought has ended the pointer goes to the copy of the indentation, and from
+    there back to the boundary. All state is tensors [R] on the device: no per-row Python and no host
+    synchronisation in the token loop.
     """
 
     def __init__(
@@ -529,7 +392,8 @@ class ForcedDecoding(LogitsProcessor):
         act_logprob = logprobs.masked_fill(self.vocabulary.opens, -torch.inf).logsumexp(
             -1
         )  # log(1 - sum_H p)
-        # a thought that breaks the source, or has not ended in time, is closed by a newline in place of the last token
+        # a thought that breaks the source, or has not ended in time, is closed by a newline in place of the
+        # last token
         length = self.length + writes
         malformed = writes & (breaks | (~ends & (length >= self.args.max_latent_tokens)))
         closes = writes & (ends | malformed)
@@ -589,9 +453,11 @@ class Rollout:
 def rollout(
     model, snippets: list[Snippet], noise: torch.Tensor, vocabulary: Vocabulary, args: Args
 ) -> list[Rollout]:
-    """Roll each snippet out once, through all its turns, with thoughts sampled from `model`. noise [R, W] in [0, 1).
+    """Roll each snippet out once, through all its turns, with thoughts sampled from `model`. noise [R, W] in
+    [0, 1).
 
-    Rows of similar length share a generate call, which ends with its longest row. Call it inside `gathered(model)`.
+    Rows of similar length share a generate call, which ends with its longest row. Call it inside
+    `gathered(model)`.
     """
     rollouts: list[Rollout | None] = [None] * len(snippets)
     order = sorted(range(len(snippets)), key=lambda r: len(snippets[r].ids), reverse=True)
@@ -640,18 +506,18 @@ def all_act(snippet: Snippet) -> Rollout:
 
 @torch.no_grad()
 def expert_logprobs(model, rollouts: list[Rollout], max_tokens: int, pad: int) -> list[np.ndarray]:
-    """Log-probability of each expert token given everything before it, thoughts included: one array a rollout.
+    """Log-probability of each expert token given everything before it, thoughts included: one array a
+    rollout.
 
-    Run inside `gathered(model)`; the model is the frozen anchor pi_i in the E-step, the evaluated one in `evaluate`.
+    Run inside `gathered(model)`; the model is the frozen anchor pi_i in the E-step, the evaluated one in
+    `evaluate`.
     """
     device = next(model.parameters()).device
     out: list[np.ndarray | None] = [None] * len(rollouts)
     for batch in micro_batches([len(r.ids) for r in rollouts], max_tokens):
         ids = pad_right([rollouts[i].ids for i in batch], pad, device)  # [B, T]
         where = [np.flatnonzero(rollouts[i].expert) for i in batch]
-        rows = torch.from_numpy(np.repeat(np.arange(len(batch)), [len(w) for w in where])).to(device)
-        cols = torch.from_numpy(np.concatenate(where)).to(device)
-        logprobs, _ = token_logprobs(model, ids, rows, cols)
+        logprobs, _ = token_logprobs(model, ids, *positions(where, device))
         for i, part in zip(batch, logprobs.cpu().split([len(w) for w in where])):
             out[i] = part.double().numpy()
     return out
@@ -687,10 +553,11 @@ def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float, args: A
 
 
 def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
-    """Return of step t: the sum of the next `horizon` rewards r_t .. r_{t+horizon-1}; horizon 0: all to the end.
+    """Return of step t: the sum of the next `horizon` rewards r_t .. r_{t+horizon-1}; horizon 0: all to the
+    end.
 
-    rewards [..., G, T], zero behind a sequence's end; the result has the same shape and unit. Section 7 of version 2;
-    horizon 0 is version 1's. ValueError for a negative horizon.
+    rewards [..., G, T], zero behind a sequence's end; the result has the same shape and unit. Section 7 of
+    version 2; horizon 0 is version 1's. ValueError for a negative horizon.
     """
     if horizon < 0:
         raise ValueError(f"the horizon must be 0 (to the end) or positive, got {horizon}")
@@ -703,7 +570,8 @@ def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
 
 
 def group_baseline_advantages(returns: torch.Tensor, normalize_std: bool = False) -> torch.Tensor:
-    """Return minus its mean over the G rollouts of the same snippet at the same step; [..., G, T] -> same shape.
+    """Return minus its mean over the G rollouts of the same snippet at the same step; [..., G, T] -> same
+    shape.
 
     The expert's lines are the same in all rollouts, so the steps align. Section 5 of the paper (b(s_t), after
     Algorithm 1); `normalize_std` also divides by the standard deviation over the group, as eq. (2.2) does.
@@ -720,27 +588,21 @@ def group_baseline_advantages(returns: torch.Tensor, normalize_std: bool = False
 def policy_gradient_loss(model, batch, vocabulary: Vocabulary, args: Args, decisions: float):
     """This micro-batch's part of the E-step loss, and the sum of its entropies (nats).
 
-    loss = - (1 / decisions) sum_t A_t log q(z_t) - entropy_coef * mean entropy; log q(z_t) sums over the thought's
-    tokens, `decisions` counts them in the whole global batch. batch: (rollout, advantages [T]) pairs; only latent
-    positions get logits and gradients. One update per batch, so there is no ratio and no clipping.
+    loss = - (1 / decisions) sum_t A_t log q(z_t) - entropy_coef * mean entropy; log q(z_t) sums over the
+    thought's tokens, `decisions` counts them in the whole global batch. batch: (rollout, advantages [T])
+    pairs; only latent positions get logits and gradients. One update per batch, so there is no ratio and no
+    clipping.
     """
     device = vocabulary.opens.device
     ids = pad_right([r.ids for r, _ in batch], vocabulary.separator, device)  # [B, T]
     where = [np.flatnonzero(r.targets != FORCED) for r, _ in batch]
-    rows = torch.from_numpy(np.repeat(np.arange(len(batch)), [len(w) for w in where])).to(device)  # [N]
-    cols = torch.from_numpy(np.concatenate(where)).to(device)  # [N]
+    rows, cols = positions(where, device)  # [N], [N]
     targets = torch.from_numpy(np.concatenate([r.targets[w] for (r, _), w in zip(batch, where)])).to(device)
     advantages = np.concatenate([a[r.actions[w]] for (r, a), w in zip(batch, where)])
     advantages = torch.from_numpy(advantages).float().to(device)  # [N]
+    acts = ~vocabulary.opens
     logprobs, entropy = token_logprobs(
-        model,
-        ids,
-        rows,
-        cols,
-        targets=targets,
-        event=~vocabulary.opens,
-        temperature=args.temperature,
-        entropy=True,
+        model, ids, rows, cols, targets=targets, event=acts, temperature=args.temperature, entropy=True
     )
     loss = -(advantages * logprobs).sum() - args.entropy_coef * entropy.sum()
     return loss / decisions, entropy.detach().sum()
@@ -749,23 +611,23 @@ def policy_gradient_loss(model, batch, vocabulary: Vocabulary, args: Args, decis
 def ntp_loss(model, rollouts: list[Rollout], vocabulary: Vocabulary, mask_latents: bool, tokens: float):
     """This micro-batch's part of the M-step loss: mean negative log-likelihood per token (nats), eq. (4.2).
 
-    tokens: how many are trained on in the whole global batch. Also returns the sum of the expert tokens' losses.
+    tokens: how many are trained on in the whole global batch. Also returns the sum of the expert tokens'
+    losses.
     """
     device = vocabulary.opens.device
     ids = pad_right([r.ids for r in rollouts], vocabulary.separator, device)  # [B, T]
     where = [np.flatnonzero(r.expert) if mask_latents else np.arange(1, len(r.ids)) for r in rollouts]
-    rows = torch.from_numpy(np.repeat(np.arange(len(rollouts)), [len(w) for w in where])).to(device)
-    cols = torch.from_numpy(np.concatenate(where)).to(device)
     expert = torch.from_numpy(np.concatenate([r.expert[w] for r, w in zip(rollouts, where)])).to(device)
-    logprobs, _ = token_logprobs(model, ids, rows, cols)
+    logprobs, _ = token_logprobs(model, ids, *positions(where, device))
     return -logprobs.sum() / tokens, -logprobs.detach()[expert].sum()  # eq. (4.2)
 
 
 def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -> tuple[float, float, float]:
-    """One optimiser step over micro-batches of rows; returns (global loss, sum of the second value, gradient norm).
+    """One optimiser step over micro-batches of rows; returns (global loss, sum of the second value, gradient
+    norm).
 
-    loss_of(rows) -> (part of the global loss, a sum to report). If the loss or gradient is not finite nothing changes
-    and the norm returned is NaN.
+    loss_of(rows) -> (part of the global loss, a sum to report). If the loss or gradient is not finite nothing
+    changes and the norm returned is NaN.
     """
     optimizer.zero_grad(set_to_none=True)
     total, reported = 0.0, 0.0
@@ -783,7 +645,8 @@ def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -
 
 
 def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
-    """One E-step update: q = policy, pi_i = frozen. snippets: the global batch. Returns metrics, equal on all ranks."""
+    """One E-step update: q = policy, pi_i = frozen. snippets: the global batch. Returns metrics, equal on all
+    ranks."""
     G, mine = args.group_size, ranks.share(len(snippets))
     clock = [time.perf_counter()]
     # 1 sample: every rank draws the same noise for the whole batch and takes its rows
@@ -831,7 +694,8 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
 
 
 def m_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
-    """One M-step update: pi = policy; q = frozen samples the thoughts, or every latent is act if frozen is None."""
+    """One M-step update: pi = policy; q = frozen samples the thoughts, or every latent is act if frozen is
+    None."""
     mine = ranks.share(len(snippets))
     clock = [time.perf_counter()]
     if frozen is None:  # NTP
@@ -920,10 +784,12 @@ def timing(clock: list[float], tokens: float, learning_rate: float, norm: float)
 
 
 def evaluate(model, snippets, vocabulary, args, ranks) -> tuple[dict[str, float], list[Rollout]]:
-    """Cross-entropy (nats per token) of held-out expert tokens, with thoughts sampled by `model` itself and without.
+    """Cross-entropy (nats per token) of held-out expert tokens, with thoughts sampled by `model` itself and
+    without.
 
-    The same noise every time. One draw of the thoughts; malformed ones are replaced by act, as in the M-step. Also the
-    think rate by source and kind of line. Returns the metrics and this rank's rollouts, for the samples.
+    The same noise every time. One draw of the thoughts; malformed ones are replaced by act, as in the M-step.
+    Also the think rate by source and kind of line. Returns the metrics and this rank's rollouts, for the
+    samples.
     """
     if not snippets:
         return {}, []
@@ -1006,7 +872,7 @@ def print_table(
             + "".join(f"{m.get(key, math.nan):12.3f}" for _, m in stages)
         )
     print(
-        "ce_code: cross-entropy of the expert's tokens with the model's own thoughts; ce_code_act: without (nats)\n"
+        "ce_code: cross-entropy of the expert's tokens with the model's own thoughts, _act: without (nats)\n"
     )
     chosen = {r.snippet.source: r for r in reversed(rollouts)}.values()  # one of each source
     for text in rendered(list(chosen), vocabulary, "\033[32m", "\033[0m"):
@@ -1015,7 +881,8 @@ def print_table(
 
 
 def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args, ranks: Ranks) -> None:
-    """--bootstrap-only: one JSON object a snippet: text, bootstrapped, latents [{line, text}] in bootstrapped.jsonl.
+    """--bootstrap-only: one JSON object a snippet: text, bootstrapped, latents [{line, text}] in
+    bootstrapped.jsonl.
 
     With --resume auto, an earlier file is kept up to its last whole batch, and continued.
     """
@@ -1061,11 +928,11 @@ def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args,
 def check(args: Args, ranks: Ranks) -> None:
     """UserError for sizes that cannot work, naming the nearest that can."""
     for name in ("rl_batch_size", "ntp_batch_size"):
-        size = getattr(args, name)
+        size, flag = getattr(args, name), name.replace("_", "-")
         if size <= 0 or size % ranks.world_size:
             nearest = max(ranks.world_size, size // ranks.world_size * ranks.world_size)
             raise UserError(
-                f"--{name.replace('_', '-')} {size} is not a multiple of {ranks.world_size} ranks; use {nearest}"
+                f"--{flag} {size} does not divide by {ranks.world_size} ranks: use {nearest}"
             )
     positive = (
         "group_size",
@@ -1160,9 +1027,7 @@ def main(args: Args) -> None:
         if k == 0 and learns_q:  # E-step: q (the policy) starts from pi_i, whose frozen copy scores
             copy_weights(policy, frozen)
             optimizer = new_optimizer(args.rl_learning_rate)
-        if (
-            k == rl_updates
-        ):  # M-step: q_i is frozen and samples; pi starts again from pi_i, with a fresh optimizer
+        if k == rl_updates:  # M-step: q_i is frozen and samples; pi starts again from pi_i
             if learns_q:
                 policy, frozen = frozen, policy
                 models = {"policy": policy, "frozen": frozen}
@@ -1178,17 +1043,13 @@ def main(args: Args) -> None:
         metrics["optim/skipped"] = float(bad_updates > 0)
         if bad_updates == 3:
             raise UserError(
-                f"three updates in a row had a NaN or infinite loss or gradient, the last on the snippets that begin with "
-                f"{snippets[0].text[:60]!r}; the last checkpoint is good. Try a smaller learning rate"
+                "three updates in a row had a NaN or infinite loss or gradient, the last on the batch that begins "
+                f"with {snippets[0].text[:60]!r}; the last checkpoint is good. Try a smaller learning rate"
             )
-        metrics["data/epoch_texts"] = float(streams[phase].cursor)
+        metrics["data/texts"] = float(streams[phase].cursor)
         last_of_phase = k + 1 in (rl_updates, per_iteration)
         if last_of_phase or (args.eval_every and update_number % args.eval_every == 0):
-            title = (
-                f"after {'E' if phase == 'E' else 'M'}{iteration + 1}"
-                if last_of_phase
-                else f"update {update_number}"
-            )
+            title = f"after {phase}{iteration + 1}" if last_of_phase else f"update {update_number}"
             metrics |= measure(title)
             if last_of_phase:
                 stages.append((title, {k: v for k, v in metrics.items() if k.startswith("eval/")}))
@@ -1215,30 +1076,18 @@ def main(args: Args) -> None:
         print_table(stages, measure.rollouts, vocabulary, run)
 
 
-CURVES = (
-    "reward/mean",
-    "rollout/think_rate",
-    "rollout/think_rate/assert",
-    "rollout/latent_tokens",
-    "rollout/format_rate",
-    "policy/entropy",
-    "train/ce_code",
-    "eval/ce_code",
-    "optim/grad_norm",
-)
+CURVES = ["reward/mean", "rollout/think_rate", "rollout/think_rate/assert", "rollout/latent_tokens"]
+CURVES += ["rollout/format_rate", "policy/entropy", "train/ce_code", "eval/ce_code", "optim/grad_norm"]
 
 
 def console(done: int, total: int, start: int, started: float, phase: str, metrics: dict) -> None:
     """One line an update."""
     left = (time.perf_counter() - started) / (done - start) * (total - done)
-    reward = (
-        f"reward {metrics['reward/mean']:+.3f}"
-        if "reward/mean" in metrics
-        else f"loss {metrics['train/loss']:.3f}"
-    )
+    name = "reward/mean" if phase == "E" else "train/loss"
     evaluated = f"  held-out ce {metrics['eval/ce_code']:.4f}" if "eval/ce_code" in metrics else ""
     print(
-        f"{phase} {done:4d}/{total}  {reward}  ce {metrics['train/ce_code']:.3f}  think {metrics['rollout/think_rate']:6.1%} "
+        f"{phase} {done:4d}/{total}  {name} {metrics[name]:+.3f}  ce {metrics['train/ce_code']:.3f}  "
+        f"think {metrics['rollout/think_rate']:6.1%} "
         f"({metrics['rollout/latent_tokens']:.1f} tok)  |g| {metrics['optim/grad_norm']:.2f}  "
         f"{metrics['time/rollout_s']:.1f}+{metrics['time/score_s']:.1f}+{metrics['time/update_s']:.1f}s  "
         f"{metrics['perf/tokens_per_s']:.0f} tok/s  {metrics['perf/peak_memory_gib']:.1f} GiB  "
@@ -1252,29 +1101,23 @@ def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ran
     snippet = next(iter(SnippetStream(args, "M", vocabulary, context)))
     noise = uniforms((1, snippet.width(args.max_latent_tokens)), args.seed, "dry run")
     with gathered(policy):
-        text = rendered(
-            rollout(policy, [snippet], noise, vocabulary, args), vocabulary, "\033[32m", "\033[0m"
-        )[0]
+        rollouts = rollout(policy, [snippet], noise, vocabulary, args)
+    text = rendered(rollouts, vocabulary, "\033[32m", "\033[0m")[0]
     parameters = sum(p.numel() for p in policy.parameters())
-    copies = (
-        4 * (1 if args.algo == "ntp" else 2) + 4 + 8
-    )  # policy and frozen in fp32, gradient, AdamW's two moments
+    copies = (1 if args.algo == "ntp" else 2) * 4 + 4 + 8  # fp32 weights, gradient, AdamW (bytes)
     rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
     if ranks.main:
-        print(f"model {args.model}: {parameters / 1e6:.1f}M parameters, context {context}")
-        print(f"data {', '.join(args.dataset)}; an action is a {args.granularity}")
         print(
-            f"{args.em_iterations} EM iteration(s) of {rl} E-step updates ({args.rl_batch_size} snippets x {args.group_size})"
+            f"model {args.model}: {parameters / 1e6:.1f}M parameters, context {context}\n"
+            f"data {', '.join(args.dataset)}; an action is a {args.granularity}\n"
+            f"{args.em_iterations} EM iteration(s) of {rl} E-step updates "
+            f"({args.rl_batch_size} snippets x {args.group_size})\n"
+            f"  and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets)\n"
+            f"memory on each of {ranks.world_size} rank(s): "
+            f"{parameters * copies / ranks.world_size / 2**30:.2f} GiB of weights and optimizer, "
+            f"{parameters * 2 / 2**30:.2f} GiB gathered for rollouts on GPU (bf16),\n"
+            f"  plus activations of {args.micro_batch_tokens} tokens, the cache of {args.rollout_rows} rows\n\n{text}"
         )
-        print(
-            f"  and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets), {ranks.world_size} rank(s)"
-        )
-        print(
-            f"memory per rank: {parameters * copies / ranks.world_size / 2**30:.2f} GiB of weights and optimizer, "
-            f"{2 * parameters * 2 / 2**30:.2f} GiB gathered for rollouts (bf16), plus activations of "
-            f"{args.micro_batch_tokens} tokens and the cache of {args.rollout_rows} rows\n"
-        )
-        print(text)
 
 
 if __name__ == "__main__":

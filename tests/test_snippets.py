@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from pysource import action_starts, cut_file, legal_lines
+from snippets import action_starts, cut_file, legal_lines
 
 CASES = {  # text -> the lines (from 0) before which a comment line is legal
     "a = 1\nb = 2\n": [0, 1],
