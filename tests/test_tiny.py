@@ -1,6 +1,5 @@
-"""The embedded default (tiny/): the data are right, disjoint and rebuilt byte for byte; the model folder is ordinary."""
+"""The embedded default (tiny/): the data are right, disjoint and rebuilt byte for byte; the model loads."""
 
-import ast
 import importlib.util
 import itertools
 import json
@@ -56,7 +55,7 @@ def test_programs_have_no_comments_and_hold():
         exec(text, space)  # the assert at the end holds
         assert all(0 <= space[name] <= 9 for name in build.NAMES)
     last_values = [re.search(r"== (\d)", text)[1] for text in texts]
-    assert all(0.08 < last_values.count(str(value)) / len(texts) < 0.12 for value in range(10))  # no easy guess
+    assert all(0.08 < last_values.count(str(value)) / len(texts) < 0.12 for value in range(10))  # no guessing
 
 
 def test_pretraining_programs_are_others_and_their_comments_are_right():
@@ -151,7 +150,8 @@ def test_math_answers_are_right():
 
 def test_tokenizer_round_trip(tokenizer):
     texts = [(TINY / f"{name}.jsonl").read_text(encoding="utf-8") for name in DATA_FILES]
-    texts += build.real_code(heldout=True)[::8] + ["tabs\tand\r\n\x0cform feeds ", "é 中 \U0001f600 ' s n't .", ""]
+    texts += build.real_code(heldout=True)[::8]
+    texts += ["tabs\tand\r\n\x0cform feeds ", "é 中 \U0001f600 ' s n't .", ""]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -192,15 +192,9 @@ def test_checkpoint_is_finite_and_knows_its_mixture(tokenizer, model):
         assert loss < most, (part, loss)
 
 
-def test_real_code_parts_are_disjoint_and_parse():
+def test_real_code_parts_are_disjoint():
     trained, heldout = build.real_code(), build.real_code(heldout=True)
     repeated = set(heldout) & set(trained)  # a few pieces stand in several files
     assert len(heldout) > 500 and len(repeated) < 0.02 * len(heldout)
-    parsed = 0
-    for piece in heldout[:300]:  # pieces are cut at top-level statements unless these are long
-        try:
-            ast.parse(piece)
-            parsed += 1
-        except SyntaxError:
-            pass
-    assert parsed > 100
+    assert all(piece.strip() for piece in trained)
+    assert sum(len(piece) > 1.2 * build.PIECE_CHARS for piece in trained) < 0.01 * len(trained)  # long lines

@@ -51,7 +51,7 @@ PHASES = {
     "drill": (1_500_000, 0.5, 0, {"real_code": 0.10, "programs": 0.13, "traces": 0.27, "problems": 0.14,
                                   "math": 0.14, "sums": 0.06, "text": 0.02, "rmt": 0.14}),
     "polish": (1_500_000, 0.4, 1, {"real_code": 0.14, "programs": 0.12, "traces": 0.06, "problems": 0.14,
-                                   "math": 0.10, "text": 0.02, "rmt": 0.42}),
+                                   "math": 0.13, "text": 0.02, "rmt": 0.39}),
 }
 
 N_PROGRAMS = 9000  # RA3's demonstration sees each program once
@@ -61,7 +61,8 @@ N_CODE_TRAIN, N_CODE_HELDOUT = 512, 128
 
 # Probability that a pre-training document renders an operation rightly. With about half of the operations at
 # each value and two steps per problem, a third of the sampled and of the greedy solutions are right at first.
-RIGHT_MOSTLY, RIGHT_SELDOM = 0.70, 0.42
+# (Signs are learnt less sharply than code; a mistake must be more frequent for greedy decoding to make it.)
+RIGHT_MOSTLY, RIGHT_SELDOM, SIGN_SELDOM = 0.70, 0.42, 0.30
 
 VOCAB_SIZE = 2048
 EOS = "<|endoftext|>"
@@ -368,18 +369,18 @@ def code_document(rng, compositions):
 # --------------------------------------------------------------------------------------------------
 
 EVENTS = [
-    ("buys {k} more", "+", "-", M),
-    ("finds {k} more", "+", "-", S),
-    ("gets {k} from a friend", "+", "-", S),
-    ("picks {k} from a tree", "+", "-", M),
-    ("wins {k} in a game", "+", "-", M),
-    ("borrows {k}", "+", "-", S),
-    ("gives {k} to a friend", "-", "+", M),
-    ("loses {k}", "-", "+", S),
-    ("sells {k}", "-", "+", M),
-    ("eats {k}", "-", "+", M),
-    ("lends {k} to a neighbour", "-", "+", S),
-    ("throws away {k}", "-", "+", M),
+    ("buys {k} more", "+", "-", RIGHT_MOSTLY),
+    ("finds {k} more", "+", "-", SIGN_SELDOM),
+    ("gets {k} from a friend", "+", "-", SIGN_SELDOM),
+    ("picks {k} from a tree", "+", "-", RIGHT_MOSTLY),
+    ("wins {k} in a game", "+", "-", RIGHT_MOSTLY),
+    ("borrows {k}", "+", "-", SIGN_SELDOM),
+    ("gives {k} to a friend", "-", "+", RIGHT_MOSTLY),
+    ("loses {k}", "-", "+", SIGN_SELDOM),
+    ("sells {k}", "-", "+", RIGHT_MOSTLY),
+    ("eats {k}", "-", "+", RIGHT_MOSTLY),
+    ("lends {k} to a neighbour", "-", "+", SIGN_SELDOM),
+    ("throws away {k}", "-", "+", RIGHT_MOSTLY),
 ]
 PEOPLE = [("Tom", "He"), ("Anna", "She"), ("Ben", "He"), ("Lily", "She"), ("Sam", "He"), ("Mia", "She"),
           ("Max", "He"), ("Eva", "She")]
@@ -730,7 +731,8 @@ def train(model, tokenizer, folder, rows, peak, weight, compiled, report_every=5
 
     def loss_of(ids):
         logits = model(ids[:, :-1], use_cache=False).logits
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        targets = ids[:, 1:].flatten()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
         # The draft, its first token and above all the box decide next-token reasoning, and are few tokens.
         before = ids[:, :-1]
         inside = (before == think).cumsum(1) > (before == end).cumsum(1)

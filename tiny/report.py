@@ -210,7 +210,7 @@ def report_rmt(model, tokenizer):
     for level, name in enumerate(["entropy under 0.5", "easy", "medium", "hard"]):
         groups[name] = [n for n, p in enumerate(positions) if p[1] == level]
     groups["all"] = list(range(len(positions)))
-    print("  exact match    positions  prediction: greedy sampled  reasoning: greedy sampled    draft's first")
+    print("  exact match    positions  prediction: greedy sampled  reasoning: greedy sampled   draft's first")
     for name, members in groups.items():
         first = mean(sampled[n][3][1:2] == [positions[n][3]] for n in members)
         print(f"  {name:18} {len(members):7} {mean(positions[n][4] for n in members):18.3f} "
