@@ -453,7 +453,7 @@ def test_two_ranks_give_the_samples_of_one(finished, tmp_path):
     ]
     process = subprocess.Popen([*command, f"--output-dir={tmp_path / 'out'}"], env=ENVIRONMENT)
     try:
-        assert process.wait(timeout=240) == 0
+        assert process.wait(timeout=900) == 0
     finally:
         process.terminate()  # the launcher ends its ranks
     assert completions(tmp_path / "out") == completions(finished)
