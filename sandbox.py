@@ -4,38 +4,38 @@
     run_tests([{"code": "def add(a, b): return a + b", "tests": "assert add(1, 2) == 3"}])
     -> [{"passed": True, "reason": "passed", "seconds": 0.004, "tests_passed": 1, "tests_total": 1}]
 
-**Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base model
-writes `os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests and the
-owner of the machine are not. What a process prints, returns or exits with after success, a program inside that
-process can print, return or exit with too: program and test never share a process.
+**Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base
+model writes `os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests
+and the owner of the machine are not. What a process prints, returns or exits with after success, a program
+inside that process can print, return or exit with too: program and test never share a process.
 
 **Processes**, for each worker (a worker is one thread of the caller):
 
-    caller ---- code, limits ----> Z  zygote: a fresh `python -I -S sandbox.py`; confined once, forks per program
-      |                            |- C  candidate: a fork of Z that runs one program and dies
-      '---- tests / verdict ------ '- T  tester: a fork of Z that runs trusted tests, job after job
-                                C <---> T  calls and their results, as plain data
+    caller --- code, limits ---> Z  zygote: a fresh `python -I -S sandbox.py`, confined; forks per program
+      |                          |- C  candidate: a fork of Z that runs one program and dies
+      '--- tests / verdict ----- '- T  tester: a fork of Z that runs trusted tests, job after job
+                              C <---> T  calls and their results, as plain data
 
-- C holds stdin, stdout, stderr, a socket to T and a pipe that tells Z of its end. No test is in its memory (it is
-  a copy of Z, which reads neither code nor tests) nor in a file that it can open, and it can neither trace nor
-  signal another process. All it can do is to answer T's calls, rightly or wrongly.
-- T executes the tests. A name that a test does not define is asked from C. Arguments and results travel as JSON
-  that can only become built-in plain data (`PLAIN`): there is no pickle anywhere. What is not plain data stays in
-  C: the test gets a `Handle`, which never equals or computes with plain data.
+- C holds stdin, stdout, stderr, a socket to T and a pipe that tells Z of its end. No test is in its memory
+  (it is a copy of Z, which reads neither code nor tests) nor in a file that it can open, and it can neither
+  trace nor signal another process. All it can do is to answer T's calls, rightly or wrongly.
+- T executes the tests. A name that a test does not define is asked from C. Arguments and results travel as
+  JSON that can only become built-in plain data (`PLAIN`): there is no pickle anywhere. What is not plain data
+  stays in C: the test gets a `Handle`, which never equals or computes with plain data.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
 
-**Confinement.** Landlock (`restrict_files`): the standard library and the installed packages can be read, one
-scratch folder can be written, nothing else opens. seccomp (`SYSCALLS`): a list of what is allowed; exec, sockets
-other than socketpair, ptrace, mount, chmod, memfd and shared memory are not in it. For C also no fork
-(`candidate_filter`), so a program is one process and SIGKILL ends all of it. No capabilities, a bare environment,
-and limits on time, memory, files, output and threads.
+**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, one
+scratch folder can be written, nothing else opens. seccomp (`SYSCALLS`): a list of what is allowed; not in it
+are exec, ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. For C also no fork
+(`candidate_filter`): a program is one process and SIGKILL ends all of it. No capabilities, hardly any
+environment, and limits on time, memory, files, output and threads.
 
-**Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
-computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal). Programs
-cannot use subprocess or multiprocessing or make folders; a test cannot mix their objects and plain data in one
-operator. Without Landlock (Linux < 5.13, gVisor) a program cannot write files, but can read what this user can,
-the caller's memory with the tests included; on a machine without a column in `SYSCALLS` it can do most of what
-this user can. Both are said once, on stderr: use a container then. Linux only.
+**Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met
+without computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal).
+Programs cannot use subprocess or multiprocessing or make folders; a test cannot mix their objects and plain
+data in one operator. Without Landlock (Linux < 5.13, gVisor) a program cannot write files, but can read what
+this user can, the caller's memory with the tests included; on a machine without a column in `SYSCALLS` it can
+do most of what this user can. Both are said once, on stderr: use a container then. Linux only.
 """
 
 import builtins
@@ -62,7 +62,7 @@ import sys
 import time
 import types
 
-if __name__ != "__main__":  # Only the caller needs these; threading would make every fork of the zygote slower.
+if __name__ != "__main__":  # only the caller needs these, and threading would make every fork of Z slower
     import atexit
     import queue
     import shutil
@@ -71,15 +71,15 @@ if __name__ != "__main__":  # Only the caller needs these; threading would make 
     import threading
 
 MIB = 1 << 20
-MESSAGE_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # one result as JSON; T's address space
+RESULT_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # of one result as JSON; of T's address space
 STACK = 512 * MIB  # for recursion through C code, as in sorted(key=...) and lru_cache
 TICK_S = 0.05  # how often the threads, files and CPU time of a running program are looked at
 OPEN_FILES, SCRATCH_FILES = 64, 1000
-START_TIMEOUT_S, GRACE_S = 120, 5
-PRELOADED = "array bisect cmath copy dataclasses enum heapq itertools random statistics string textwrap typing"
+START_TIMEOUT_S, GRACE_S = 120, 5  # until a worker must be ready; until one must answer after a timeout
+PRELOADED = "array bisect cmath copy dataclasses enum heapq itertools random statistics string typing"
 
 
-# ---- Messages: a length, then JSON of that length. File descriptors travel with the length. ---------------------
+# ---- Messages: a length, then JSON of that length. File descriptors travel with the length. --------------
 
 
 def send(sock, value, fds=()):
@@ -90,7 +90,7 @@ def send(sock, value, fds=()):
 
 
 def receive(sock, max_fds=0, limit=None):
-    """-> (value, fds). EOFError when the other side is gone. Each side waits for the other's answer before it sends
+    """-> (value, fds). EOFError when the other side is gone. Both sides wait for an answer before they send
     again, so what is read at once belongs to one message."""
     message, fds, *_ = socket.recv_fds(sock, 1 << 16, max_fds) if max_fds else (sock.recv(1 << 16), [])
     if len(message) < 8:
@@ -107,11 +107,10 @@ def receive(sock, max_fds=0, limit=None):
     return json.loads(payload), fds
 
 
-# ---- Plain data as JSON: None, bool, int, float and str as they are, all else as [name of the class, part, ...] ---
+# ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ..
 
-index = operator.index
 PLAIN = {  # class: (value, also of a subclass, -> parts; parts -> value)
-    int: (lambda value: [hex(value)], lambda text: int(text, 16)),  # only if too long for JSON, or of a subclass
+    int: (lambda value: [hex(value)], lambda text: int(text, 16)),  # if too long for JSON, or of a subclass
     float: (lambda value: [float.__float__(value)], float),
     str: (lambda value: [str.__str__(value)], str),
     bytes: (lambda value: [value.decode("latin-1")], lambda text: text.encode("latin-1")),
@@ -126,20 +125,25 @@ PLAIN = {  # class: (value, also of a subclass, -> parts; parts -> value)
     range: (lambda value: [value.start, value.stop, value.step], range),
     decimal.Decimal: (lambda value: [str(value)], decimal.Decimal),
     fractions.Fraction: (lambda value: [value.numerator, value.denominator],
-                         lambda *parts: fractions.Fraction(*map(index, parts))),  # not from "1e999999999"
+                         lambda *parts: fractions.Fraction(*map(operator.index, parts))),  # not "1e999999999"
     datetime.date: (lambda value: value.timetuple()[:3], datetime.date),
     datetime.datetime: (lambda value: [*value.timetuple()[:6], value.microsecond], datetime.datetime),
     datetime.time: (lambda value: [value.hour, value.minute, value.second, value.microsecond], datetime.time),
     datetime.timedelta: (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
 }
 CLASSES = {kind.__name__: kind for kind in PLAIN}
-BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as its base
+SCALARS = {type(None), bool, int, float, str}
+BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
+
+
+def fits_json(value):
+    return type(value) in SCALARS and (type(value) is not int or value.bit_length() < 10_000)
 
 
 def pack(value, number_of):
     """`number_of` gives the number of an object of C that is not plain data."""
     kind = type(value)
-    if kind in (str, float, bool, type(None)) or (kind is int and value.bit_length() < 10_000):
+    if fits_json(value):
         return value
     if kind.__module__ == "numpy" and hasattr(value, "tolist"):
         return pack(value.tolist(), number_of)
@@ -147,20 +151,25 @@ def pack(value, number_of):
         kind = next((base for base in BASES if isinstance(value, base)), None)
     if kind is None:
         return ["object", number_of(value)]
-    return [kind.__name__, *(pack(part, number_of) for part in PLAIN[kind][0](value))]
+    parts = PLAIN[kind][0](value)
+    if not all(map(fits_json, parts)):
+        parts = [pack(part, number_of) for part in parts]
+    return [kind.__name__, *parts]
 
 
 def unpack(value, object_of):
-    """What `pack`, or an attacker, has written. The result is built of `PLAIN` and `object_of(number)`."""
+    """What `pack`, or an attacker, has written. The result is made of `PLAIN` and of `object_of(number)`."""
     if type(value) is not list:
         return value
     name, *parts = value
     if name == "object":
         return object_of(*parts)
-    return PLAIN[CLASSES[name]][1](*(unpack(part, object_of) for part in parts))
+    if list in set(map(type, parts)):
+        parts = [unpack(part, object_of) for part in parts]
+    return PLAIN[CLASSES[name]][1](*parts)
 
 
-# ---- C, the candidate. This runs inside the hostile process: it serves honest programs and guards nothing. --------
+# ---- C, the candidate. This runs inside the hostile process: it serves honest programs, it guards nothing. -
 
 
 def run_script(source):
@@ -219,7 +228,7 @@ def serve(source, channel):
             send(channel, ["raise", names, type(error).__name__, str(error)[:500]])
 
 
-# ---- T, the tester ------------------------------------------------------------------------------------------------
+# ---- T, the tester ---------------------------------------------------------------------------------------
 
 
 class Gone(BaseException):
@@ -240,14 +249,15 @@ class Program:
         message = [request, pack(args, handle_number)]
         try:
             send(self.channel, message)
-            (kind, *values), _ = receive(self.channel, limit=MESSAGE_LIMIT)
+            (kind, *values), _ = receive(self.channel, limit=RESULT_LIMIT)
             if kind == "value":
                 return unpack(values[0], self.handle)
             error = builtin_exception(*values)
         except BaseException as problem:
-            gone = isinstance(problem, (EOFError, ConnectionError))
-            slow = isinstance(problem, TimeoutError)
-            self.gone = "gone" if gone else "timeout" if slow else f"exception: {problem!r}"
+            if isinstance(problem, (EOFError, ConnectionError)):
+                self.gone = "gone"
+            else:
+                self.gone = "timeout" if isinstance(problem, TimeoutError) else f"exception: {problem!r}"
             raise Gone from None
         if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
             error = RuntimeError("StopIteration")
@@ -255,7 +265,7 @@ class Program:
 
 
 def builtin_exception(names, name, text):
-    """An exception of C as the first of its classes that is built in. Not SystemExit and such: they could end a test."""
+    """An exception of C, as the first of its classes that is a built-in Exception. SystemExit is none."""
     error = RuntimeError(text)
     for kind in (getattr(builtins, name, None) for name in names):
         if isinstance(kind, type) and issubclass(kind, Exception):
@@ -267,20 +277,20 @@ def builtin_exception(names, name, text):
 
 
 class Handle:
-    """In T: an object of C that is not plain data (a function, an instance, an iterator). Calls, attributes, items
-    and iteration go to C. Two handles are compared there; a handle never equals plain data and has no other
-    operator."""
+    """In T: an object of C that is not plain data (a function, an instance, an iterator). Calls, attributes,
+    items and iteration go to C. Two handles are compared there; a handle never equals plain data and has no
+    other operator."""
 
     __slots__ = ("_program", "_number")
     # `assert f(x).isdigit()` wants a str; an object of C would just say yes
-    WITHHELD = {name for kind in (str, bytes, float, set) for name in dir(kind) if re.match("is|.*with$", name)}
+    WITHHELD = {name for kind in (str, float, set) for name in dir(kind) if re.match("is|.*with$", name)}
 
     def __init__(self, program, number):
         object.__setattr__(self, "_program", program)
         object.__setattr__(self, "_number", number)
 
     def __getattr__(self, name):
-        if name.startswith("__") or name in Handle.WITHHELD:  # numpy reads memory where `__array_interface__` says
+        if name.startswith("__") or name in Handle.WITHHELD:  # `__array_interface__` is an address for numpy
             raise AttributeError(f"'{name}' of an object that is not plain data")
         return self._program.ask("getattr", self, name)
 
@@ -309,12 +319,12 @@ def handle_number(value):
 class TestNamespace(dict):
     """The globals of a test. A name that neither the test nor Python defines is the candidate's."""
 
-    def __init__(self, program, under_test):
+    def __init__(self, program, called):
         super().__init__(vars(builtins), __name__="tests")
-        self.program, self.under_test = program, under_test
+        self.program, self.called = program, called
 
     def __missing__(self, name):
-        if name in sys.stdlib_module_names and name not in self.under_test:
+        if name in sys.stdlib_module_names and name not in self.called:
             return importlib.import_module(name)  # `math.isclose` in a test is the true one
         try:
             return self.program.ask("find", name)
@@ -326,20 +336,21 @@ class TestNamespace(dict):
 
 @functools.lru_cache(maxsize=64)  # the samples of a group share their tests
 def compile_tests(source):
-    """-> (code, numbers of the lines that begin with `assert`)"""
-    lines = source.split("\n")
-    asserts = [number for number, line in enumerate(lines, 1) if re.match(r"assert\b", line)]
-    return compile(source, "tests", "exec", dont_inherit=True), asserts
+    """-> (code, numbers of the lines that begin with `assert`, names that are called)"""
+    lines = enumerate(source.split("\n"), 1)
+    asserts = [number for number, line in lines if re.match(r"assert\b", line)]
+    called = set(re.findall(r"(?<![\w.])(\w+)\(", source))
+    return compile(source, "tests", "exec", dont_inherit=True), asserts, called
 
 
 def run_asserts(program, job):
     """Yields None for each line that asserts, or once if none does, and why the test has failed if it has."""
-    code, asserts = compile_tests(job["tests"])
-    under_test = {job["entry_point"]} if job["entry_point"] else set()
-    if vars(builtins).keys() >= set(code.co_names):  # only a builtin that the program redefines (MBPP 126: `sum`)
-        under_test.update(code.co_names)
-    namespace = TestNamespace(program, under_test)
+    code, asserts, called = compile_tests(job["tests"])
+    under_test = {job["entry_point"]} - {None}
+    namespace = TestNamespace(program, called | under_test)
     exec(compile_tests(job["setup"])[0], namespace)
+    if vars(builtins).keys() >= set(code.co_names):  # the test is about a redefined builtin: MBPP 126's `sum`
+        under_test.update(code.co_names)
     for name in under_test:
         namespace.pop(name, None)
     try:
@@ -405,7 +416,7 @@ def judge(job, channel):
                 break
     except BaseException as error:
         reason = reason or explain(error)
-    return [passed, total, program.gone or reason]  # a C that has gone has failed, whatever the test made of it
+    return [passed, total, program.gone or reason]  # a C that is gone has failed, whatever the test thinks
 
 
 def tester(sock):
@@ -418,33 +429,35 @@ def tester(sock):
             # Now that the channel is closed, C exits.
 
 
-# ---- Confinement --------------------------------------------------------------------------------------------------
+# ---- Confinement -----------------------------------------------------------------------------------------
 
 libc = ctypes.CDLL(None)
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME = 1, 4, 15, 16
+PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
 CLONE_THREAD, ALL_BITS, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_TRUNC
 TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 
 # What Python and its libraries need: the name, the number on x86_64, the number on aarch64.
 SYSCALLS = """
     read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57,
-    close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, openat 257 56, fstat 5 80,
-    newfstatat 262 79, stat 4 -, lstat 6 -, statx 332 291, access 21 -, faccessat 269 48, readlink 89 -,
-    readlinkat 267 78, getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50, umask 95 166, fsync 74 82,
-    fdatasync 75 83, ftruncate 77 46, fallocate 285 47, unlink 87 -, unlinkat 263 35, rename 82 -,
-    renameat 264 38, renameat2 316 276, brk 12 214, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226,
-    madvise 28 233, msync 26 227, clone 56 220, exit 60 93, exit_group 231 94, futex 202 98,
-    set_robust_list 273 99, rseq 334 293, set_tid_address 218 96, gettid 186 178, sched_yield 24 124,
-    sched_getaffinity 204 123, nanosleep 35 101, clock_nanosleep 230 115, clock_gettime 228 113,
-    clock_getres 229 114, gettimeofday 96 169, time 201 -, getitimer 36 102, setitimer 38 103, alarm 37 -,
-    times 100 153, getrusage 98 165, sysinfo 99 179, uname 63 160, getrandom 318 278, prlimit64 302 261,
-    prctl 157 167, ioctl 16 29, fcntl 72 25, wait4 61 260, rt_sigaction 13 134, rt_sigprocmask 14 135,
-    rt_sigreturn 15 139, rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -,
-    restart_syscall 219 128, kill 62 129, tgkill 234 131, getpid 39 172, getppid 110 173, getuid 102 174,
-    geteuid 107 175, getgid 104 176, getegid 108 177, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72,
-    epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, eventfd2 290 19,
-    socketpair 53 199, sendto 44 206, recvfrom 45 207, sendmsg 46 211, recvmsg 47 212, shutdown 48 210,
-    getsockopt 55 209, setsockopt 54 208, getsockname 51 204, getpeername 52 205
+    close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, openat 257 56,
+    fstat 5 80, newfstatat 262 79, stat 4 -, lstat 6 -, statx 332 291, access 21 -, faccessat 269 48,
+    readlink 89 -, readlinkat 267 78, getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50,
+    umask 95 166, fsync 74 82, fdatasync 75 83, ftruncate 77 46, fallocate 285 47, unlink 87 -,
+    unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, brk 12 214, mmap 9 222, munmap 11 215,
+    mremap 25 216, mprotect 10 226, madvise 28 233, msync 26 227, clone 56 220, exit 60 93,
+    exit_group 231 94, futex 202 98, set_robust_list 273 99, rseq 334 293, set_tid_address 218 96,
+    gettid 186 178, sched_yield 24 124, sched_getaffinity 204 123, nanosleep 35 101,
+    clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -,
+    getitimer 36 102, setitimer 38 103, alarm 37 -, times 100 153, getrusage 98 165, sysinfo 99 179,
+    uname 63 160, getrandom 318 278, prlimit64 302 261, prctl 157 167, ioctl 16 29, fcntl 72 25,
+    wait4 61 260, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigtimedwait 128 137,
+    rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -, restart_syscall 219 128, kill 62 129,
+    tgkill 234 131, getpid 39 172, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176,
+    getegid 108 177, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, epoll_create1 291 20,
+    epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, eventfd2 290 19, socketpair 53 199,
+    sendto 44 206, recvfrom 45 207, sendmsg 46 211, recvmsg 47 212, shutdown 48 210, getsockopt 55 209,
+    setsockopt 54 208, getsockname 51 204, getpeername 52 205
 """
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of the table, AUDIT_ARCH_...
 COLUMN, AUDIT_ARCH = MACHINES.get(os.uname().machine, (0, 0))
@@ -455,7 +468,8 @@ NUMBER = {entry.split()[0]: int(entry.split()[COLUMN])
 ARGUMENTS = {
     "prctl": [(0, ALL_BITS, {PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NAME, PR_GET_NAME})],
     "prlimit64": [(0, ALL_BITS, {0})],  # with a pid it sets the limits of another process
-    "socketpair": [(0, ALL_BITS, {socket.AF_UNIX}), (1, 0xF, {socket.SOCK_STREAM})],  # datagrams go to any name
+    # not of datagrams, which can be sent to any name
+    "socketpair": [(0, ALL_BITS, {socket.AF_UNIX}), (1, 0xF, {socket.SOCK_STREAM})],
     "ioctl": [(1, ALL_BITS, {TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX})],
     # not F_SETOWN and F_SETSIG, with which the kernel sends any signal to any process
     "fcntl": [(1, ALL_BITS, {0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1033, 1034})],
@@ -463,14 +477,14 @@ ARGUMENTS = {
     "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | O_TRUNC,
                                             os.O_RDWR | O_TRUNC})],
 }
-WITHOUT_LANDLOCK = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # nothing can be written
+WITHOUT_LANDLOCK = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # nothing is written
 CHANGE_FOLDERS = {"unlink", "unlinkat", "rename", "renameat", "renameat2"}
 
 
 def bpf_filter(arguments, otherwise):
     """A seccomp program: calls in `arguments` pass if their arguments fit; all others get `otherwise`."""
     load, jump_if_equal, jump_if_at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
-    allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # the last: EPERM, ENOSYS
+    allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # with EPERM, with ENOSYS
 
     def op(code, value, if_true=0, if_false=0):
         return struct.pack("HBBI", code, if_true, if_false, value)
@@ -485,7 +499,7 @@ def bpf_filter(arguments, otherwise):
         program += [op(jump_if_equal, NUMBER[name], 0, len(block) + 1), *block, op(give, allow)]
     if otherwise == "allow":
         return b"".join([*program, op(give, allow)])
-    # Calls newer than Linux 5.2 are said to be missing, so that libc uses older ones: clone instead of clone3.
+    # Calls newer than Linux 5.2 are said to be missing, and libc uses older ones: clone instead of clone3.
     return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
 
 
@@ -505,13 +519,13 @@ def candidate_filter(pid):
 
 
 def restrict_files(folder, readable):
-    """Landlock: from now on nothing else opens, here and in all children. -> whether this kernel does it"""
+    """Landlock: from now on nothing else opens, here and in children. -> whether this kernel does it"""
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on all machines
     write, read, read_dir, remove, make, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14
     version = libc.syscall(create_ruleset, None, 0, 1)
     if version < 1:
         return False
-    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # every right that this kernel can withhold
+    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # all rights that this kernel withholds
     ruleset = libc.syscall(create_ruleset, struct.pack("Q", known), 8, 0)
     rules = dict.fromkeys(readable, read | read_dir)
     rules |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read | write)
@@ -540,7 +554,7 @@ def confine(folder, readable, without):
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
-# ---- Z, the zygote ------------------------------------------------------------------------------------------------
+# ---- Z, the zygote ---------------------------------------------------------------------------------------
 
 ANY_PID = 0x7FFFFFFF  # stands for C's pid in a filter that is made before C is
 
@@ -552,13 +566,13 @@ def die_with(parent):
 
 
 def candidate(fds, lifeline, limits, folder, zygote, filter_template):
-    """Runs in the fork and never returns. fds: the code, then either a socket to T or stdin, stdout, stderr."""
+    """Runs in the fork, never returns. fds: the code, then either a socket to T or stdin, stdout, stderr."""
     try:
         die_with(zygote)
         source = b""
         while part := os.pread(fds[0], MIB, len(source)):
             source += part
-        # Received descriptors are the lowest free ones in ascending order: none is overwritten before its turn.
+        # Received descriptors are the lowest free ones, ascending: none is overwritten before its turn.
         for fd, place in zip(fds[1:], (0, 1, 2) if len(fds) == 4 else (3,)):
             os.dup2(fd, place)
         os.dup2(lifeline, 4)
@@ -578,8 +592,8 @@ def candidate(fds, lifeline, limits, folder, zygote, filter_template):
 
 
 def supervise(pid, lifeline, control, limits, folder):
-    """Waits for the end of C or puts an end to it. -> what became of it"""
-    start, cpu_s, cpu_clock = time.monotonic(), 0.0, (~pid << 3) | 2  # the number of another process's CPU clock
+    """Waits for the end of C or puts an end to it. -> [why it had to be ended, exit status]"""
+    start, cpu_s, cpu_clock = time.monotonic(), 0.0, (~pid << 3) | 2  # the CPU clock of another process
     poll = select.poll()
     poll.register(lifeline, 0)  # C alone holds its other end
     poll.register(control, select.POLLIN)
@@ -590,7 +604,7 @@ def supervise(pid, lifeline, control, limits, folder):
         # On a busy machine, a program that computes gets up to twice the time by the clock on the wall.
         if cpu_s >= limits["timeout_s"] or (late > 0 and idle) or late > limits["timeout_s"]:
             why = "timeout"
-        elif os.stat(f"/proc/{pid}/task").st_nlink - 2 > limits["threads"]:  # a link per thread, and `.` and `..`
+        elif os.stat(f"/proc/{pid}/task").st_nlink - 2 > limits["threads"]:  # a link for each, `.` and `..`
             why = "threads"
         elif folder_size(folder) > limits["disk_mb"] * MIB:
             why = "disk"
@@ -654,10 +668,10 @@ def zygote(config):
     os.waitpid(tester_pid, 0)
 
 
-# ---- The caller ---------------------------------------------------------------------------------------------------
+# ---- The caller ------------------------------------------------------------------------------------------
 
-SYSTEM_LIBRARIES = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo",
-                    "/etc/ld.so.cache", "/etc/localtime"]
+LIBRARIES = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib",
+             "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
 WITHOUT = []  # protections to do without, for tests: "Landlock", "seccomp"
 
 
@@ -673,11 +687,10 @@ class Worker:
         self.tests, tester_end = socket.socketpair()
         Worker.live.add(self)
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        libraries = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", *SYSTEM_LIBRARIES]
-        config = {"fds": [zygote_end.fileno(), tester_end.fileno()], "folder": self.folder, "packages": packages,
-                  "readable": libraries + packages, "without": WITHOUT}
-        environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "2",
-                       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+        config = {"fds": [zygote_end.fileno(), tester_end.fileno()], "folder": self.folder,
+                  "packages": packages, "readable": LIBRARIES + packages, "without": WITHOUT}
+        environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8",
+                       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         try:
             with zygote_end, tester_end:
@@ -692,8 +705,8 @@ class Worker:
             raise RuntimeError(f"the sandbox does not start ({error!r}); see above for why") from error
         if missing and not Worker.warned:
             Worker.warned = True
-            print(f"sandbox: no {' and no '.join(missing)} here; see 'Not covered' in sandbox.py, use a container",
-                  file=sys.stderr, flush=True)
+            print(f"sandbox: no {' and no '.join(missing)} here; see 'Not covered' in sandbox.py and use a "
+                  "container", file=sys.stderr, flush=True)
 
     @classmethod
     def take(cls):
@@ -734,8 +747,8 @@ class Worker:
         with memory_file(program["code"]) as code:
             run = self.run_script if program["cases"] and not program["fn_name"] else self.run_judged
             passed, total, reason = run(code, program, limits)
-        return {"passed": not reason, "reason": printable(reason or "passed"), "seconds": time.monotonic() - start,
-                "tests_passed": passed, "tests_total": total}
+        return {"passed": not reason, "reason": printable(reason or "passed"),
+                "seconds": time.monotonic() - start, "tests_passed": passed, "tests_total": total}
 
     def start(self, limits, *files):
         send(self.control, limits, [file.fileno() for file in files])
@@ -750,14 +763,14 @@ class Worker:
         for case in program["cases"]:
             with memory_file(case["input"]) as stdin, memory_file() as stdout, memory_file() as stderr:
                 self.start(limits, code, stdin, stdout, stderr)
-                why, status = self.report(limits)
+                failure, status = self.report(limits)
                 size, stderr_size = (os.fstat(file.fileno()).st_size for file in (stdout, stderr))
                 output = os.pread(stdout.fileno(), size, 0)
                 said = os.pread(stderr.fileno(), 4096, max(0, stderr_size - 4096)).decode(errors="replace")
-            full = max(size, stderr_size) >= limits["file_mb"] * MIB
-            failure = why or ("output limit" if full else None)
-            if status:
-                failure = failure or died(status, said)
+            if not failure and max(size, stderr_size) >= limits["file_mb"] * MIB:
+                failure = "output limit"
+            if not failure and status:
+                failure = died(status, said)
             if not failure and not same_output(output, case["output"]):
                 failure = "wrong answer"
             passed += not failure
@@ -767,7 +780,7 @@ class Worker:
         return passed, len(program["cases"]), first_failure
 
     def run_judged(self, code, program, limits):
-        """Asserts and calls: C and T talk to each other; the caller waits for the end of C and for T's verdict."""
+        """Asserts and calls: C and T talk to each other; the caller waits for C's end and T's verdict."""
         calls = len(program["cases"])
         job = {**program, "code": None, "call_timeout_s": limits["timeout_s"] if calls else None}
         limits = {**limits, "timeout_s": limits["timeout_s"] * (calls + 1)}
@@ -826,11 +839,11 @@ PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases":
 
 def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, file_mb=16, disk_mb=64, threads=64,
               on_result=None):
-    """Runs every program against its tests. -> [{"passed", "reason", "seconds", "tests_passed", "tests_total"}]
+    """Runs programs against their tests -> [{"passed", "reason", "seconds", "tests_passed", "tests_total"}].
 
     A program is a dict with "code" and one of
-      "tests": source that asserts about names of the code; optional "setup" (trusted source that runs before; its
-          names win over the code's) and "entry_point" (the name under test, which wins over the setup's);
+      "tests": source that asserts about names of the code; optional "setup" (trusted source that runs before;
+          its names win over the code's) and "entry_point" (the name under test, which wins over the setup's);
       "cases": [{"input": text, "output": text}], each a run of the code as a script;
       "cases" and "fn_name", each a call of that function or method of `class Solution`: an input is a list of
           arguments or a text with a JSON value per line, an output is a value or its JSON text.
@@ -839,23 +852,26 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, file_mb=
     timeout_s: of the whole of "tests", or of one case: CPU time, and wall time unless the machine is busy.
     memory_mb: address space. file_mb: one file, and the output. disk_mb: all files. threads: at a time.
     workers: default one per core. on_result(index, result) is called in this thread as results come in.
-    reason: "passed", "wrong answer", "timeout", "memory", "threads", "disk", "output limit", "exception: ...",
-    "exited with status ...", "killed by ...", "no tests" or "worker died: ...". Equal programs run once.
-    May be called from any thread; the workers stay for the next call. RuntimeError when none can start.
+    reason: "passed", "wrong answer", "timeout", "memory", "threads", "disk", "output limit",
+    "exception: ...", "exited with status ...", "killed by ...", "no tests" or "worker died: ...".
+    Equal programs run once. May be called from any thread; the workers stay for the next call. RuntimeError
+    when none can start.
     """
     jobs, places = collections.deque(), {}
     for place, program in enumerate(programs):
         if not isinstance(program.get("code"), str) or not ("tests" in program or "cases" in program):
             raise ValueError(f"program {place} needs 'code' and 'tests' or 'cases'")
         program = PROGRAM | {key: program[key] for key in PROGRAM if program.get(key) is not None}
+        limits = {"timeout_s": program["timeout_s"] or timeout_s, "memory_mb": memory_mb, "file_mb": file_mb,
+                  "disk_mb": disk_mb, "threads": threads}
         key = repr(program)
         if key not in places:
-            jobs.append((key, program, {"timeout_s": program["timeout_s"] or timeout_s, "memory_mb": memory_mb,
-                                        "file_mb": file_mb, "disk_mb": disk_mb, "threads": threads}))
+            jobs.append((key, program, limits))
         places.setdefault(key, []).append(place)
     results, finished, busy, stopped = [None] * len(programs), queue.Queue(), set(), threading.Event()
     count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    pool = [threading.Thread(target=work, args=(jobs, finished, busy, stopped), daemon=True) for _ in range(count)]
+    shared = (jobs, finished, busy, stopped)
+    pool = [threading.Thread(target=work, args=shared, daemon=True) for _ in range(count)]
     try:
         for thread in pool:
             thread.start()
@@ -893,7 +909,7 @@ def work(jobs, finished, busy, stopped):
                     busy.discard(worker)
                     worker.close()
                     worker = None
-                    # A tester that does not come back is in a test that the program's answers have made endless.
+                    # A tester that does not come back is in a test that the program's answers made endless.
                     reason = "timeout" if isinstance(error, TimeoutError) else f"worker died: {error!r}"
                     result = {"passed": False, "reason": reason, "seconds": limits["timeout_s"],
                               "tests_passed": 0, "tests_total": len(program["cases"]) or 1}

@@ -1,5 +1,7 @@
 """The sandbox against programs that cheat, attack or are merely unusual. Every row of a table is one program."""
 
+# ruff: noqa: E501 - a program a row reads better than a wrapped one
+
 import contextlib
 import json
 import os
@@ -180,12 +182,12 @@ CHEATS = {
     "stdout closed": "import os, sys\nsys.stdout.close(); sys.stderr.close(); os.close(0)\ndef add(a, b): return 0",
     "all descriptors closed": "import os\nos.closerange(0, 300)\n" + ADD,
     "socket replaced": "import os\nos.dup2(os.open('/dev/zero', os.O_RDONLY), 3)\n" + ADD,
-    "answers much": "def add(a, b): return 'x' * (1 << 27)",
+    "answers much": "def add(a, b): return 'x' * (1 << 25)",
     "answers without end": "import os\ndef add(a, b):\n    while True: os.write(3, b'[' * 65536)",
     "announces much": "import os\ndef add(a, b):\n    os.write(3, (1 << 62).to_bytes(8, 'little')); return 0",
     "deep answer": "def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
     "answer with a cycle": "def add(a, b):\n    x = []; x.append(x); return x",
-    "huge int": "def add(a, b): return 10 ** 10**6",
+    "huge int": "def add(a, b): return 1 << 10**7",
     "sends itself a deep message": "import os\ndef add(a, b):\n    text = b'[' * 10**6\n"
                                    "    os.write(3, len(text).to_bytes(8, 'little') + text); return 0",
 }
@@ -562,7 +564,8 @@ HONEST = {  # name: (code, tests)
                    "    else:\n        assert False"),
     "constants": ("LIMIT = 7\ndef f(): return LIMIT", "assert LIMIT == 7 and f() == LIMIT"),
     "redefined builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert sum(1, 2) == 3"),
-    "named like a module": ("def copy(a): return a", "assert copy(3) == 3", {"entry_point": "copy"}),
+    "named like a module": ("def copy(a): return a", "assert copy(3) == 3"),
+    "module of the test, named like one": ("def trace(m): return m[0][0]", "assert math.isclose(trace([[1.0]]), 1)"),
     "prompt as setup": ("def helper(x): return 0\ndef f(x): return 2 * x",
                         "assert helper(f(2)) == 5", {"setup": "def helper(x): return x + 1\ndef f(x): pass",
                                                      "entry_point": "f"}),
