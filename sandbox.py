@@ -72,7 +72,6 @@ if __name__ != "__main__":  # only the caller needs these, and threading would m
 
 MIB = 1 << 20
 RESULT_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # of one result as JSON; of T's address space
-STACK = 512 * MIB  # for recursion through C code, as in sorted(key=...) and lru_cache
 TICK_S = 0.05  # how often the threads, files and CPU time of a running program are looked at
 OPEN_FILES, SCRATCH_FILES = 64, 1000
 START_TIMEOUT_S, GRACE_S = 120, 5  # until a worker must be ready; until one must answer after a timeout
@@ -636,17 +635,12 @@ def run_candidate(control, limits, fds, folder, filter_template):
 
 
 def zygote(config):
-    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    stack = STACK if hard == resource.RLIM_INFINITY else min(STACK, hard)
-    if soft != stack:  # room for the stack is laid out when a program starts, so start again
-        resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     control, tests = (socket.socket(fileno=fd) for fd in config["fds"])
     sys.argv, sys.path = [""], sys.path + config["packages"]
     builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
     for name in PRELOADED.split():
         importlib.import_module(name)
-    importlib.import_module("_thread").stack_size(8 * MIB)  # of C's threads, which would each take STACK
+    importlib.import_module("_thread").stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     missing = confine(config["folder"], config["readable"], config["without"])
     filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
     pid, tester_pid = os.getpid(), os.fork()
@@ -692,12 +686,15 @@ class Worker:
         environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+        # 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
+        shell = ["/bin/sh", "-c", 'ulimit -S -s 524288 2>/dev/null; exec "$0" "$@"']
+        python = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), json.dumps(config)]
         try:
             with zygote_end, tester_end:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), json.dumps(config)],
-                    env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    pass_fds=config["fds"], start_new_session=True)  # Ctrl-C is the caller's to handle
+                    shell + python, env=environment, cwd="/", stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, pass_fds=config["fds"],
+                    start_new_session=True)  # Ctrl-C is for the caller to handle
             self.control.settimeout(START_TIMEOUT_S)
             missing, _ = receive(self.control)
         except BaseException as error:
