@@ -324,7 +324,7 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
 
 # ---------------------------------------------------------------- rollout
 
-DROP_EVERY = 32  # tokens after which the rows that have ended leave the batch
+DROP_EVERY = 16  # tokens after which the rows that have ended leave the batch
 
 
 def end_table(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
@@ -344,9 +344,13 @@ def end_table(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) 
     return table
 
 
-def is_end(table: torch.Tensor, previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Whether the token `last`, behind the token `previous`, ends a completion. Any shape."""
-    return table[0][last] | (table[1][last] & table[2][previous])
+def is_end(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Which tokens end a completion.
+
+    tokens [B, 1 + T]: completions, each behind the last token of its prompt; returns bool [B, T].
+    """
+    alone, begins_text, ends_line = table[:, tokens]  # [B, 1 + T] each
+    return alone[:, 1:] | (begins_text[:, 1:] & ends_line[:, :-1])
 
 
 class Sampler:
@@ -369,7 +373,7 @@ class Sampler:
         return torch.full_like(scores, -math.inf).scatter_(-1, tokens.unsqueeze(-1), 0.0)
 
     def ended(self, input_ids, scores):
-        return is_end(self.table, input_ids[:, -2], input_ids[:, -1])
+        return is_end(self.table, input_ids[:, self.width - 1 :])[:, -1]
 
 
 @torch.no_grad()
@@ -401,12 +405,12 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
         )
         new, cache = out.sequences[:, start:], out.past_key_values  # [rows, up to DROP_EVERY]
         tokens[sampler.rows, start - width : start - width + new.shape[1]] = new
-        going = (~is_end(table, out.sequences[:, start - 1 : -1], new).any(1)).nonzero().squeeze(1)
+        going = (~is_end(table, out.sequences[:, width - 1 :]).any(1)).nonzero().squeeze(1)
         cache.batch_select_indices(going)
         input_ids, sampler.rows = out.sequences[going], sampler.rows[going]
         attention_mask = torch.cat([attention_mask[going], torch.ones_like(new[going])], dim=1)
     # the first end, never the pads: pad may be eos, and the eos that ends a completion belongs to it
-    ends = is_end(table, torch.cat([previous, tokens[:, :-1]], dim=1), tokens)  # [B, T]
+    ends = is_end(table, torch.cat([previous, tokens], dim=1))  # [B, T]
     ended = ends.any(1)
     lengths = torch.where(ended, ends.int().argmax(1) + 1, steps).tolist()
     rows = zip(tokens.tolist(), sampler.logprobs.tolist(), lengths, ended.tolist())
@@ -438,18 +442,23 @@ def verify_lines():
 
     from math_verify import LatexExtractionConfig, parse, verify
 
-    print("ready", flush=True)
     boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+
+    def judge(gold, text):
+        last_box = text[text.rfind("\\boxed") :]  # the answer; math-verify would make a set of several
+        answer = parse(last_box, extraction_config=boxed, parsing_timeout=None)
+        gold = parse(f"${gold}$", parsing_timeout=None)
+        # gold first: verify is not symmetric
+        right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)
+        return right, "right" if right else "wrong answer" if answer else "no answer"
+
+    print(judge("1", "\\boxed{1}")[1], flush=True)  # its first call is slow
     for line in sys.stdin:
-        gold, text = json.loads(line)
         try:
-            last_box = text[text.rfind("\\boxed") :]  # the answer; math-verify would make a set of several
-            gold, answer = parse(f"${gold}$"), parse(last_box, extraction_config=boxed)
-            right = bool(gold and answer) and verify(gold, answer)  # gold first: verify is not symmetric
-            reason = "right" if right else "wrong answer" if answer else "no answer"
+            verdict = judge(*json.loads(line))
         except Exception as error:
-            right, reason = False, f"error: {type(error).__name__}"
-        print(json.dumps([right, reason]), flush=True)
+            verdict = (False, f"error: {type(error).__name__}")
+        print(json.dumps(verdict), flush=True)
 
 
 class MathVerifier:
@@ -462,7 +471,7 @@ class MathVerifier:
         if self.process is None:
             command = [sys.executable, "-c", f"{inspect.getsource(verify_lines)}\nverify_lines()"]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            if self.process.stdout.readline() != "ready\n":
+            if self.process.stdout.readline() != "right\n":
                 raise UserError("math-verify does not start: pip install 'math-verify[antlr4_13_2]'")
         try:
             self.process.stdin.write(json.dumps([gold, completion]) + "\n")

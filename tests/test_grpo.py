@@ -1,6 +1,7 @@
-"""grpo_rlvr.py: the loss against TRL's numbers and the equation, the sampler against enumeration, and whole runs.
+"""grpo_rlvr.py: the loss against TRL's numbers and the equation, the sampler against enumeration, whole runs.
 
-The runs use a random model of 80 thousand parameters and a toy reward; the last two tests use tiny/ and the sandbox.
+The runs use a random model of 86 thousand parameters and a toy reward; the last two tests use tiny/ and the
+sandbox.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import grpo_rlvr
-from common import TINY, Ranks, UserError, load_model, load_tokenizer, uniforms
+from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, uniforms
 from grpo_rlvr import Args, Problem, Sample, group_advantages, grpo_loss, loss_normalizer
 
 REPO = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def toy_rewards(self, problems, texts):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path, model_dir, problems_file):
-    """make(**changes) -> Args of a short run; the reward is 1 for a completion of an odd number of characters."""
+    """make(**changes) -> Args of a short run; a completion of an odd number of characters is right."""
     monkeypatch.setattr(grpo_rlvr.Rollouts, "rewards", toy_rewards)
     return lambda **changes: Args(
         **(toy_args(model_dir, problems_file) | {"output_dir": str(tmp_path / "run")} | changes)
@@ -77,9 +78,10 @@ def toy(monkeypatch, tmp_path, model_dir, problems_file):
 
 def toy_args(model_dir, problems_file) -> dict:
     return {
-        "task": "math", "model": model_dir, "dataset": problems_file, "eval_problems": 4, "prompts_per_update": 4,
-        "group_size": 4, "max_new_tokens": 12, "temperature": 0.8, "minibatches": 1, "updates": 4,
-        "learning_rate": 1e-2, "micro_batch_tokens": 200, "eval_every": 0, "save_every": 0, "rollout_rows": 6,
+        "task": "math", "model": model_dir, "dataset": problems_file, "eval_problems": 4,
+        "prompts_per_update": 4, "group_size": 4, "max_new_tokens": 12, "temperature": 0.8,
+        "minibatches": 1, "updates": 4, "learning_rate": 1e-2, "micro_batch_tokens": 200, "eval_every": 0,
+        "save_every": 0, "rollout_rows": 6,
     }  # fmt: skip
 
 
@@ -112,13 +114,14 @@ def test_advantages_by_hand():
     "case", FIXTURE["cases"], ids=lambda c: f"{c['loss_type']}-{c['beta']}-{c['old_given']}"
 )
 def test_loss_and_gradient_equal_trl(case):
-    """The fixture was made by calling TRL's own GRPOTrainer._compute_loss on these tensors, with a stand-in for the
-    trainer whose model returns `logprobs`; epsilon 0.2 and 0.28, use_bias_correction_kl off."""
+    """The fixture was made by calling TRL's own GRPOTrainer._compute_loss on these tensors, with a stand-in
+    for the trainer whose model returns `logprobs`; epsilon 0.2 and 0.28, use_bias_correction_kl off."""
     logprobs, old, ref = (torch.tensor(FIXTURE[k]) for k in ("logprobs", "old_logprobs", "ref_logprobs"))
     logprobs.requires_grad_()
     mask = torch.arange(logprobs.shape[1]) < torch.tensor(FIXTURE["lengths"]).unsqueeze(1)
     loss, sums = grpo_loss(
-        logprobs, old if case["old_given"] else logprobs.detach(), ref, torch.tensor(FIXTURE["advantages"]), mask,
+        logprobs, old if case["old_given"] else logprobs.detach(), ref,
+        torch.tensor(FIXTURE["advantages"]), mask,
         0.2, 0.28, case["beta"], case["loss_type"], FIXTURE["max_length"],
     )  # fmt: skip
     loss.backward()
@@ -130,7 +133,7 @@ def test_loss_and_gradient_equal_trl(case):
 
 
 def test_loss_is_the_equation():
-    """One response at a time and one token at a time, as section 2 prints it (with the mean over tokens inside)."""
+    """One response and one token at a time, as section 2 prints it (with a mean over tokens inside)."""
     logprobs, old, ref = (
         torch.tensor(FIXTURE[k], dtype=torch.float64) for k in ("logprobs", "old_logprobs", "ref_logprobs")
     )
@@ -170,7 +173,7 @@ def test_parts_add_up_to_the_whole(loss_type):
 
 
 def test_sampler_draws_from_the_models_distribution():
-    """All sequences of two tokens of a model with seven tokens, against their probabilities at temperature 0.7."""
+    """All sequences of two of seven tokens, against their probabilities at temperature 0.7."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
@@ -200,7 +203,7 @@ def test_sampler_draws_from_the_models_distribution():
 
 
 def test_rollout_equals_the_plain_forward(model_dir, monkeypatch):
-    """Left-padded, cached, rows dropped on the way: log-probabilities are those of one forward pass per row."""
+    """Left-padded, cached, ended rows dropped: log-probabilities are those of a forward pass per row."""
     model = load_model(model_dir, ONE)
     table = torch.zeros(3, 2048, dtype=torch.bool)
     table[0, :200] = True
@@ -246,8 +249,8 @@ def test_a_body_ends_in_column_zero():
     signature = tokenizer.encode("def f(n):\n")
 
     def end(text: str, with_eos=False) -> int | None:
-        ids = torch.tensor(signature[-1:] + tokenizer.encode(text) + [eos] * with_eos)
-        ends = grpo_rlvr.is_end(table, ids[:-1], ids[1:]).nonzero()
+        ids = torch.tensor([signature[-1:] + tokenizer.encode(text) + [eos] * with_eos])
+        ends = grpo_rlvr.is_end(table, ids)[0].nonzero()
         return None if not len(ends) else ends[0].item() + 1
 
     body = "    if n:\n\n        return 1\n    # so\n    return 2\n"
@@ -359,7 +362,7 @@ def test_resume_is_bit_exact(toy, tmp_path, monkeypatch):
 
 
 def test_two_ranks_equal_one(toy, tmp_path, model_dir, problems_file):
-    """The same global batches, so the same update to rounding; Adam divides by it, hence the relative measure."""
+    """The same global batches, so the same update to rounding; Adam amplifies it, hence the sums."""
     args = toy(updates=2, minibatches=2, beta=0.01, dynamic_sampling=2, learning_rate=1e-3)
     grpo_rlvr.main(args)
     fields = dataclasses.asdict(args) | {"output_dir": str(tmp_path / "two")}
@@ -463,13 +466,14 @@ def test_code_schemas(tmp_path):
     ] * 20
     prime = [{"type": "function_call", "input": [2, 3], "output": [5], "fn_name": "total"}]
     taco = {"inputs": [["1 2", "3"]] + [f"{i}" for i in range(30)], "outputs": [["6"]] + ["x"] * 30}
+    starter = "class Solution:\n    def plus(self, a, b):\n        "
     solution = (
         "class Solution:\n    def total(self, a, *,\n              b: int = 3) -> int:\n        return a + b"
     )
     found = read(tmp_path, [
-        {"question": "boba", "input_output": json.dumps(functional), "metadata": {"fn_name": "add"}, "solutions": []},
+        {"question": "boba", "input_output": json.dumps(functional), "metadata": {"fn_name": "add"}},
         {"question": "given", "input_output": json.dumps(functional), "signature": "def add(xs, y):"},
-        {"problem": "lcb", "tests": json.dumps(lcb), "starter_code": "class Solution:\n    def plus(self, a, b):\n        ",
+        {"problem": "lcb", "tests": json.dumps(lcb), "starter_code": starter,
          "metadata": json.dumps({"func_name": "plus"})},
         {"problem": "prime", "tests": json.dumps(prime), "solutions": [solution]},
         {"problem": "taco", "tests": json.dumps(taco), "solutions": ["import sys"]},
@@ -574,8 +578,6 @@ def test_math_rewards():
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(UserError, match="nearest that does is 4"):
-        grpo_rlvr.check(Args(prompts_per_update=8, minibatches=5))
     for changes in ({"group_size": 1}, {"temperature": 0.0}, {"chat_template": True}):
         with pytest.raises(UserError):
             grpo_rlvr.check(Args(**changes))
@@ -590,26 +592,44 @@ def test_defaults_follow_task_and_tiny(monkeypatch):
     assert args.tiny and args.dataset.endswith("code_train.jsonl") and not args.normalize_std
 
 
-def start(*flags, **kw):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPO / "grpo_rlvr.py"), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kw)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dataset", "missing.jsonl"], "no such data file or folder: missing.jsonl"),
+        (["--model", "./nowhere"], "nowhere"),
+        (["--eval-problems", "0"], "--eval-problems"),
+        (["--max-prompt-tokens", "3"], "--max-prompt-tokens 3"),
+        (["--minibatches", "5"], "the nearest that does is 4"),
+        (["--task", "math", "--difficulty-key", "K"], "no column `K`"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grpo_rlvr.py", "--tiny", *flags])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        launch(grpo_rlvr.main, grpo_rlvr.parse_args())
+    error = capfd.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+    assert not list(tmp_path.iterdir())
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    _, stderr = (process := start("--tiny", "--dataset", "missing.jsonl", cwd=tmp_path)).communicate(
-        timeout=200
-    )
-    assert process.returncode == 2
-    assert stderr.strip().splitlines()[-1] == "error: no such data file or folder: missing.jsonl"
+def test_dry_run_prints_the_plan_and_writes_nothing(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grpo_rlvr.py", "--tiny", "--dry-run"])
+    grpo_rlvr.main(grpo_rlvr.parse_args())
+    out = capfd.readouterr().out
+    assert "training and 128 held-out problems" in out and "def solve(" in out and "GiB" in out
     assert not list(tmp_path.iterdir())
 
 
 def test_tiny_run_is_saved_on_sigterm(tmp_path):
     """The embedded model and problems and the sandbox: some updates, then the signal of a preemption."""
     folder = tmp_path / "run"
-    flags = ["--prompts-per-update", "4", "--group-size", "4", "--eval-problems", "8", "--updates", "500", "--output-dir"]
-    process = start("--tiny", *flags, str(folder))
+    sizes = ["--prompts-per-update", "4", "--group-size", "4", "--eval-problems", "8", "--updates", "500"]
+    command = [sys.executable, str(REPO / "grpo_rlvr.py"), "--tiny", *sizes, "--output-dir", str(folder)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     lines = []
     for line in process.stdout:
         lines.append(line)
