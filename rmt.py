@@ -30,7 +30,9 @@ Deviations from the paper, and what it leaves open (docs/rmt.md has all, with bo
 """
 
 import argparse
+import bisect
 import hashlib
+import itertools
 import math
 import re
 import time
@@ -224,21 +226,15 @@ SUFFIX = "\n### Prediction\n"
 POOL = 20  # the texts used are a random choice of so many times more, read from the start of a source
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What stands around the prefix in a prompt. The prefix goes in as ids: a text has one tokenisation."""
-
-    head: list[int]
-    tail: list[int]
-    opens: bool  # the prompt has itself opened <think>, as some chat templates do
-
-
 def bos_ids(tokenizer) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def prompt_frame(tokenizer, budget: int, chat_template: bool) -> Frame:
-    """The instruction with the budget (none if 0), in the chat template if there is one."""
+def prompt_frame(tokenizer, budget: int, chat_template: bool) -> tuple[list[int], list[int], bool]:
+    """(ids before the prefix, ids after it, whether they open <think>, as some chat templates do).
+
+    The prefix is put between them as ids, so that a text has one tokenisation. Budget 0 is not mentioned.
+    """
     head = INSTRUCTION.format(think=f"Think in exactly {budget} tokens" if budget else "Think")
     rendered = f"{head}@@TEXT@@{SUFFIX}"
     in_chat = bool(chat_template and tokenizer.chat_template)
@@ -246,7 +242,7 @@ def prompt_frame(tokenizer, budget: int, chat_template: bool) -> Frame:
         message = [{"role": "user", "content": rendered}]
         rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in rendered.split("@@TEXT@@"))
-    return Frame(head if in_chat else bos_ids(tokenizer) + head, tail, rendered.rstrip().endswith("<think>"))
+    return head if in_chat else bos_ids(tokenizer) + head, tail, rendered.rstrip().endswith("<think>")
 
 
 def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
@@ -327,25 +323,19 @@ def score_texts(model, texts: list[list[int]], bos: list[int], max_tokens: int, 
     return all_gather_list(entropies, ranks), all_gather_list(predictions, ranks)
 
 
-def model_fingerprint(name: str) -> list:
-    """What tells a model's weights from others without reading them."""
-    if not Path(name).is_dir():
-        return [name, AutoConfig.from_pretrained(name)._commit_hash]
-    files = [f for f in sorted(Path(name).iterdir()) if f.suffix in (".json", ".safetensors", ".bin")]
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-
-
 def cached_entropies(
     load: Callable, name: str, texts: list, bos: list[int], folder: Path, max_tokens: int, ranks: Ranks
 ) -> list[np.ndarray]:
     """Entropies at every position of every text under the model `name`; after the first time from `folder`.
 
-    The file is named by the model's fingerprint and all token ids, so that other weights, another tokenizer,
-    other texts or cuts never meet it.
+    The file is named by a hash of the model's files (sizes and times; on the hub: the commit) and of all
+    token ids, so that other weights, another tokenizer, other texts or cuts never meet it.
     """
+    files = [f for f in sorted(Path(name).glob("*")) if f.suffix in (".json", ".safetensors", ".bin")]
+    model = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     lengths = [len(text) for text in texts]
-    key = hashlib.sha256(repr([TOP_TOKENS, bos, lengths, model_fingerprint(name)]).encode())
-    key.update(np.concatenate(texts).tobytes())
+    model = model or [name, AutoConfig.from_pretrained(name)._commit_hash]
+    key = hashlib.sha256(repr([TOP_TOKENS, bos, lengths, model]).encode() + np.concatenate(texts).tobytes())
     path = folder / f"{key.hexdigest()[:24]}.npy"
     if all_sum(float(path.is_file()), ranks) == ranks.world_size:
         return np.split(np.load(path), np.cumsum(lengths)[:-1])
@@ -437,11 +427,11 @@ def draw_positions(levels: np.ndarray, probs: Sequence[float], noise: torch.Tens
     """
     left = [np.flatnonzero(levels == d).tolist() for d in range(len(probs))]
     chosen = []
-    for level_noise, position_noise in noise:
-        available = torch.tensor([p * bool(candidates) for p, candidates in zip(probs, left)])
-        if not available.any():
+    for level_noise, position_noise in noise.tolist():
+        sums = list(itertools.accumulate(p * bool(candidates) for p, candidates in zip(probs, left)))
+        if sums[-1] == 0:
             break
-        candidates = left[inverse_cdf(available.unsqueeze(0), level_noise.unsqueeze(0)).item()]
+        candidates = left[bisect.bisect(sums, level_noise * sums[-1])]
         chosen.append(candidates.pop(int(position_noise * len(candidates))))
     return chosen
 
@@ -743,9 +733,9 @@ class Rollouts:
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.table = end_table(self.texts, eos_ids).to(model.device)
 
-    def position(self, text: list[int], index: int, level: int, frame: Frame) -> Position:
+    def position(self, text: list[int], index: int, level: int, frame: tuple) -> Position:
         truth = [self.texts[token] for token in text[index : index + 32]]
-        return Position(level, frame.head + text[:index] + frame.tail, truth)
+        return Position(level, frame[0] + text[:index] + frame[1], truth)
 
     def reward(self, sample: Sample, budget: int, opened: bool) -> None:
         """Step 2."""
@@ -821,7 +811,7 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
     frame = prompt_frame(tokenizer, budget, args.chat_template)
     positions = [rollouts.position(texts[k], t, level, frame) for k, t, level in chosen]
     noise = uniforms([len(positions), args.max_new_tokens], args.seed, "evaluation")
-    samples, seconds = rollouts(positions, noise, budget, frame.opens)
+    samples, seconds = rollouts(positions, noise, budget, frame[2])
     if ranks.main:
         with open(run.path / "samples.md", "a") as file:
             for s in samples[:: max(1, len(samples) // 6)]:
@@ -862,7 +852,7 @@ def plan(args: Args, ranks: Ranks, train: list[list[int]], heldout: list[list[in
     weights = sum(p.numel() for p in model.parameters())
     sharded = (16 + 4 * bool(args.beta)) * weights / ranks.world_size  # fp32 weight, gradient, two moments
     whole = 2 * weights if ranks.device.type == "cuda" else 0  # gathered in bf16 for the rollout
-    frame = prompt_frame(tokenizer, budget_at(0, args), args.chat_template)
+    head, tail, _ = prompt_frame(tokenizer, budget_at(0, args), args.chat_template)
     epochs = args.updates * args.prompts_per_update / len(train)
     return (
         f"{len(train)} training and {len(heldout)} held-out texts, {sum(map(len, train))} training tokens\n"
@@ -871,7 +861,7 @@ def plan(args: Args, ranks: Ranks, train: list[list[int]], heldout: list[list[in
         f"budget {budget_at(0, args)} to {budget_at(args.updates, args)} tokens\n"
         f"{weights / 1e6:.1f}M parameters, {ranks.world_size} ranks on {ranks.device.type}: "
         f"{(sharded + whole) / 2**30:.2f} GiB each, plus activations of {args.micro_batch_tokens} tokens\n"
-        f"\na prompt:\n{tokenizer.decode(frame.head + train[0][: len(train[0]) // 2] + frame.tail)}"
+        f"\na prompt:\n{tokenizer.decode(head + train[0][: len(train[0]) // 2] + tail)}"
     )
 
 
@@ -893,11 +883,11 @@ def main(args: Args) -> None:
     # 0 prepare; before a restore, because the default proxy is the initial model
     levels = prepare(model, tokenizer, train + heldout, boxable_tokens(tokenizer, rollouts.texts), args, run)
     to_evaluate = heldout_positions(levels[len(train) :], args.eval_positions)
-    state = {"update": 0, "cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
+    state = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
     if run.state:
         state = run.restore({"policy": model}, optimizer)
     interrupt = Interrupt()
-    begun, first = time.time(), state["update"]
+    begun, first = time.time(), state.pop("update", 0)
     if first == 0:
         metrics = evaluate(rollouts, heldout, to_evaluate, args, run, 0)
         run.log({"update": 0, **metrics})
@@ -918,7 +908,7 @@ def main(args: Args) -> None:
         positions = [rollouts.position(texts[k], t, levels[drawn[k]][t], frame) for k, t in chosen]
         positions = [position for position in positions for _ in range(args.group_size)]  # groups: G rows
         noise = uniforms([len(positions), args.max_new_tokens], args.seed, update, "rollout")
-        samples, seconds = rollouts(positions, noise, budget, frame.opens)
+        samples, seconds = rollouts(positions, noise, budget, frame[2])
 
         # 3 advantage
         rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
@@ -940,7 +930,6 @@ def main(args: Args) -> None:
             model, optimizer, mine, len(samples), *my_texts, ntp_tokens, bos, args, ranks
         )
         bad = not math.isfinite(norm)
-        state["update"] = update
         state["skipped"] += bad
         state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
         seconds["time/update_s"] = time.time() - begin

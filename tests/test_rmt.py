@@ -403,22 +403,22 @@ def test_ntp_weight_scales_its_gradient_and_zero_leaves_it_out(tmp_path):
 
 
 def test_prompt_is_the_one_the_tiny_model_knows(tokenizer):
-    frame = rmt.prompt_frame(tokenizer, 12, True)  # it has no template
-    assert tokenizer.decode(frame.head + frame.tail) == (
-        "Complete the given text by predicting the next token. "
-        "Think in exactly 12 tokens within <think></think>, then put the next token in \\boxed{}.\n### Text\n\n### Prediction\n"
+    head, tail, _ = rmt.prompt_frame(tokenizer, 12, True)  # it has no template
+    assert tokenizer.decode(head + tail) == (
+        "Complete the given text by predicting the next token. Think in exactly 12 tokens within "
+        "<think></think>, then put the next token in \\boxed{}.\n### Text\n\n### Prediction\n"
     )
-    free = rmt.prompt_frame(tokenizer, 0, True)
-    assert "token. Think within <think></think>, then put" in tokenizer.decode(free.head) and not free.opens
+    free, _, opens = rmt.prompt_frame(tokenizer, 0, True)
+    assert "token. Think within <think></think>, then put" in tokenizer.decode(free) and not opens
 
 
 def test_prompt_with_a_chat_template(tokenizer):
     for suffix, expected in (("<|a|>", False), ("<|a|><think>{{ '\\n' }}", True)):
         tokenizer.chat_template = "<|u|>{{ messages[0]['content'] }}" + suffix
-        frame = rmt.prompt_frame(tokenizer, 12, True)
+        head, tail, opens = rmt.prompt_frame(tokenizer, 12, True)
         tokenizer.chat_template = None
-        assert frame.opens is expected and tokenizer.decode(frame.tail).startswith("\n### Prediction\n<|a|>")
-        assert tokenizer.decode(frame.head).startswith("<|u|>Complete the given text")
+        assert opens is expected and tokenizer.decode(tail).startswith("\n### Prediction\n<|a|>")
+        assert tokenizer.decode(head).startswith("<|u|>Complete the given text")
 
 
 def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
