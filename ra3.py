@@ -25,8 +25,11 @@ Deviations from the paper, and what it leaves open (docs/ra3.md has all, with bo
   D1 thinking is decided by the first token of the line itself ("#" or not), so the code keeps its
      tokenisation; the paper removes the newline and lets the model write "\\n" or "\\n#".
   D2 l_t is a mean per token; the paper prints log pi(a_t | s_t, z_t), a sum. c = 0.05 fits the mean.
-  D3 a malformed thought gets r_t = -2; the paper says zero, which no line's log-likelihood would fall below.
+  D3 a malformed thought costs 2 in place of c. The paper gives it zero reward and its authors' code -2: both
+     are *more* than a line that the model finds hard, l_t < -2, and then pay for breaking the format.
   D4 the penalty-free warm-up is that of the first E-step only.
+  D5 the likelihood of a line's first token is that given the decision (renormalised without "#"): see
+     `expert_logprobs`.
 
   python ra3.py --tiny                                                     # this machine: no network, no GPU
   python ra3.py --model Qwen/Qwen2.5-1.5B --rl-batch-size 256              # one GPU
@@ -142,8 +145,8 @@ class Args:
     line_reward: Literal["mean", "logmean", "sum"] = "mean"
     """l_t: mean log-probability of the line's tokens, log of their mean probability, or the sum of
     log-probabilities"""
-    malformed_reward: float = -2.0
-    """r_t of a thought that does not end in time or would break the source"""
+    malformed_penalty: float = 2.0
+    """in place of c, for a thought that does not end in time or would break the source (nats per token)"""
     entropy_coef: float = 0.001
     """weight of the entropy of q(z_t) (nats)"""
     mask_latents: bool = False
@@ -190,11 +193,11 @@ TINY_DEFAULTS = Args(
     tiny=True,
     model=str(TINY / "model"),
     dataset=(str(TINY / "programs.jsonl"), "stdlib"),
-    dataset_weights=(0.85, 0.15),
+    dataset_weights=(0.9, 0.1),
     max_snippet_tokens=96,
-    rl_updates=40,
-    rl_batch_size=48,
-    rl_learning_rate=5e-4,
+    rl_updates=50,
+    rl_batch_size=32,
+    rl_learning_rate=7e-5,
     ntp_updates=40,
     ntp_batch_size=64,
     ntp_learning_rate=3e-4,
@@ -474,6 +477,7 @@ def rollout(
                 stopping_criteria=StoppingCriteriaList([EndOfScript(forced)]),
                 do_sample=False,
                 max_new_tokens=width,
+            synced_gpus=False,  # the weights are whole on every rank: no collective per token
                 pad_token_id=vocabulary.separator,
             )
             .cpu()
@@ -505,21 +509,28 @@ def all_act(snippet: Snippet) -> Rollout:
 
 
 @torch.no_grad()
-def expert_logprobs(model, rollouts: list[Rollout], max_tokens: int, pad: int) -> list[np.ndarray]:
-    """Log-probability of each expert token given everything before it, thoughts included: one array a
-    rollout.
+def expert_logprobs(model, rollouts: list[Rollout], vocabulary: Vocabulary, args: Args, given_act=False):
+    """Log-probability of each expert token given everything before it, thoughts included: one array a rollout.
 
-    Run inside `gathered(model)`; the model is the frozen anchor pi_i in the E-step, the evaluated one in
-    `evaluate`.
+    With `given_act` an action's first token is conditioned on not opening a thought: log p - log(1 - sum_H p), the
+    likelihood of a_t *given* that z_t is decided. The plain one would pay any thought, however idle, for taking
+    away the probability that the model gives to "#" there (D5). Run it inside `gathered(model)`.
     """
-    device = next(model.parameters()).device
+    device = vocabulary.opens.device
     out: list[np.ndarray | None] = [None] * len(rollouts)
-    for batch in micro_batches([len(r.ids) for r in rollouts], max_tokens):
-        ids = pad_right([rollouts[i].ids for i in batch], pad, device)  # [B, T]
-        where = [np.flatnonzero(rollouts[i].expert) for i in batch]
-        logprobs, _ = token_logprobs(model, ids, *positions(where, device))
-        for i, part in zip(batch, logprobs.cpu().split([len(w) for w in where])):
-            out[i] = part.double().numpy()
+    for batch in micro_batches([len(r.ids) for r in rollouts], args.micro_batch_tokens):
+        chosen = [rollouts[i] for i in batch]
+        ids = pad_right([r.ids for r in chosen], vocabulary.separator, device)  # [B, T]
+        where = [np.flatnonzero(r.expert) for r in chosen]
+        logprobs = token_logprobs(model, ids, *positions(where, device))[0].double().cpu().numpy()
+        if given_act:
+            first = [np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)]  # of its action
+            rows, cols = positions([w[f] for w, f in zip(where, first)], device)
+            targets = torch.full_like(rows, EVENT)
+            acts, _ = token_logprobs(model, ids, rows, cols, targets=targets, event=~vocabulary.opens)
+            logprobs[np.concatenate(first)] -= acts.double().cpu().numpy()
+        for i, part in zip(batch, np.split(logprobs, np.cumsum([len(w) for w in where])[:-1])):
+            out[i] = part
     return out
 
 
@@ -543,9 +554,8 @@ def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float, args: A
     rewards = np.zeros(len(rollout.snippet.boundaries))
     for t in range(len(rewards)):
         l_t = line_logprob(logprobs[actions == t], args.line_reward)
-        rewards[t] = l_t - penalty * (t in thought)  # eq. (4.1), Algorithm 1 line 3
-        if t in malformed:
-            rewards[t] = args.malformed_reward
+        cost = args.malformed_penalty if t in malformed else penalty if t in thought else 0.0
+        rewards[t] = l_t - cost  # eq. (4.1), Algorithm 1 line 3
     return rewards
 
 
@@ -658,7 +668,7 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     clock.append(time.perf_counter())
     # 2 score
     with gathered(frozen):
-        logprobs = expert_logprobs(frozen, rollouts, args.micro_batch_tokens, vocabulary.separator)
+        logprobs = expert_logprobs(frozen, rollouts, vocabulary, args, given_act=True)
     penalty = 0.0 if update_index < args.penalty_warmup else args.penalty  # D4
     longest = max(len(s.boundaries) for s in rows)
     rewards = torch.zeros(len(rows), longest, dtype=torch.float64)
@@ -804,12 +814,8 @@ def evaluate(model, snippets, vocabulary, args, ranks) -> tuple[dict[str, float]
     )
     with gathered(model):
         rollouts = rollout(model, snippets[mine], noise, vocabulary, args)
-        thinking = expert_logprobs(
-            model, [r.without_malformed() for r in rollouts], args.micro_batch_tokens, vocabulary.separator
-        )
-        acting = expert_logprobs(
-            model, [all_act(s) for s in snippets[mine]], args.micro_batch_tokens, vocabulary.separator
-        )
+        thinking = expert_logprobs(model, [r.without_malformed() for r in rollouts], vocabulary, args)
+        acting = expert_logprobs(model, [all_act(s) for s in snippets[mine]], vocabulary, args)
     for r, with_thoughts, without in zip(rollouts, thinking, acting):
         source = r.snippet.source
         sums[f"ce_code/{source}"] -= with_thoughts.sum()
@@ -1043,8 +1049,8 @@ def main(args: Args) -> None:
         metrics["optim/skipped"] = float(bad_updates > 0)
         if bad_updates == 3:
             raise UserError(
-                "three updates in a row had a NaN or infinite loss or gradient, the last on the batch that begins "
-                f"with {snippets[0].text[:60]!r}; the last checkpoint is good. Try a smaller learning rate"
+                "three updates in a row had a NaN or infinite loss or gradient, the last on the batch with "
+                f"{snippets[0].text[:60]!r}; the last checkpoint is good. Try a smaller learning rate"
             )
         metrics["data/texts"] = float(streams[phase].cursor)
         last_of_phase = k + 1 in (rl_updates, per_iteration)
@@ -1116,7 +1122,7 @@ def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ran
             f"memory on each of {ranks.world_size} rank(s): "
             f"{parameters * copies / ranks.world_size / 2**30:.2f} GiB of weights and optimizer, "
             f"{parameters * 2 / 2**30:.2f} GiB gathered for rollouts on GPU (bf16),\n"
-            f"  plus activations of {args.micro_batch_tokens} tokens, the cache of {args.rollout_rows} rows\n\n{text}"
+            f"  plus {args.micro_batch_tokens} tokens' activations, the cache of {args.rollout_rows} rows\n\n{text}"
         )
 
 

@@ -311,18 +311,23 @@ def test_rewards_by_hand():
     logmean = dataclasses.replace(args, line_reward="logmean")
     assert np.allclose(ra3.step_rewards(r, logprobs, 0.0, logmean), np.log([0.34375, 0.4]))
     malformed = rollouts[(5, 7), (6, 4)]  # "#x" does not end in time
-    assert np.allclose(ra3.step_rewards(malformed, logprobs, 0.3, args), [-2.0, second - 0.3])
+    assert np.allclose(ra3.step_rewards(malformed, logprobs, 0.3, args), [first - 2, second - 0.3])
 
 
 def test_expert_logprobs_are_a_plain_forward_whatever_the_micro_batch():
     model, vocabulary, snippet, args = small_world()
     rollouts = [r for _, r in itertools.islice(enumerate_rollouts(snippet, vocabulary, args), 0, 60, 7)]
-    one = ra3.expert_logprobs(model, rollouts, 1, 0)
-    many = ra3.expert_logprobs(model, rollouts, 10**6, 0)
-    for r, a, b in zip(rollouts, one, many):
-        plain = model(torch.from_numpy(r.ids)[None]).logits[0].log_softmax(-1).detach()
-        expected = [plain[k - 1, r.ids[k]].item() for k in np.flatnonzero(r.expert)]
-        assert np.allclose(a, expected, atol=1e-5) and np.allclose(b, expected, atol=1e-5)
+    for given_act, tokens in itertools.product((False, True), (1, 10**6)):
+        args = dataclasses.replace(args, micro_batch_tokens=tokens)
+        found = ra3.expert_logprobs(model, rollouts, vocabulary, args, given_act)
+        for r, logprobs in zip(rollouts, found):
+            plain = model(torch.from_numpy(r.ids)[None]).logits[0].log_softmax(-1).detach()
+            expected = [plain[k - 1, r.ids[k]].item() for k in np.flatnonzero(r.expert)]
+            if given_act:  # the first tokens of both actions, renormalised without "#" and " #"
+                for place, t in ((0, 0), (4, 1)):
+                    column = np.flatnonzero(r.expert & (r.actions == t))[0]
+                    expected[place] -= math.log(1 - plain[column - 1, 5:7].exp().sum().item())
+            assert np.allclose(logprobs, expected, atol=1e-5)
 
 
 def test_truncated_returns():
@@ -354,7 +359,7 @@ def test_policy_gradient_equals_the_derivative_of_the_expected_return():
     anchor, *_ = small_world(seed=5)  # another model scores, frozen
     rewards = [
         ra3.step_rewards(r, lp, args.penalty, args)
-        for (_, r), lp in zip(pairs, ra3.expert_logprobs(anchor, [r for _, r in pairs], 4096, 0))
+        for (_, r), lp in zip(pairs, ra3.expert_logprobs(anchor, [r for _, r in pairs], vocabulary, args))
     ]
     logq = torch.stack([exact_logq(model, r, vocabulary).sum() for _, r in pairs])
     probs = logq.exp()
