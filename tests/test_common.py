@@ -1,0 +1,211 @@
+"""common.py: token log-probabilities, sampling, batches, data reading, checkpoints."""
+
+import dataclasses
+import gzip
+import json
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import common
+from common import EVENT, Ranks, UserError, inverse_cdf, micro_batches, read_rows, token_logprobs, uniforms
+
+RANKS = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.4,
+    )
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("per_chunk", [2**25, 100])  # whole, and two positions at a time with recomputation
+def test_token_logprobs_against_plain_arithmetic(folder, per_chunk, monkeypatch):
+    monkeypatch.setattr(common, "LOGITS_PER_CHUNK", per_chunk)
+    model, plain = common.load_model(folder, RANKS), AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
+    rows, cols = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([1, 4, 8, 3, 5])
+    event = torch.zeros(50, dtype=torch.bool)
+    event[10:20] = True
+    targets = ids[rows, cols].clone()
+    targets[[1, 3]] = EVENT
+    found, entropy = token_logprobs(
+        model, ids, rows, cols, targets=targets, event=event, temperature=0.7, entropy=True
+    )
+    probs = (plain(ids).logits.double() / 0.7).softmax(-1)[rows, cols - 1]  # position t-1 predicts token t
+    for n in range(5):
+        p, is_event = probs[n], targets[n] == EVENT
+        expected = p[event].sum() if is_event else p[targets[n]]
+        assert abs(found[n].item() - expected.log().item()) < 1e-5
+        outcomes = torch.cat([p[~event], p[event].sum()[None]]) if is_event else p
+        assert abs(entropy[n].item() + (outcomes * outcomes.log()).sum().item()) < 1e-5
+    (found.sum() + entropy.sum()).backward()
+    reference = (
+        probs[[0, 2, 4]].gather(1, targets[[0, 2, 4], None]).log().sum()
+        + probs[[1, 3]][:, event].sum(-1).log().sum()
+    )
+    for n in range(5):
+        p = probs[n]
+        outcomes = torch.cat([p[~event], p[event].sum()[None]]) if targets[n] == EVENT else p
+        reference = reference - (outcomes * outcomes.log()).sum()
+    reference.backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-4, rtol=1e-3)
+
+
+def test_right_padding_needs_no_mask(folder):
+    model = common.load_model(folder, RANKS)
+    ids = common.pad_right([[1, 2, 3], [4, 5, 6, 7, 8, 9]], pad=0)
+    both = token_logprobs(model, ids, torch.tensor([0, 0]), torch.tensor([1, 2]))[0]
+    alone = token_logprobs(model, ids[:1, :3], torch.tensor([0, 0]), torch.tensor([1, 2]))[0]
+    torch.testing.assert_close(both, alone)
+
+
+def test_inverse_cdf_is_the_distribution():
+    p = torch.tensor([0.2, 0.0, 0.5, 0.3])
+    n = 40_000
+    drawn = inverse_cdf(p.repeat(n, 1), uniforms([n], "test"))
+    counts = torch.bincount(drawn, minlength=4)
+    assert counts[1] == 0
+    assert ((counts / n - p).abs() < 4 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+    edges = torch.tensor([0.0, 0.999999999])
+    assert inverse_cdf(torch.tensor([[0.0, 1.0, 0.0]] * 2), edges).tolist() == [1, 1]
+
+
+def test_uniforms_depend_on_the_key_alone():
+    assert torch.equal(uniforms([4], 0, "E", 3), uniforms([4], 0, "E", 3))
+    assert not torch.equal(uniforms([4], 0, "E", 3), uniforms([4], 0, "E", 4))
+    assert abs(uniforms([20000], 1, "mean").mean().item() - 0.5) < 0.01
+
+
+def test_micro_batches_hold_every_row_once_within_the_limit():
+    lengths = [5, 1, 9, 9, 3, 20, 2]
+    batches = micro_batches(lengths, 18)
+    assert sorted(i for b in batches for i in b) == list(range(7))
+    assert all(len(b) * max(lengths[i] for i in b) <= 18 or len(b) == 1 for b in batches)
+    assert len(micro_batches(lengths, 1)) == 7
+
+
+def test_read_rows(tmp_path):
+    rows = [{"text": "a"}, {"text": "b\u00e9"}]
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "x.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "y.jsonl.gz", "wt") as handle:
+        handle.write(lines)
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "z.parquet")
+    for name in ("x.jsonl", "y.jsonl.gz", "z.parquet"):
+        assert list(read_rows(str(tmp_path / name))) == rows
+    code = tmp_path / "code" / "sub"
+    code.mkdir(parents=True)
+    (code / "a.py").write_bytes(b"# -*- coding: latin-1 -*-\r\nx = '\xe9'\r\n")
+    (code / "bad.py").write_bytes(b"x = '\xff\xfe'\n")  # not in its encoding: left out
+    found = list(read_rows(str(tmp_path / "code")))
+    assert [row["path"] for row in found] == ["sub/a.py"] and "\u00e9" in found[0]["text"]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("no.jsonl", None, "no such data file"),
+        ("bad.jsonl", "{}\nnot json\n", "line 2"),
+        ("bad.parquet", "x", "cannot"),
+    ],
+)
+def test_unreadable_data_is_one_clear_line(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words) as caught:
+        list(read_rows(str(tmp_path / name)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_names_those_there_are():
+    with pytest.raises(UserError, match="no column `text`; it has: code, lang"):
+        common.column({"code": 1, "lang": 2}, "text", "x")
+
+
+@dataclasses.dataclass
+class Arguments:
+    model: str
+    output_dir: str
+    seed: int = 0
+    resume: str = ""
+    penalty: float = 0.1
+
+
+def test_checkpoints_are_whole_or_absent(folder, tmp_path, monkeypatch):
+    common.setup(0)
+    model = common.load_model(folder, RANKS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    run = common.Run(Arguments(folder, str(tmp_path / "r")), common.__file__, RANKS)
+    ids = torch.arange(12).view(2, 6)
+
+    def step():
+        optimizer.zero_grad()
+        loss = -token_logprobs(model, ids, torch.tensor([0, 1]), torch.tensor([3, 4]))[0].sum()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    step()
+    run.save(1, {"cursor": 7}, {"policy": model}, optimizer)
+    expected = [step(), step()]
+    run.log({"update": 2, "x": 1.0})
+    # a full disk in the middle of the second checkpoint
+    monkeypatch.setattr(
+        common.dcp, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(UserError, match="No space left"):
+        run.save(3, {"cursor": 9}, {"policy": model}, optimizer)
+    monkeypatch.undo()
+    (tmp_path / "r" / "checkpoints" / "state_000004").mkdir()  # torn: no state.json
+    again = common.Run(Arguments(folder, str(tmp_path / "r"), resume="auto"), common.__file__, RANKS)
+    assert again.state == {"update": 1, "cursor": 7}
+    again.restore({"policy": model}, optimizer)
+    assert [step(), step()] == expected  # bit for bit
+    assert (tmp_path / "r" / "metrics.jsonl").read_text() == ""  # update 2 is to be done again
+    with pytest.raises(UserError, match="--penalty 0.1 -> 0.2"):
+        common.Run(Arguments(folder, str(tmp_path / "r"), resume="auto", penalty=0.2), common.__file__, RANKS)
+    with pytest.raises(UserError, match="already holds a run"):
+        common.Run(Arguments(folder, str(tmp_path / "r")), common.__file__, RANKS)
+    with pytest.raises(UserError, match="nothing to resume"):
+        common.Run(Arguments(folder, "", resume=str(tmp_path / "none")), common.__file__, RANKS)
+
+
+def test_old_checkpoints_are_removed_and_models_export(folder, tmp_path):
+    common.setup(0)
+    model, tokenizer = common.load_model(folder, RANKS), common.load_tokenizer(str(common.TINY / "model"))
+    run = common.Run(Arguments(folder, str(tmp_path / "r")), common.__file__, RANKS)
+    for update in range(1, 5):
+        run.save(update, {}, {"policy": model}, None)
+    kept = sorted(p for p in os.listdir(tmp_path / "r" / "checkpoints") if p.startswith("state"))
+    assert kept == ["state_000003", "state_000004"]
+    loaded = AutoModelForCausalLM.from_pretrained(run.export(model, tokenizer, "em_001"))
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_no_model_no_tokenizer_no_eos(folder, tmp_path):
+    with pytest.raises(UserError, match="cannot load the model"):
+        common.load_model(str(tmp_path), RANKS)
+    with pytest.raises(UserError, match="no tokenizer at"):
+        common.load_tokenizer(str(tmp_path))
