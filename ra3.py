@@ -195,6 +195,7 @@ TINY_DEFAULTS = Args(
     dataset=(str(TINY / "programs.jsonl"), "stdlib"),
     dataset_weights=(0.9, 0.1),
     max_snippet_tokens=96,
+    return_horizon=1,  # a thought in these programs serves the next line only; a longer horizon adds noise
     rl_updates=50,
     rl_batch_size=32,
     rl_learning_rate=7e-5,
@@ -510,11 +511,11 @@ def all_act(snippet: Snippet) -> Rollout:
 
 @torch.no_grad()
 def expert_logprobs(model, rollouts: list[Rollout], vocabulary: Vocabulary, args: Args, given_act=False):
-    """Log-probability of each expert token given everything before it, thoughts included: one array a rollout.
+    """Log-probability of each expert token given all before it, thoughts included: one array a rollout.
 
-    With `given_act` an action's first token is conditioned on not opening a thought: log p - log(1 - sum_H p), the
-    likelihood of a_t *given* that z_t is decided. The plain one would pay any thought, however idle, for taking
-    away the probability that the model gives to "#" there (D5). Run it inside `gathered(model)`.
+    With `given_act` an action's first token is conditioned on not opening one: log p - log(1 - sum_H p),
+    the likelihood of a_t *given* that z_t is decided. The plain one would pay any thought, however idle, for
+    taking away the probability that the model gives to "#" there (D5). Run it inside `gathered(model)`.
     """
     device = vocabulary.opens.device
     out: list[np.ndarray | None] = [None] * len(rollouts)
@@ -1122,7 +1123,8 @@ def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ran
             f"memory on each of {ranks.world_size} rank(s): "
             f"{parameters * copies / ranks.world_size / 2**30:.2f} GiB of weights and optimizer, "
             f"{parameters * 2 / 2**30:.2f} GiB gathered for rollouts on GPU (bf16),\n"
-            f"  plus {args.micro_batch_tokens} tokens' activations, the cache of {args.rollout_rows} rows\n\n{text}"
+            f"  plus {args.micro_batch_tokens} tokens' activations, the cache of {args.rollout_rows} rows\n"
+            f"\n{text}"
         )
 
 
