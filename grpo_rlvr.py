@@ -125,7 +125,7 @@ class Args:
     rollout_rows: int = 256
     """completions that one rank generates at once; memory and speed only"""
     reward_timeout_s: float = 6.0
-    """limit for one program with all its tests, or for one comparison of answers (seconds)"""
+    """limit for one test of a program, or for one comparison of answers (seconds)"""
     workers: int = 0
     """programs that run at once on each rank; 0: this machine's cores over its ranks"""
     # ---- algorithm
@@ -402,6 +402,7 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
             logits_processor=LogitsProcessorList([sampler.draw]),
             stopping_criteria=StoppingCriteriaList([sampler.ended]),
             return_dict_in_generate=True,
+            synced_gpus=False,  # the weights are whole on every rank: no collective per token
         )
         new, cache = out.sequences[:, start:], out.past_key_values  # [rows, up to DROP_EVERY]
         tokens[sampler.rows, start - width : start - width + new.shape[1]] = new
@@ -533,13 +534,13 @@ def grpo_loss(
         token_loss = token_loss / mask.sum(-1, keepdim=True).clamp(min=1)
     loss = (token_loss * mask).sum() / normalizer
     clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
-    sums = {"loss": loss, "tokens": mask.sum(), "kl": (kl * mask).sum(), "clipped": (clipped * mask).sum()}
+    sums = {"loss": loss, "tokens": mask.sum(), "kl": (kl * mask).sum(), "clip_frac": (clipped * mask).sum()}
     return loss, {key: value.item() for key, value in sums.items()}
 
 
 # ---------------------------------------------------------------- update
 
-SUMS = ("loss", "tokens", "kl", "clipped", "entropy", "rollout_ratio", "rollout_gap")
+SUMS = ("loss", "tokens", "kl", "clip_frac", "entropy", "rollout_ratio", "rollout_gap")
 
 
 @dataclass
@@ -781,7 +782,7 @@ def main(args: Args) -> None:
             problems = [train[i] for i in drawn for _ in range(args.group_size)]  # groups: G rows
             noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
             new, new_seconds = rollouts(problems, noise, args.temperature)
-            seconds += new_seconds
+            seconds.update(new_seconds)
             samples += new
 
             # 3 advantage
@@ -827,6 +828,8 @@ def main(args: Args) -> None:
         metrics = {"update": update, **sample_metrics(samples, args.group_size)}
         metrics["rollout/groups"] = len(groups)
         metrics["policy/loss"] = sums.pop("loss") / max(1, len(shares))
+        if not args.beta:
+            del sums["kl"]  # not measured
         metrics |= {f"policy/{key}": value / tokens for key, value in sums.items()}
         metrics |= {"optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": state["skipped"]}
         metrics |= {"data/epoch": state["cursor"] / len(train), **seconds}

@@ -534,6 +534,7 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
             logits_processor=LogitsProcessorList([sampler.draw]),
             stopping_criteria=StoppingCriteriaList([sampler.ended]),
             return_dict_in_generate=True,
+            synced_gpus=False,  # the weights are whole on every rank: no collective per token
         )
         new, cache = out.sequences[:, start:], out.past_key_values  # [rows, up to DROP_EVERY]
         tokens[sampler.rows, start - width : start - width + new.shape[1]] = new
