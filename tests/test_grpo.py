@@ -71,6 +71,7 @@ def toy_rewards(self, problems, texts):
 def toy(monkeypatch, tmp_path, model_dir, problems_file):
     """make(**changes) -> Args of a short run; a completion of an odd number of characters is right."""
     monkeypatch.setattr(grpo_rlvr.Rollouts, "rewards", toy_rewards)
+    monkeypatch.setattr(grpo_rlvr.Run, "curves", lambda self, keys: None)  # matplotlib is slow
     return lambda **changes: Args(
         **(toy_args(model_dir, problems_file) | {"output_dir": str(tmp_path / "run")} | changes)
     )
