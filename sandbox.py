@@ -617,8 +617,11 @@ def supervise(pid, tester_pid, lifeline, control, limits, folder):
 
 
 def folder_size(folder):
+    sizes = []
     with os.scandir(folder) as entries:
-        sizes = [entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries]
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # the program has just deleted it
+                sizes.append(entry.stat(follow_symlinks=False).st_blocks * 512)
     return sum(sizes) if len(sizes) <= SCRATCH_FILES else math.inf
 
 

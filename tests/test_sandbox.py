@@ -458,6 +458,11 @@ BOMBS = {  # name: (reason, code run at import)
         files = []
         while True:
             files.append(open('f', 'wb')); files[-1].write(bytes(1 << 16)); os.remove('f')"""),
+    "files that come and go": ("timeout", """
+        import os
+        while True:
+            for i in range(99): open(str(i), 'w').close()
+            for i in range(99): os.remove(str(i))"""),
     "endless recursion": ("exception: RecursionError", "def f(): f()\nf()"),
     "stack": ("killed by SIGSEGV", "import ctypes\nctypes.CFUNCTYPE(None)(lambda: f())\n"
                                    "f = ctypes.CFUNCTYPE(None)(lambda: f())\nimport sys\n"
