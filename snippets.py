@@ -258,9 +258,10 @@ def segment(
     starts = token_starts(text, ids, vocabulary)
     if not ids or starts is None or vocabulary.special.intersection(ids):
         return None
+    starts = np.array(starts)
     boundaries, indents, kinds, worst = [], [], [], [0]
     for offset, kind in action_starts(text, granularity):
-        first = offset + len(text[offset:]) - len(text[offset:].lstrip(" \t\f"))
+        first = re.compile(r"[ \t\f]*").match(text, offset).end()  # the first character that is no space
         index = int(np.searchsorted(starts, first, side="right")) - 1  # the token that holds `first`
         line_start = int(np.searchsorted(starts, offset))
         if starts[index] < offset:
