@@ -38,18 +38,13 @@ Deviations from the paper, and what it leaves open (docs/ra3.md has all, with bo
 
 import dataclasses
 import html
-import itertools
 import json
 import math
-import random
 import resource
 import sys
 import time
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -66,7 +61,6 @@ from common import (
     UserError,
     all_gather_list,
     all_sum,
-    column,
     copy_weights,
     gathered,
     grad_norm,
@@ -77,12 +71,11 @@ from common import (
     micro_batches,
     pad_right,
     positions,
-    read_rows,
     setup,
     token_logprobs,
     uniforms,
 )
-from snippets import Snippet, Vocabulary, bootstrap_text, cut_file, segment
+from snippets import Snippet, SnippetStream, Vocabulary, bootstrap_text
 
 
 @dataclass
@@ -196,7 +189,7 @@ TINY_DEFAULTS = Args(
     dataset_weights=(0.9, 0.1),
     max_snippet_tokens=96,
     return_horizon=1,  # a thought in these programs serves the next line only; a longer horizon adds noise
-    rl_updates=50,
+    rl_updates=60,
     rl_batch_size=32,
     rl_learning_rate=7e-5,
     ntp_updates=40,
@@ -205,102 +198,6 @@ TINY_DEFAULTS = Args(
     rollout_rows=128,
     micro_batch_tokens=4096,
 )
-
-
-# ---------------------------------------------------------------- data
-
-
-class SnippetStream:
-    """Endless, seeded stream of the snippets of one part of the data; `cursor` counts the texts taken from
-    it.
-
-    part: `eval` (one pass), `E` or `M` (endless), or `all` (everything once, in order). The part of a text
-    follows from a hash of it: parts are disjoint, duplicates stay together, and NTP sees what RA3's M-step
-    sees. Every rank reads the whole stream and takes its share of each batch.
-    """
-
-    def __init__(self, args: Args, part: str, vocabulary: Vocabulary, context: int, cursor: int = 0) -> None:
-        self.args, self.part, self.vocabulary, self.context = args, part, vocabulary, context
-        self.cursor, self.unusable = cursor, 0
-        self.texts = itertools.islice(self._texts(), cursor, None)
-
-    def __iter__(self) -> Iterator[Snippet]:
-        args = self.args
-        for text, source in self.texts:
-            self.cursor += 1
-            limits = args.max_snippet_tokens, self.context, args.max_latent_tokens
-            snippet = segment(text, self.vocabulary, *limits, args.granularity, source)
-            if snippet is not None and (self.part != "E" or len(snippet.boundaries)):
-                yield snippet
-                continue
-            self.unusable += 1  # nothing to decide in it, or the tokenizer does not give it back unchanged
-            if self.unusable == self.cursor == 1000:
-                raise UserError(f"none of the first 1000 texts of {', '.join(args.dataset)} can be used")
-
-    def batch(self, size: int) -> list[Snippet]:
-        return list(itertools.islice(iter(self), size))
-
-    def _texts(self) -> Iterator[tuple[str, str]]:
-        args = self.args
-        e_share = args.rl_updates * args.rl_batch_size
-        e_share = e_share / max(1, e_share + args.ntp_updates * args.ntp_batch_size)
-        first_m = 50 + round(950 * min(0.5, max(0.1, e_share)))  # of 1000: 50 held out, then E, then M
-        parts = {"eval": range(50), "E": range(50, first_m), "M": range(first_m, 1000), "all": range(1000)}
-        for epoch in itertools.count():
-            wanted = parts[self.part]
-            mine = (item for item in interleaved(args) if zlib.crc32(item[0].encode()) % 1000 in wanted)
-            if self.part != "all":
-                mine = shuffled(mine, random.Random(f"{args.seed} {self.part} {epoch}"))
-            count = 0
-            for item in mine:
-                count += 1
-                yield item
-            if self.part in ("eval", "all"):
-                return
-            if not count:
-                sources = ", ".join(args.dataset)
-                raise UserError(f"{sources}: no text for the {self.part}-step; give more data")
-
-
-def interleaved(args: Args) -> Iterator[tuple[str, str]]:
-    """(text, source) pairs of all sources, drawn by their weights, until the first source is exhausted."""
-    weights = args.dataset_weights
-    if len(weights) != len(args.dataset):
-        weights = (1.0,) * len(args.dataset)
-    pieces = {source: source_pieces(source, args) for source in args.dataset}
-    owed = dict.fromkeys(pieces, 0.0)
-    for _ in range(args.max_snippets) if args.max_snippets else itertools.count():
-        for source, weight in zip(args.dataset, weights):
-            owed[source] += weight
-        source = max(owed, key=owed.__getitem__)
-        owed[source] -= sum(weights)
-        text = next(pieces[source], None)
-        if text is None:
-            return
-        yield text, Path(source.split(":")[-1].split("/*")[0]).name.split(".")[0]
-
-
-def source_pieces(source: str, args: Args) -> Iterator[str]:
-    """The Python texts of one source; the OpenCoder corpus names the language in `lang` or `program_lang`."""
-    for row in read_rows(source):
-        text = column(row, args.text_column, source)
-        language = row.get("lang") or row.get("program_lang") or "python"
-        if isinstance(text, str) and text.strip() and language.lower() == "python":
-            text = text.encode("utf-8", "replace").decode()  # lone surrogates
-            yield from cut_file(text, 4 * args.max_snippet_tokens)
-
-
-def shuffled(items: Iterator, generator: random.Random, size: int = 10_000) -> Iterator:
-    """Shuffle a stream through a buffer of `size` items; a shorter stream is shuffled as a whole."""
-    buffer = []
-    for item in items:
-        buffer.append(item)
-        if len(buffer) == size:
-            index = generator.randrange(size)
-            buffer[index], buffer[-1] = buffer[-1], buffer[index]
-            yield buffer.pop()
-    generator.shuffle(buffer)
-    yield from buffer
 
 
 # ---------------------------------------------------------------- 1 sample: one generate call for all turns
@@ -351,38 +248,23 @@ class ForcedDecoding(LogitsProcessor):
         )
         self.code_end = torch.tensor([len(s.ids) for s in snippets], device=device)  # [R]
         self.vocabulary, self.args, self.noise = vocabulary, args, noise.to(device)  # noise [R, W]
-        self.pointer = torch.where(
-            self.code_end > 1, 1, 0
-        )  # [R] script index of the next expert token; 0: done
-        self.length = torch.zeros(
-            rows, dtype=torch.int64, device=device
-        )  # [R] tokens of the thought being written
-        self.decided = torch.zeros(
-            rows, dtype=torch.bool, device=device
-        )  # [R] a thought was written at this boundary
+        # the state of a row, [R]
+        self.pointer = torch.where(self.code_end > 1, 1, 0)  # script index of the next expert token; 0: done
+        self.length = torch.zeros_like(self.pointer)  # tokens of the thought being written
+        self.decided = torch.zeros_like(self.pointer, dtype=torch.bool)  # a thought was written here already
+        # the records, [R, W]
         shape = noise.shape
-        self.targets = torch.full(
-            shape, FORCED, device=device
-        )  # [R, W] what q drew: a token, EVENT (act), or FORCED
-        self.logq = torch.zeros(shape, device=device)  # [R, W] its log-probability
-        self.actions = torch.full(
-            shape, -1, device=device
-        )  # [R, W] action that a token belongs to or leads to
-        self.expert = torch.zeros(
-            shape, dtype=torch.bool, device=device
-        )  # [R, W] a token of the expert's code
-        self.malformed = torch.zeros(
-            shape, dtype=torch.bool, device=device
-        )  # [R, W] a thought broke off here
+        self.targets = torch.full(shape, FORCED, device=device)  # what q drew: token, EVENT (act), FORCED
+        self.logq = torch.zeros(shape, device=device)  # its log-probability
+        self.actions = torch.full(shape, -1, device=device)  # action that a token belongs to or leads to
+        self.expert = torch.zeros(shape, dtype=torch.bool, device=device)  # a token of the expert's code
+        self.malformed = torch.zeros_like(self.expert)  # a thought broke off here
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - 1  # column of `noise` and of the records; the separator is column -1
         here = self.pointer.unsqueeze(1)  # [R, 1]
-        at = {
-            name: getattr(self, name).gather(1, here).squeeze(1)
-            for name in ("script", "follow", "after", "action")
-        }
-        boundary = self.boundary.gather(1, here).squeeze(1)  # [R]
+        tables = (self.script, self.follow, self.after, self.action, self.boundary)
+        script, follow, after, action, boundary = (x.gather(1, here).squeeze(1) for x in tables)  # [R] each
         alive, thinking = self.pointer > 0, self.length > 0
         deciding = boundary & ~self.decided & ~thinking & alive
         # q: the policy's full distribution at the given temperature
@@ -393,28 +275,23 @@ class ForcedDecoding(LogitsProcessor):
         opens, ends, breaks = v.opens[drawn], v.ends[drawn], v.breaks[drawn]
         acts = deciding & ~opens
         writes = (deciding & opens) | thinking  # this step's token is the policy's
-        act_logprob = logprobs.masked_fill(self.vocabulary.opens, -torch.inf).logsumexp(
-            -1
-        )  # log(1 - sum_H p)
-        # a thought that breaks the source, or has not ended in time, is closed by a newline in place of the
-        # last token
+        act_logprob = logprobs.masked_fill(v.opens, -torch.inf).logsumexp(-1)  # log(1 - sum_H p)
+        # a thought that breaks the source, or has not ended in time, is closed by a newline as its last token
         length = self.length + writes
         malformed = writes & (breaks | (~ends & (length >= self.args.max_latent_tokens)))
         closes = writes & (ends | malformed)
-        token = torch.where(writes, torch.where(malformed, self.vocabulary.newline, drawn), at["script"])
+        token = torch.where(writes, torch.where(malformed, v.newline, drawn), script)
         self.targets[:, step] = torch.where(acts, EVENT, torch.where(writes, drawn, FORCED))
         chosen = logprobs.gather(1, drawn.unsqueeze(1)).squeeze(1)
         self.logq[:, step] = torch.where(acts, act_logprob, torch.where(writes, chosen, 0.0))
-        self.actions[:, step] = torch.where(alive, at["action"], -1)
+        self.actions[:, step] = torch.where(alive, action, -1)
         self.expert[:, step] = alive & ~writes & (self.pointer < self.code_end)
         self.malformed[:, step] = malformed
         # move on
-        self.pointer = torch.where(writes, torch.where(closes, at["after"], self.pointer), at["follow"])
+        self.pointer = torch.where(writes, torch.where(closes, after, self.pointer), follow)
         self.decided = (self.decided | closes) & ~(boundary & ~writes)
         self.length = torch.where(writes & ~closes, length, 0)
-        return torch.full_like(scores, -torch.inf).scatter_(
-            1, token.unsqueeze(1), 0.0
-        )  # greedy takes this one
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)  # greedy takes it
 
 
 class EndOfScript(StoppingCriteria):
@@ -454,11 +331,8 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(
-    model, snippets: list[Snippet], noise: torch.Tensor, vocabulary: Vocabulary, args: Args
-) -> list[Rollout]:
-    """Roll each snippet out once, through all its turns, with thoughts sampled from `model`. noise [R, W] in
-    [0, 1).
+def rollout(model, snippets: list[Snippet], noise, vocabulary: Vocabulary, args: Args) -> list[Rollout]:
+    """Roll each snippet out once, through all its turns, with thoughts sampled from `model`; noise [R, W].
 
     Rows of similar length share a generate call, which ends with its longest row. Call it inside
     `gathered(model)`.
@@ -470,29 +344,24 @@ def rollout(
         rows = [snippets[r] for r in chunk]
         width = max(s.width(args.max_latent_tokens) for s in rows)
         forced = ForcedDecoding(rows, noise[chunk, :width], vocabulary, args)
-        ids = (
-            model.generate(
-                forced.script[:, :1],  # the separator
-                attention_mask=torch.ones_like(forced.script[:, :1]),
-                logits_processor=LogitsProcessorList([forced]),
-                stopping_criteria=StoppingCriteriaList([EndOfScript(forced)]),
-                do_sample=False,
-                max_new_tokens=width,
+        ids = model.generate(
+            forced.script[:, :1],  # the separator
+            attention_mask=torch.ones_like(forced.script[:, :1]),
+            logits_processor=LogitsProcessorList([forced]),
+            stopping_criteria=StoppingCriteriaList([EndOfScript(forced)]),
+            do_sample=False,
+            max_new_tokens=width,
             synced_gpus=False,  # the weights are whole on every rank: no collective per token
-                pad_token_id=vocabulary.separator,
-            )
-            .cpu()
-            .numpy()
+            pad_token_id=vocabulary.separator,
         )
+        ids = ids.cpu().numpy()
         steps = ids.shape[1] - 1
         records = (forced.targets, forced.logq, forced.actions, forced.expert, forced.malformed)
         records = [record[:, :steps].cpu().numpy() for record in records]
         for k, r in enumerate(chunk):
             end = 1 + np.flatnonzero(records[3][k])[-1] if records[3][k].any() else 0  # the last expert token
-            row = [
-                np.insert(record[k, :end], 0, nothing)
-                for record, nothing in zip(records, (FORCED, 0, -1, 0, 0))
-            ]
+            separator = (FORCED, 0, -1, 0, 0)  # its records
+            row = [np.insert(record[k, :end], 0, value) for record, value in zip(records, separator)]
             rollouts[r] = Rollout(rows[k], ids[k, : end + 1], *row)
     return rollouts
 
@@ -564,8 +433,7 @@ def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float, args: A
 
 
 def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
-    """Return of step t: the sum of the next `horizon` rewards r_t .. r_{t+horizon-1}; horizon 0: all to the
-    end.
+    """Return of step t: the sum of the next `horizon` rewards r_t .. r_{t+horizon-1}; 0: all to the end.
 
     rewards [..., G, T], zero behind a sequence's end; the result has the same shape and unit. Section 7 of
     version 2; horizon 0 is version 1's. ValueError for a negative horizon.
@@ -581,8 +449,7 @@ def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
 
 
 def group_baseline_advantages(returns: torch.Tensor, normalize_std: bool = False) -> torch.Tensor:
-    """Return minus its mean over the G rollouts of the same snippet at the same step; [..., G, T] -> same
-    shape.
+    """Return minus its mean over the G rollouts of the same snippet at the same step; [..., G, T] -> same.
 
     The expert's lines are the same in all rollouts, so the steps align. Section 5 of the paper (b(s_t), after
     Algorithm 1); `normalize_std` also divides by the standard deviation over the group, as eq. (2.2) does.
@@ -622,8 +489,7 @@ def policy_gradient_loss(model, batch, vocabulary: Vocabulary, args: Args, decis
 def ntp_loss(model, rollouts: list[Rollout], vocabulary: Vocabulary, mask_latents: bool, tokens: float):
     """This micro-batch's part of the M-step loss: mean negative log-likelihood per token (nats), eq. (4.2).
 
-    tokens: how many are trained on in the whole global batch. Also returns the sum of the expert tokens'
-    losses.
+    tokens: those trained on in the whole global batch. Also returns the sum of the expert tokens' losses.
     """
     device = vocabulary.opens.device
     ids = pad_right([r.ids for r in rollouts], vocabulary.separator, device)  # [B, T]
@@ -634,8 +500,7 @@ def ntp_loss(model, rollouts: list[Rollout], vocabulary: Vocabulary, mask_latent
 
 
 def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -> tuple[float, float, float]:
-    """One optimiser step over micro-batches of rows; returns (global loss, sum of the second value, gradient
-    norm).
+    """One optimiser step over micro-batches of rows: (global loss, sum of the second value, gradient norm).
 
     loss_of(rows) -> (part of the global loss, a sum to report). If the loss or gradient is not finite nothing
     changes and the norm returned is NaN.
@@ -656,8 +521,7 @@ def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -
 
 
 def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
-    """One E-step update: q = policy, pi_i = frozen. snippets: the global batch. Returns metrics, equal on all
-    ranks."""
+    """One E-step update: q = policy, pi_i = frozen; snippets: the global batch. Returns its metrics."""
     G, mine = args.group_size, ranks.share(len(snippets))
     clock = [time.perf_counter()]
     # 1 sample: every rank draws the same noise for the whole batch and takes its rows
@@ -685,13 +549,10 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     sums["line"] = -sum(lp.sum() for lp in logprobs)
     sums = all_sum(sums, ranks)
     pairs = list(zip(rollouts, advantages))
+    batches = weighted(pairs, [len(r.ids) for r in rollouts], args, ranks)
     _, entropy, norm = update(
-        policy,
-        optimizer,
-        weighted(pairs, [len(r.ids) for r in rollouts], args, ranks),
-        lambda part: policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"]),
-        ranks,
-        args,
+        policy, optimizer, batches,
+        lambda part: policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"]), ranks, args,
     )
     clock.append(time.perf_counter())
     return {
@@ -705,8 +566,7 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
 
 
 def m_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
-    """One M-step update: pi = policy; q = frozen samples the thoughts, or every latent is act if frozen is
-    None."""
+    """One M-step update: pi = policy; q = frozen samples the thoughts; None: every latent is act."""
     mine = ranks.share(len(snippets))
     clock = [time.perf_counter()]
     if frozen is None:  # NTP
@@ -721,13 +581,10 @@ def m_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
     sums = all_sum(sums, ranks)
     clock += [time.perf_counter()] * 2  # nothing to score
+    batches = weighted(rollouts, [len(r.ids) for r in rollouts], args, ranks)
     loss, expert_loss, norm = update(
-        policy,
-        optimizer,
-        weighted(rollouts, [len(r.ids) for r in rollouts], args, ranks),
-        lambda part: ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"]),
-        ranks,
-        args,
+        policy, optimizer, batches,
+        lambda part: ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"]), ranks, args,
     )
     clock.append(time.perf_counter())
     return {
@@ -749,9 +606,8 @@ def weighted(rows: list, lengths: list[int], args: Args, ranks: Ranks) -> list[t
 
 def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
     """Counts to be added up over ranks: decisions, thoughts, their tokens, and both by kind of line."""
-    sums = Counter(
-        dict.fromkeys(("decisions", "thoughts", "malformed", "latent_tokens", "tokens", "expert_tokens"), 0)
-    )
+    names = ("decisions", "thoughts", "malformed", "latent_tokens", "tokens", "expert_tokens")
+    sums = Counter(dict.fromkeys(names, 0))
     for kind in ("assert", "assign", "control", "def", "import", "other", "return"):
         sums[f"of/{kind}"] = sums[f"at/{kind}"] = 0
     for r in rollouts:
@@ -795,24 +651,19 @@ def timing(clock: list[float], tokens: float, learning_rate: float, norm: float)
 
 
 def evaluate(model, snippets, vocabulary, args, ranks) -> tuple[dict[str, float], list[Rollout]]:
-    """Cross-entropy (nats per token) of held-out expert tokens, with thoughts sampled by `model` itself and
-    without.
+    """Cross-entropy (nats per token) of held-out expert tokens, with thoughts sampled by `model` and without.
 
     The same noise every time. One draw of the thoughts; malformed ones are replaced by act, as in the M-step.
-    Also the think rate by source and kind of line. Returns the metrics and this rank's rollouts, for the
-    samples.
+    Also the think rate by source and kind of line. Returns the metrics and this rank's rollouts, for samples.
     """
     if not snippets:
         return {}, []
     mine = ranks.share(len(snippets))
     width = max(s.width(args.max_latent_tokens) for s in snippets)
     noise = uniforms((len(snippets), width), args.seed, "eval")[mine]
-    sums = dict.fromkeys(
-        (f"{n}/{s.source}" for s in snippets for n in ("ce_code", "ce_code_act", "tokens")), 0.0
-    )
-    sums |= dict.fromkeys(
-        (f"{n}/{s.source}/{k}" for s in snippets for k in s.kinds for n in ("at", "of")), 0.0
-    )
+    keys = [f"{n}/{s.source}" for s in snippets for n in ("ce_code", "ce_code_act", "tokens")]
+    keys += [f"{n}/{s.source}/{k}" for s in snippets for k in s.kinds for n in ("at", "of")]
+    sums = dict.fromkeys(keys, 0.0)  # the same keys on every rank
     with gathered(model):
         rollouts = rollout(model, snippets[mine], noise, vocabulary, args)
         thinking = expert_logprobs(model, [r.without_malformed() for r in rollouts], vocabulary, args)
@@ -829,20 +680,17 @@ def evaluate(model, snippets, vocabulary, args, ranks) -> tuple[dict[str, float]
     sums = all_sum(sums, ranks)
     sources = sorted({s.source for s in snippets})
     tokens = sum(sums[f"tokens/{source}"] for source in sources)
-    metrics = {
-        f"eval/{n}": sum(sums[f"{n}/{s}"] for s in sources) / tokens for n in ("ce_code", "ce_code_act")
-    }
-    for source in sources:
-        for name in ("ce_code", "ce_code_act"):
+    metrics = {}
+    for name in ("ce_code", "ce_code_act"):
+        metrics[f"eval/{name}"] = sum(sums[f"{name}/{source}"] for source in sources) / tokens
+        for source in sources:
             metrics[f"eval/{name}/{source}"] = sums[f"{name}/{source}"] / sums[f"tokens/{source}"]
     for key in sorted(k for k in sums if k.startswith("of/")):
         metrics[f"eval/think_rate/{key[3:]}"] = sums["at" + key[2:]] / sums[key]
     return metrics, rollouts
 
 
-def rendered(
-    rollouts: list[Rollout], vocabulary: Vocabulary, before: str, after: str, escape=str
-) -> list[str]:
+def rendered(rollouts: list[Rollout], vocabulary, before: str, after: str, escape=str) -> list[str]:
     """Each rollout's text with its thoughts between `before` and `after`."""
     texts = []
     for r in rollouts:
@@ -863,24 +711,17 @@ def write_samples(run: Run, title: str, rollouts: list[Rollout], vocabulary: Voc
         handle.writelines(f"<pre style='background:#f6f6f6;padding:1em'>{block}</pre>\n" for block in blocks)
 
 
-def print_table(
-    stages: list[tuple[str, dict]], rollouts: list[Rollout], vocabulary: Vocabulary, run: Run
-) -> None:
+def print_table(stages: list[tuple[str, dict]], rollouts: list[Rollout], vocabulary, run: Run) -> None:
     """What the run did, on held-out snippets: a row a metric, a column a stage; then a few samples."""
-    wanted = [k for k in stages[-1][1] if k.startswith(("eval/ce_code", "eval/think_rate"))]
-    wanted = [
-        k for k in wanted if "think_rate" not in k or any(stage[1].get(k, 0) >= 0.005 for stage in stages)
-    ]
+    wanted = [k for k in stages[-1][1] if k.startswith("eval/ce_code")]
+    rates = [k for k in stages[-1][1] if k.startswith("eval/think_rate")]
+    wanted += [k for k in rates if any(metrics.get(k, 0) >= 0.005 for _, metrics in stages)]
     name = max(len(k) for k in wanted) - len("eval/")
     print("\nheld-out snippets".ljust(name + 3) + "".join(f"{title:>12}" for title, _ in stages))
     for key in wanted:
-        print(
-            f"  {key.removeprefix('eval/').ljust(name)}"
-            + "".join(f"{m.get(key, math.nan):12.3f}" for _, m in stages)
-        )
-    print(
-        "ce_code: cross-entropy of the expert's tokens with the model's own thoughts, _act: without (nats)\n"
-    )
+        values = "".join(f"{metrics.get(key, math.nan):12.3f}" for _, metrics in stages)
+        print(f"  {key.removeprefix('eval/').ljust(name)}{values}")
+    print("ce_code: cross-entropy of the expert's tokens with the model's thoughts, _act: without (nats)\n")
     chosen = {r.snippet.source: r for r in reversed(rollouts)}.values()  # one of each source
     for text in rendered(list(chosen), vocabulary, "\033[32m", "\033[0m"):
         print("\n".join(text.splitlines()[:16]) + "\n")
@@ -888,8 +729,7 @@ def print_table(
 
 
 def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args, ranks: Ranks) -> None:
-    """--bootstrap-only: one JSON object a snippet: text, bootstrapped, latents [{line, text}] in
-    bootstrapped.jsonl.
+    """--bootstrap-only: bootstrapped.jsonl, an object a snippet: text, bootstrapped, latents [{line, text}].
 
     With --resume auto, an earlier file is kept up to its last whole batch, and continued.
     """
@@ -912,18 +752,10 @@ def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args,
         lines = []
         for r in rollouts:
             latents = {t: vocabulary.decode([ids])[0] for t, ids in r.thoughts().items()}
-            starts = {t: r.snippet.starts[r.snippet.boundaries[t]] for t in latents}
-            places = [
-                {"line": r.snippet.text.count("\n", 0, starts[t]), "text": latents[t].strip()}
-                for t in sorted(latents)
-            ]
-            lines.append(
-                {
-                    "text": r.snippet.text,
-                    "bootstrapped": bootstrap_text(r.snippet, latents),
-                    "latents": places,
-                }
-            )
+            starts = {t: r.snippet.starts[r.snippet.boundaries[t]] for t in sorted(latents)}
+            text, bootstrapped = r.snippet.text, bootstrap_text(r.snippet, latents)
+            places = [{"line": text.count("\n", 0, starts[t]), "text": latents[t].strip()} for t in starts]
+            lines.append({"text": text, "bootstrapped": bootstrapped, "latents": places})
         lines = all_gather_list(lines, ranks)
         count += len(snippets)
         if ranks.main:
@@ -938,35 +770,17 @@ def check(args: Args, ranks: Ranks) -> None:
         size, flag = getattr(args, name), name.replace("_", "-")
         if size <= 0 or size % ranks.world_size:
             nearest = max(ranks.world_size, size // ranks.world_size * ranks.world_size)
-            raise UserError(
-                f"--{flag} {size} does not divide by {ranks.world_size} ranks: use {nearest}"
-            )
-    positive = (
-        "group_size",
-        "em_iterations",
-        "max_latent_tokens",
-        "temperature",
-        "rollout_rows",
-        "micro_batch_tokens",
-    )
-    for name in (*positive, "max_snippet_tokens", "save_every"):
+            raise UserError(f"--{flag} {size} does not divide by {ranks.world_size} ranks: use {nearest}")
+    positive = "group_size em_iterations max_latent_tokens temperature rollout_rows micro_batch_tokens"
+    for name in [*positive.split(), "save_every", "max_snippet_tokens"]:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in (
-        "rl_updates",
-        "ntp_updates",
-        "return_horizon",
-        "penalty_warmup",
-        "max_snippets",
-        "eval_every",
-        "eval_snippets",
-    ):
+    not_negative = "rl_updates ntp_updates return_horizon penalty_warmup max_snippets eval_every"
+    for name in [*not_negative.split(), "eval_snippets"]:
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if args.max_snippet_tokens < 4:
-        raise UserError(
-            f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code; use 4 or more"
-        )
+        raise UserError(f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code")
 
 
 def main(args: Args) -> None:
@@ -982,9 +796,8 @@ def main(args: Args) -> None:
         return
     run = Run(args, __file__, ranks)
     if args.bootstrap_only:
-        bootstrap(
-            load_model(args.q_model, ranks) if args.q_model else policy, vocabulary, context, run, args, ranks
-        )
+        sampler = load_model(args.q_model, ranks) if args.q_model else policy
+        bootstrap(sampler, vocabulary, context, run, args, ranks)
         return
     learns_q = args.algo == "ra3" and not args.q_model  # else there is no E-step
     frozen = None if args.algo == "ntp" else load_model(args.q_model or args.model, ranks)
@@ -995,13 +808,8 @@ def main(args: Args) -> None:
     total = args.em_iterations * per_iteration
 
     def new_optimizer(learning_rate: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            policy.parameters(),
-            lr=learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.95), "fused": True}
+        return torch.optim.AdamW(policy.parameters(), lr=learning_rate, **options)
 
     models = {"policy": policy} | ({"frozen": frozen} if learns_q else {})
     optimizer, start, bad_updates = None, 0, 0
@@ -1011,9 +819,8 @@ def main(args: Args) -> None:
         in_e_step = (start - 1) % per_iteration < rl_updates  # of the last update done
         optimizer = new_optimizer(args.rl_learning_rate if in_e_step else args.ntp_learning_rate)
         run.restore(models, optimizer)
-    streams = {
-        p: SnippetStream(args, p, vocabulary, context, cursors[p]) for p in ("E", "M") if p == "M" or learns_q
-    }
+    parts = ("E", "M") if learns_q else ("M",)
+    streams = {part: SnippetStream(args, part, vocabulary, context, cursors[part]) for part in parts}
     held_out = SnippetStream(args, "eval", vocabulary, context).batch(args.eval_snippets)
     stages: list[tuple[str, dict]] = run.state["stages"] if run.state is not None else []
     interrupt, started = Interrupt(), time.perf_counter()
@@ -1069,17 +876,15 @@ def main(args: Args) -> None:
             run.export(policy, tokenizer, f"em_{iteration + 1:03d}")
         stop = interrupt.requested(ranks)
         if stop or update_number % args.save_every == 0 or last_of_phase:
-            cursors = {name: stream.cursor for name, stream in streams.items()}
-            run.save(
-                update_number, {"cursors": {"E": 0, "M": 0} | cursors, "stages": stages}, models, optimizer
-            )
+            cursors |= {part: stream.cursor for part, stream in streams.items()}
+            run.save(update_number, {"cursors": cursors, "stages": stages}, models, optimizer)
         if last_of_phase or stop:
             run.curves(CURVES)
         if stop:
             raise SystemExit(128 + interrupt.signal)
+    if not hasattr(measure, "rollouts"):
+        measure("after")  # a run that was complete already
     if ranks.main and held_out:
-        if not hasattr(measure, "rollouts"):
-            measure("after")  # a run that was complete already
         print_table(stages, measure.rollouts, vocabulary, run)
 
 

@@ -1,8 +1,9 @@
 """RA3's data: an expert's Python text, cut into actions, as tokens.
 
-    text -> legal_lines      where a comment line is legal and changes nothing
-         -> action_starts    where one action ends and the next begins
-         -> segment          the same in tokens: a Snippet with its boundaries
+    sources -> SnippetStream    the texts of one part of the data, in a seeded order
+    text    -> legal_lines      where a comment line is legal and changes nothing
+            -> action_starts    where one action ends and the next begins
+            -> segment          the same in tokens: a Snippet with its boundaries
     Snippet + thoughts -> bootstrap_text
 
 Inserting comment lines before any of the lines that `legal_lines` names leaves `ast.dump(ast.parse(text))` as
@@ -13,17 +14,21 @@ line.
 
 import ast
 import io
+import itertools
 import keyword
+import random
 import re
 import tokenize
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UserError
+from common import UserError, column, read_rows
 
 # ---------------------------------------------------------------- text
 
@@ -40,9 +45,7 @@ def legal_lines(text: str) -> list[tuple[int, str, str]]:
         return []  # a lone carriage return ends a line for the parser, but not for tokenize
     kinds = ["code" if line.strip(" \t\f\r\n") else "blank" for line in lines]
     illegal, commented, read = set(), set(), 0  # line numbers from 1
-    strings: list[
-        int
-    ] = []  # first lines of the f-strings that are open (Python 3.12 and later give them in parts)
+    strings: list[int] = []  # first lines of the f-strings that are open (Python 3.12 gives them in parts)
     statement: list[tokenize.TokenInfo] = []
     try:
         for token in tokenize.generate_tokens(iter(lines).__next__):
@@ -92,19 +95,15 @@ def action_starts(text: str, granularity: str) -> list[tuple[int, str]]:
         if kind != "code":
             continue
         indent = len(line) - len(line.lstrip(" \t\f"))
-        if (
-            granularity == "line"
-            or not starts
-            or (granularity == "block" and (gap or indent != indent_before))
-        ):
+        new_block = granularity == "block" and (gap or indent != indent_before)
+        if granularity == "line" or not starts or new_block:
             starts.append((pending, line_kind(line)))
         pending, gap, indent_before = None, False, indent
     return starts
 
 
 def line_kind(line: str) -> str:
-    """A word for what a line of code does (the metrics split the think rate by it): assert, def, return,
-    control ..."""
+    """A word for what a line of code does, by which the metrics split the think rate: assert, def, ..."""
     words = line.replace("(", " ").replace(":", " ").split()
     first = words[0] if words else ""
     if first in ("def", "class", "async", "return", "import", "from", "assert"):
@@ -115,8 +114,7 @@ def line_kind(line: str) -> str:
 
 
 def cut_file(text: str, max_chars: int) -> Iterator[str]:
-    """A text longer than max_chars in pieces of whole top-level statements; unchanged if it does not
-    parse."""
+    """A text longer than max_chars in pieces of whole top-level statements; whole if it does not parse."""
     if len(text) <= max_chars:
         yield text
         return
@@ -148,19 +146,16 @@ def cut_file(text: str, max_chars: int) -> Iterator[str]:
 
 
 class Vocabulary:
-    """What each token's text means for a thought; bool [V] on the device. Decided by decoded text, never by
-    ids.
+    """What each token's text means for a thought; bool [V] on the device. Decided by its text, never by ids.
 
-    opens    H: the text begins with "#" after leading spaces and tabs; such a token at a boundary opens a
-    thought ends     holds a newline and nothing after it: the thought ends with this token breaks   would
-    break the source inside a comment: text after a newline, carriage return, NUL, special token
+    opens    H: "#" after leading spaces and tabs; at a boundary such a token opens a thought
+    ends     holds a newline and nothing after it: the thought ends with this token
+    breaks   would break the source inside a comment: text after a newline, carriage return, NUL, special
     """
 
     def __init__(self, tokenizer, size: int, device) -> None:
         self.tokenizer = tokenizer
-        self.anchor = tokenizer(
-            "a", add_special_tokens=False
-        ).input_ids  # keeps SentencePiece from dropping a space
+        self.anchor = tokenizer("a", add_special_tokens=False).input_ids  # SentencePiece drops a first space
         self.anchor_length = len(tokenizer.decode(self.anchor))
         known = min(size, len(tokenizer))
         self.text = self.decode([[i] for i in range(known)])
@@ -182,25 +177,20 @@ class Vocabulary:
         canonical = tokenizer("a\n", add_special_tokens=False).input_ids[-1]
         self.newline = canonical if canonical in newlines else next(iter(newlines), None)
         if self.newline is None or not any(opens):
-            raise UserError(
-                "this tokenizer has no token for a newline or for '#', so it cannot write a comment line"
-            )
-        self.separator = (
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        )
+            raise UserError("this tokenizer has no token for a newline or for '#': it cannot write a comment")
+        has_bos = tokenizer.bos_token_id is not None
+        self.separator = tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Text of each row of tokens, as it is in the middle of a text."""
-        texts = self.tokenizer.batch_decode(
-            [self.anchor + row for row in rows], clean_up_tokenization_spaces=False
-        )
+        rows = [self.anchor + row for row in rows]
+        texts = self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
         return [text[self.anchor_length :] for text in texts]
 
 
 @dataclass
 class Snippet:
-    """One expert demonstration. Token k of `ids` covers text[starts[k]:starts[k + 1]]; ids[0] is the
-    separator."""
+    """One expert demonstration. Token k of `ids` is text[starts[k]:starts[k + 1]]; ids[0] the separator."""
 
     text: str
     source: str
@@ -296,8 +286,7 @@ def segment(
 
 
 def bootstrap_text(snippet: Snippet, latents: dict[int, str]) -> str:
-    """The text with thoughts: latents maps an action to its comment line (without indentation, with
-    newline)."""
+    """The text with thoughts; latents: action -> its comment line, without indentation, with newline."""
     pieces, done = [], 0
     for action, latent in sorted(latents.items()):
         start = snippet.starts[snippet.boundaries[action]]
@@ -305,3 +294,98 @@ def bootstrap_text(snippet: Snippet, latents: dict[int, str]) -> str:
         pieces += [snippet.text[done:start], latent, snippet.text[line_start:start]]
         done = start
     return "".join([*pieces, snippet.text[done:]])
+
+
+# ---------------------------------------------------------------- the stream
+
+
+class SnippetStream:
+    """Endless, seeded stream of the snippets of one part of the data; `cursor` counts the texts taken.
+
+    args: ra3.Args. part: `eval` (one pass), `E` or `M` (endless), or `all` (everything once, in order). The
+    part of a text follows from a hash of it: parts are disjoint, duplicates stay together, and NTP sees what
+    RA3's M-step sees. Every rank reads the whole stream and takes its share of each batch.
+    """
+
+    def __init__(self, args, part: str, vocabulary: Vocabulary, context: int, cursor: int = 0) -> None:
+        self.args, self.part, self.vocabulary, self.context = args, part, vocabulary, context
+        self.cursor, self.unusable = cursor, 0
+        self.texts = itertools.islice(self._texts(), cursor, None)
+
+    def __iter__(self) -> Iterator[Snippet]:
+        args = self.args
+        for text, source in self.texts:
+            self.cursor += 1
+            limits = args.max_snippet_tokens, self.context, args.max_latent_tokens
+            snippet = segment(text, self.vocabulary, *limits, args.granularity, source)
+            if snippet is not None and (self.part != "E" or len(snippet.boundaries)):
+                yield snippet
+                continue
+            self.unusable += 1  # nothing to decide in it, or the tokenizer does not give it back unchanged
+            if self.unusable == self.cursor == 1000:
+                raise UserError(f"none of the first 1000 texts of {', '.join(args.dataset)} can be used")
+
+    def batch(self, size: int) -> list[Snippet]:
+        return list(itertools.islice(iter(self), size))
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        args = self.args
+        e_share = args.rl_updates * args.rl_batch_size
+        e_share = e_share / max(1, e_share + args.ntp_updates * args.ntp_batch_size)
+        first_m = 50 + round(950 * min(0.5, max(0.1, e_share)))  # of 1000: 50 held out, then E, then M
+        parts = {"eval": range(50), "E": range(50, first_m), "M": range(first_m, 1000), "all": range(1000)}
+        for epoch in itertools.count():
+            wanted = parts[self.part]
+            mine = (item for item in interleaved(args) if zlib.crc32(item[0].encode()) % 1000 in wanted)
+            if self.part != "all":
+                mine = shuffled(mine, random.Random(f"{args.seed} {self.part} {epoch}"))
+            count = 0
+            for item in mine:
+                count += 1
+                yield item
+            if self.part in ("eval", "all"):
+                return
+            if not count:
+                sources = ", ".join(args.dataset)
+                raise UserError(f"{sources}: no text for the {self.part}-step; give more data")
+
+
+def interleaved(args) -> Iterator[tuple[str, str]]:
+    """(text, source) pairs of all sources, drawn by their weights, until the first source is exhausted."""
+    weights = args.dataset_weights
+    if len(weights) != len(args.dataset):
+        weights = (1.0,) * len(args.dataset)
+    pieces = {source: source_pieces(source, args) for source in args.dataset}
+    owed = dict.fromkeys(pieces, 0.0)
+    for _ in range(args.max_snippets) if args.max_snippets else itertools.count():
+        for source, weight in zip(args.dataset, weights):
+            owed[source] += weight
+        source = max(owed, key=owed.__getitem__)
+        owed[source] -= sum(weights)
+        text = next(pieces[source], None)
+        if text is None:
+            return
+        yield text, Path(source.split(":")[-1].split("/*")[0]).name.split(".")[0]
+
+
+def source_pieces(source: str, args) -> Iterator[str]:
+    """The Python texts of one source; the OpenCoder corpus names the language in `lang` or `program_lang`."""
+    for row in read_rows(source):
+        text = column(row, args.text_column, source)
+        language = row.get("lang") or row.get("program_lang") or "python"
+        if isinstance(text, str) and text.strip() and language.lower() == "python":
+            text = text.encode("utf-8", "replace").decode()  # lone surrogates
+            yield from cut_file(text, 4 * args.max_snippet_tokens)
+
+
+def shuffled(items: Iterator, generator: random.Random, size: int = 10_000) -> Iterator:
+    """Shuffle a stream through a buffer of `size` items; a shorter stream is shuffled as a whole."""
+    buffer = []
+    for item in items:
+        buffer.append(item)
+        if len(buffer) == size:
+            index = generator.randrange(size)
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            yield buffer.pop()
+    generator.shuffle(buffer)
+    yield from buffer
