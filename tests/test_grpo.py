@@ -620,7 +620,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capfd, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "argv", ["grpo_rlvr.py", "--tiny", "--dry-run"])
     grpo_rlvr.main(grpo_rlvr.parse_args())
     out = capfd.readouterr().out
-    assert "training and 128 held-out problems" in out and "def solve(" in out and "GiB" in out
+    assert "training and 98 held-out problems" in out and "def solve(" in out and "GiB" in out
     assert not list(tmp_path.iterdir())
 
 
