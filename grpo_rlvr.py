@@ -176,7 +176,7 @@ MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
 TINY_RUN = {  # optimisation settings for two million parameters; the reward is that of a large run
     "tiny": True, "model": f"{TINY}/model", "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
     "chat_template": False, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64,
-    "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 2e-4,
+    "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 1e-4,
     "micro_batch_tokens": 2048, "save_every": 0,
 }
 

@@ -189,7 +189,7 @@ TINY_DEFAULTS = Args(
     dataset_weights=(0.9, 0.1),
     max_snippet_tokens=96,
     return_horizon=1,  # a thought in these programs serves the next line only; a longer horizon adds noise
-    rl_updates=60,
+    rl_updates=80,
     rl_batch_size=32,
     rl_learning_rate=7e-5,
     ntp_updates=40,
@@ -608,7 +608,7 @@ def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
     """Counts to be added up over ranks: decisions, thoughts, their tokens, and both by kind of line."""
     names = ("decisions", "thoughts", "malformed", "latent_tokens", "tokens", "expert_tokens")
     sums = Counter(dict.fromkeys(names, 0))
-    for kind in ("assert", "assign", "control", "def", "import", "other", "return"):
+    for kind in ("first", "assert", "assign", "control", "def", "import", "other", "return"):
         sums[f"of/{kind}"] = sums[f"at/{kind}"] = 0
     for r in rollouts:
         thought = set(r.actions[r.targets >= 0].tolist())

@@ -83,7 +83,8 @@ def action_starts(text: str, granularity: str) -> list[tuple[int, str]]:
     """(offset, kind of its code line) of each action's first non-blank line.
 
     An action is a line of code with the comment, blank and docstring lines before it (`line`); the lines up
-    to a blank line or a change of indentation (`block`); or everything (`snippet`).
+    to a blank line or a change of indentation (`block`); or everything (`snippet`). A text's first action is
+    a kind of its own, `first`: any thought there tells what sort of text follows.
     """
     starts: list[tuple[int, str]] = []
     pending, gap, indent_before = None, True, None
@@ -97,7 +98,7 @@ def action_starts(text: str, granularity: str) -> list[tuple[int, str]]:
         indent = len(line) - len(line.lstrip(" \t\f"))
         new_block = granularity == "block" and (gap or indent != indent_before)
         if granularity == "line" or not starts or new_block:
-            starts.append((pending, line_kind(line)))
+            starts.append((pending, line_kind(line) if starts else "first"))
         pending, gap, indent_before = None, False, indent
     return starts
 

@@ -40,7 +40,7 @@ def test_a_line_of_code_takes_the_comments_blanks_and_docstrings_before_it():
     text = '# top\n\ndef f():\n    """doc\n    more"""\n    # why\n    return (1,\n            2)\n'
     starts = action_starts(text, "line")
     assert [text[o:].split("\n")[0].strip() for o, _ in starts] == ["# top", '"""doc', "2)"]
-    assert [kind for _, kind in starts] == ["def", "return", "other"]
+    assert [kind for _, kind in starts] == ["first", "return", "other"]
 
 
 def test_blocks_and_snippets():

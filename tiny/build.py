@@ -222,8 +222,8 @@ KINDS = {  # parameter: (words for it, first or only step, last step)
     "xs": ("list", LIST_STEPS, LIST_STEPS + LIST_ENDS),
     "s": ("string", STRING_STEPS, STRING_STEPS),
 }
-# At these odds pre-training hardly tells two operations apart of which each is the other's mistake, and RL ends
-# with one rendering for both. Documents have them all; the problems leave one of each such pair out.
+# At these odds pre-training hardly tells two operations apart of which each is the other's mistake, and RL
+# ends with one rendering for both. Documents have them all; the problems leave one of each such pair out.
 DOCUMENTS_ONLY = {"keep the odd numbers", "sort downwards", "find the smallest", "change the sign"}
 CONSTANTS = [2, 3, 4, 5]
 INPUTS = {  # edge cases; a problem's tests are chosen among these and the reference gives the outputs
