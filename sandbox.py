@@ -16,6 +16,9 @@ inside that process can print, return or exit with too: program and test never s
       '--- tests / verdict ----- '- T  tester: a fork of Z that runs trusted tests, job after job
                               C <---> T  calls and their results, as plain data
 
+Z ends when its caller is gone, however that died, and takes C and T along; the shell that has started Z then
+removes the worker's folder.
+
 - C holds stdin, stdout, stderr, a socket to T and a pipe that tells Z of its end. No test is in its memory
   (it is a copy of Z, which reads neither code nor tests) nor in a file that it can open, and it can neither
   trace nor signal another process. All it can do is to answer T's calls, rightly or wrongly.
@@ -594,12 +597,13 @@ def cpu_seconds(pid):
     return time.clock_gettime((~pid << 3) | 2)  # the number of another process's CPU clock
 
 
-def supervise(pid, tester_pid, lifeline, control, limits, folder):
+def supervise(pid, tester_pid, lifeline, control, caller, limits, folder):
     """Waits for the end of C or puts an end to it. -> [why it had to be ended, exit status]"""
     start, spent = time.monotonic(), None
     poll = select.poll()
     poll.register(lifeline, 0)  # C alone holds its other end
     poll.register(control, select.POLLIN)
+    poll.register(caller, select.POLLIN)
     why = None
     while not why and not poll.poll(1000 * TICK_S):  # until C has ended, or the caller has
         wall_s, used = time.monotonic() - start, (cpu_seconds(pid), cpu_seconds(tester_pid))
@@ -625,7 +629,7 @@ def folder_size(folder):
     return sum(sizes) if len(sizes) <= SCRATCH_FILES else math.inf
 
 
-def run_candidate(control, tester_pid, limits, fds, folder, filter_template):
+def run_candidate(control, caller, tester_pid, limits, fds, folder, filter_template):
     rlimits = [(resource.RLIMIT_AS, limits["memory_mb"] * MIB), (resource.RLIMIT_NOFILE, OPEN_FILES),
                (resource.RLIMIT_FSIZE, limits["file_mb"] * MIB),
                (resource.RLIMIT_CPU, 3 * math.ceil(limits["timeout_s"]) + 1)]  # should `supervise` ever fail
@@ -635,15 +639,25 @@ def run_candidate(control, tester_pid, limits, fds, folder, filter_template):
         candidate(fds, far_end, rlimits, folder, zygote_pid, filter_template)
     for fd in (far_end, *fds):
         os.close(fd)
-    report = supervise(pid, tester_pid, lifeline, control, limits, folder)
+    report = supervise(pid, tester_pid, lifeline, control, caller, limits, folder)
     os.close(lifeline)
     for name in os.listdir(folder):
         os.unlink(os.path.join(folder, name))
     return report
 
 
+def death_of(pid):
+    """A descriptor that can be read once that process is gone, even if a fork of it lives on and holds our
+    sockets, so that they never say so."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # Linux < 5.3: the sockets have to do
+        return os.pipe()[0]
+
+
 def zygote(config):
     control, tests = (socket.socket(fileno=fd) for fd in config["fds"])
+    caller, shell = death_of(config["caller"]), os.getppid()
     sys.argv, sys.path = [""], sys.path + config["packages"]
     builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
     for name in PRELOADED.split():
@@ -651,6 +665,7 @@ def zygote(config):
     importlib.import_module("_thread").stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     missing = confine(config["folder"], config["readable"], config["without"])
     filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
+    die_with(shell)
     pid, tester_pid = os.getpid(), os.fork()
     if not tester_pid:
         control.close()
@@ -662,10 +677,14 @@ def zygote(config):
     send(control, missing)
     gc.collect()
     gc.freeze()  # so that a collection in C does not write to, and thereby copy, the zygote's pages
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(caller, select.POLLIN)
     with contextlib.suppress(EOFError, OSError):
-        while True:
+        while caller not in dict(poll.poll()):
             limits, fds = receive(control, max_fds=4)
-            send(control, run_candidate(control, tester_pid, limits, fds, config["folder"], filter_template))
+            send(control, run_candidate(control, caller, tester_pid, limits, fds, config["folder"],
+                                        filter_template))
     os.kill(tester_pid, signal.SIGKILL)
     os.waitpid(tester_pid, 0)
 
@@ -689,13 +708,14 @@ class Worker:
         self.tests, tester_end = socket.socketpair()
         Worker.live.add(self)
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        config = {"fds": [zygote_end.fileno(), tester_end.fileno()], "folder": self.folder,
-                  "packages": packages, "readable": LIBRARIES + packages, "without": WITHOUT}
+        config = {"caller": self.owner, "fds": [zygote_end.fileno(), tester_end.fileno()],
+                  "folder": self.folder, "packages": packages, "readable": LIBRARIES + packages,
+                  "without": WITHOUT}
         environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         # 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
-        shell = ["/bin/sh", "-c", 'ulimit -S -s 524288 2>/dev/null; exec "$0" "$@"']
+        shell = ["/bin/sh", "-c", 'ulimit -S -s 524288 2>/dev/null; "$@"; rm -rf "$0"', self.folder]
         python = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), json.dumps(config)]
         try:
             with zygote_end, tester_end:
@@ -741,7 +761,7 @@ class Worker:
             try:
                 self.process.wait(1)  # Z kills C and T, waits for them and ends
             except subprocess.TimeoutExpired:
-                self.process.kill()  # and the kernel kills C and T
+                self.process.kill()  # and the kernel kills Z, then C and T
                 self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
         Worker.live.discard(self)

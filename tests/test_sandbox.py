@@ -34,17 +34,16 @@ def styles(code):
             {"code": code, "cases": CALLS, "fn_name": "add"}]
 
 
-def sandbox_processes():
-    """pid -> state of the processes that belong to a worker of this test run."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, state, parent = path.read_text().rpartition(")")[0], *path.read_text().rpartition(")")[2].split()[:2]
-            found[int(path.parent.name)] = (state, int(parent), name)
-        except (OSError, ValueError):
-            continue
-    mine = {worker.process.pid for worker in sandbox.Worker.live if worker.process}
-    return [pid for pid, (_, parent, _) in found.items() if pid in mine or parent in mine]
+def descendants(pid):
+    children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 # ---- Cheats: programs that do not compute the answer and must not pass ------------------------------------------------
@@ -874,17 +873,17 @@ def test_workers_stay_and_a_dead_one_is_replaced():
     # one that dies at work costs that program its verdict and no other
     killer = threading.Timer(0.5, lambda: next(iter(sandbox.Worker.live)).process.kill())
     killer.start()
-    programs = [{"code": "import time; time.sleep(2)\n" + ADD, "tests": ASSERTS}, {"code": ADD, "tests": ASSERTS}]
-    first, second = run_tests(programs, workers=1)
+    programs = [{"code": "import time; time.sleep(30)\n" + ADD, "tests": ASSERTS}, {"code": ADD, "tests": ASSERTS}]
+    first, second = run_tests(programs, timeout_s=60, workers=1)
     assert first["reason"].startswith("worker died") and second["passed"]
 
 
 def test_nothing_is_left():
     sandbox.close_workers()
     run_tests([{"code": f"import time\n{ADD}#{i}", "tests": ASSERTS} for i in range(20)], workers=2)
-    assert len(sandbox_processes()) == 4  # two workers: a zygote and a tester each
     folders = [worker.folder for worker in sandbox.Worker.live]
-    pids = sandbox_processes()
+    pids = [pid for worker in sandbox.Worker.live for pid in (worker.process.pid, *descendants(worker.process.pid))]
+    assert len(folders) == 2 and len(pids) == 6  # two workers: a shell, a zygote and a tester each
     sandbox.close_workers()
     assert not any(os.path.exists(folder) for folder in folders)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
@@ -907,35 +906,38 @@ def start_script(programs, setup="", **options):
                             start_new_session=True, **options)
 
 
-def descendants(pid):
-    children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_in_the_middle(number, tmp_path):
-    busy = [{"code": f"while True: {i}", "tests": ASSERTS} for i in range(4)]
-    script = start_script(busy, env={**os.environ, "TMPDIR": str(tmp_path)})
-    assert script.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 60
-    while len(pids := descendants(script.pid)) < 6 and time.monotonic() < deadline:  # 2 x (Z, T, C)
+def wait_for(condition, seconds=60):
+    """-> whether it came true in time"""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(pids) == 6
+    return condition()
+
+
+FORK = "run_tests([{'code': '', 'tests': 'True'}, {'code': '', 'tests': '1'}], workers=2)\n" \
+       "import os, time\nif not os.fork(): time.sleep(60); os._exit(0)"
+
+
+@pytest.mark.parametrize(("number", "setup"), [
+    (signal.SIGINT, ""), (signal.SIGTERM, ""), (signal.SIGKILL, ""),
+    (signal.SIGKILL, FORK)])  # a fork of the caller lives on, and holds the sockets to the workers
+def test_interrupted_in_the_middle(number, setup, tmp_path):
+    busy = [{"code": f"while True: {i}", "tests": ASSERTS} for i in range(4)]
+    script = start_script(busy, setup, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert script.stdout.readline() == "ready\n"
+    assert wait_for(lambda: len(descendants(script.pid)) == 8 + bool(setup))  # 2 x (shell, Z, T, C)
+    children = [int(child) for child in Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()]
+    pids = [pid for pid in descendants(script.pid) if not (setup and pid in children and not descendants(pid))]
+    assert len(pids) == 8 and len(os.listdir(tmp_path)) == 2
     script.send_signal(number)
     script.wait(30)
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, pids))
+    try:
+        assert wait_for(lambda: not any(map(alive, pids))) and wait_for(lambda: os.listdir(tmp_path) == [])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)  # the fork
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in script.stderr.read()
-        assert os.listdir(tmp_path) == []
 
 
 PROBES = {  # name: (code, tests, passes without Landlock)
