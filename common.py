@@ -18,6 +18,7 @@ Shapes: B rows, T tokens, V vocabulary, N selected positions.
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import gzip
 import json
@@ -42,13 +43,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -66,22 +62,52 @@ class UserError(Exception):
     """Something the user can put right. The message is one line and says what to change."""
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # no fault of the code
+
+
 def launch(main: Callable, args) -> None:
-    """Run `main(args)`; a UserError becomes one line on stderr and exit code 2, an interrupt exit code
-    130."""
+    """Run `main(args)` and leave with exit code 0; with 2 after one line on stderr about what the user can
+    put right (a UserError, a full or read-only disk); 130 after an interrupt; else 1 after a traceback.
+
+    It leaves by os._exit. A rank that fails must not wait for the others, which may be inside a collective:
+    torchrun then ends the job. And the end of the interpreter can abort a rank that is done, when a thread of
+    gloo still holds a tensor that Python knows.
+    """
+    code, message = 0, ""
     try:
         main(args)
+        if dist.is_initialized():
+            all_sum(0.0, Ranks(dist.get_rank(), dist.get_world_size(), None))  # every rank is done
+            dist.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: other ranks may be inside a collective, and must not be waited for
+        code, message = 2, f"error: {error}\n"
     except KeyboardInterrupt:
-        os._exit(130)
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # a rank that fails leaves at once, so that torchrun ends the job instead of hanging
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        code = 130
+    except Exception as error:
+        code, message = 1, traceback.format_exc()
+        if isinstance(error, OSError) and error.errno in DISK:
+            code, message = 2, f"error: {disk_error(error)}\n"
+    if message and int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # mostly every rank meets the same error: rank 0 says it, and torchrun ends the others
+    sys.stdout.flush()
+    print(message, end="", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def disk_error(error: OSError) -> str:
+    return f"{error.strerror or error}: {error.filename or ''} (is the disk full or the folder read-only?)"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_sizes(args, positive: str, not_negative: str) -> None:
+    """UserError for a field out of its range; both are names of fields, separated by blanks."""
+    for names, least, words in ((positive, 1e-300, "be positive"), (not_negative, 0, "not be negative")):
+        for name in names.split():
+            if not getattr(args, name) >= least:
+                raise UserError(f"--{name.replace('_', '-')} must {words}, got {getattr(args, name)}")
 
 
 class Interrupt:
@@ -129,16 +155,16 @@ def setup(seed: int) -> Ranks:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this node"
-            )
+            raise UserError(f"--nproc_per_node is larger than the node's {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
+        except (RuntimeError, ValueError) as error:  # the port is in use, a variable of torchrun's is missing
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"cannot join the process group at {where}: {first_line(error)}") from None
     torch.manual_seed(seed)  # the models have no dropout; all sampling noise comes from `uniforms`
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
@@ -177,11 +203,10 @@ def together(action: Callable, ranks: Ranks):
     outcome, error = None, None
     try:
         outcome = action()
-    except UserError as caught:
+    except (UserError, SafetensorError) as caught:
         error = str(caught)
     except OSError as caught:
-        where = caught.filename or ""
-        error = f"{caught.strerror or caught}: {where} (is the disk full or the folder read-only?)"
+        error = disk_error(caught)
     errors = [e for e in all_gather_list([error], ranks) if e]
     if errors:
         raise UserError(errors[0])
@@ -201,16 +226,14 @@ def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     """
     path = Path(source)
     if source == "stdlib":
-        yield from _python_files(
-            Path(sysconfig.get_paths()["stdlib"]), skip=("test", "tests", "site-packages", "idlelib")
-        )
+        skip = ("test", "tests", "site-packages", "idlelib")
+        yield from _python_files(Path(sysconfig.get_paths()["stdlib"]), skip)
     elif path.is_dir():
         if any(path.rglob("*.py")):
             yield from _python_files(path)
             return
-        files = sorted(
-            p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt"))
-        )
+        endings = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(endings))
         if not files:
             raise UserError(f"{source} holds no .py, .jsonl, .parquet or .txt file")
         for file in files:
@@ -255,11 +278,10 @@ def _file_rows(file: Path) -> Iterator[dict]:
                         try:
                             yield json.loads(line)
                         except json.JSONDecodeError as error:
-                            raise UserError(
-                                f"{file}, line {number}: not a JSON object ({error.msg})"
-                            ) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+                            where = f"{file}, line {number}"
+                            raise UserError(f"{where}: not a JSON object ({error.msg})") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from None
 
 
 def _hub_rows(source: str, split: str) -> Iterator[dict]:
@@ -276,9 +298,8 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
             streaming=True,
         )
     except (OSError, ValueError, RuntimeError) as error:  # not found, no such config or split, no network
-        raise UserError(
-            f"cannot load the data set {source} (split {split}): {str(error).splitlines()[0]}"
-        ) from None
+        reason = first_line(error)
+        raise UserError(f"cannot load the data set {source} (split {split}): {reason}") from None
 
 
 def column(row: dict, name: str, source: str):
@@ -296,12 +317,10 @@ def load_tokenizer(name: str):
     """The model's tokenizer; right padding, pad = eos if it has none. UserError if missing or without eos."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer at {name}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # not found, no network, a torn file: there are as many kinds as formats
+        raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {name} has no eos token; set `eos_token` in its tokenizer_config.json"
-        )
+        raise UserError(f"the tokenizer of {name} has no eos token: set it in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: all masks come from lengths, never from ids
     tokenizer.padding_side = "right"
@@ -322,12 +341,10 @@ def load_model(name: str, ranks: Ranks, train: bool = True):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="flash_attention_2" if flash else "sdpa"
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the model {name}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # as for the tokenizer
+        raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
     model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
-    model.generation_config = (
-        transformers.GenerationConfig()
-    )  # a model's own may add top-k or a penalty silently
+    model.generation_config = transformers.GenerationConfig()  # the model's own may add top-k or a penalty
     model.requires_grad_(train)
     model.token_logprobs = types.MethodType(_token_logprobs, model)
     if ranks.device.type == "cpu" and ranks.world_size == 1:
@@ -348,10 +365,16 @@ def shard(model, ranks: Ranks):
     return model
 
 
+def check_context(model, tokens: int, words: str) -> None:
+    """UserError if the longest rows, of `tokens` tokens, have more positions than the model."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
+    if tokens > context:
+        raise UserError(f"{words} take {tokens} tokens, and the model's context is {context}")
+
+
 @contextlib.contextmanager
 def gathered(model):
-    """Whole weights on every rank inside: forward and generate run with no collective, so ranks may differ in
-    length."""
+    """Whole weights on every rank inside: no collective in forward or generate, so ranks may differ."""
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for group in groups:
         group.set_reshard_after_forward(False)
@@ -375,6 +398,23 @@ def grad_norm(model, max_norm: float) -> float:
     """Clip the (global) gradient to `max_norm` and return its norm before; the same number on all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def not_finite(names: Sequence[str], alone: Callable, ranks: Ranks) -> str:
+    """Names of the rows whose own loss or gradient is NaN or infinite. Slow, for an update that failed.
+
+    names: of this rank's rows. alone(i): (this rank's loss, global gradient norm) of row i; behind the last
+    row it only joins the collectives.
+    """
+    found = []
+    for i in range(int(all_max(len(names), ranks))):
+        loss, norm = alone(i)
+        if i < len(names) and not (math.isfinite(loss) and math.isfinite(norm)):
+            found.append((math.isfinite(loss), names[i]))
+    found = sorted(all_gather_list(found, ranks), key=lambda item: item[0])
+    # the norm is every rank's: if a loss is not finite, rows beside it are not to blame
+    names = [name for finite, name in found if finite == found[0][0]]
+    return ", ".join(dict.fromkeys(names))[:500] or "no row by itself"
 
 
 # ---------------------------------------------------------------- 5 batches
@@ -415,8 +455,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, ranks: Ranks | None =
 
 
 def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
-    """Uniform noise in [0, 1) that depends on `key` (seed, update, purpose ...) alone: float32 of `shape`, on
-    CPU.
+    """Uniform float32 noise in [0, 1) on the CPU that depends on `key` (seed, update, purpose ...) alone.
 
     All sampling noise is drawn so, for the whole global batch at once, and each rank takes its rows. A run is
     then the same on any number of ranks, and resumes without any generator state.
@@ -426,8 +465,7 @@ def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
 
 
 def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw one index per row of probs [B, V] (need not sum to one) from noise [B] in [0, 1). Returns [B]
-    int64.
+    """Draw one index per row of probs [B, V] (need not sum to 1) from noise [B] in [0, 1): [B] int64.
 
     Equal to torch.multinomial in distribution, but parallel, and the noise is the caller's.
     """
@@ -498,20 +536,28 @@ def _logprob_chunk(lm_head, hidden, targets, event, temperature, entropy):
 
 # ---------------------------------------------------------------- 8 run folder
 
-NOT_DEFINING = {
-    "resume",
-    "output_dir",
-    "micro_batch_tokens",
-    "save_every",
-    "keep_checkpoints",
-    "dry_run",
-    "workers",
-}
+NOT_DEFINING = {"resume", "output_dir", "micro_batch_tokens", "save_every", "keep_checkpoints"}
+NOT_DEFINING |= {"dry_run", "workers"}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file aside, then rename it: a reader, or a run killed here, never sees half of it."""
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint. First what makes it complete, so that it is never taken for one while it goes."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Run:
-    """One folder per run: args.json, env.txt, the sources, metrics.jsonl, curves.png, TensorBoard events,
-    checkpoints.
+    """One folder per run: args.json, env.txt, sources, metrics.jsonl, curves.png, TensorBoard, checkpoints.
 
     `state` is what the last good checkpoint holds in state.json (None for a fresh run). UserError if the
     folder cannot be written, if there is nothing to resume, or if the arguments that define the run differ.
@@ -548,13 +594,14 @@ class Run:
             return json.loads((found / "state.json").read_text()) if found else None
         if found is None and (self.path / "metrics.jsonl").exists():
             if self.args.resume != "auto":
-                raise UserError(
-                    f"{self.path} already holds a run; choose another --output-dir, or --resume auto"
-                )
+                reason = "already holds a run; choose another --output-dir, or --resume auto"
+                raise UserError(f"{self.path} {reason}")
             (self.path / "metrics.jsonl").unlink()  # it was killed before its first checkpoint
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (self.path / "args.json").write_text(json.dumps(now, indent=1))
-        (self.path / "env.txt").write_text(_environment(self.ranks))
+        for torn in self.path.glob("checkpoints/.*.partial"):  # an earlier run was killed there
+            shutil.rmtree(torn)
+        write_whole(self.path / "args.json", json.dumps(now, indent=1))
+        write_whole(self.path / "env.txt", _environment(self.ranks))
         for source in (self.script, Path(__file__)):
             shutil.copy(source, self.path / source.name)
         return json.loads((found / "state.json").read_text()) if found else None
@@ -565,21 +612,17 @@ class Run:
         """Append one object to metrics.jsonl and to TensorBoard (rank 0). `metrics` holds `update`."""
         if not self.ranks.main:
             return
-        metrics = {
-            k: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for k, v in metrics.items()
-        }
-        try:
-            with open(self.path / "metrics.jsonl", "a") as handle:
-                handle.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
+        metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+        with open(self.path / "metrics.jsonl", "a") as handle:
+            handle.write(json.dumps(metrics) + "\n")
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(self.path / "tensorboard")
+            self.writer = SummaryWriter(self.path / "tensorboard", purge_step=metrics["update"])
         for key, value in metrics.items():
             if isinstance(value, (int, float)) and key != "update":
                 self.writer.add_scalar(key, value, metrics["update"])
+        self.writer.flush()
 
     def curves(self, keys: Sequence[str]) -> None:
         """Draw curves.png: one panel per key of metrics.jsonl, over updates (rank 0)."""
@@ -600,11 +643,9 @@ class Run:
         for axis, key in zip(axes.flat, keys):
             points = [(row["update"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
             axis.plot(*zip(*points), marker="." if len(points) < 40 else None, linewidth=1.2)
-            phases = [
-                row["update"] for a, row in zip(history, history[1:]) if a.get("phase") != row.get("phase")
-            ]
-            for edge in phases:  # RA3: where the E-step ends and the M-step begins
-                axis.axvline(edge - 0.5, color="0.6", linewidth=0.8, linestyle="--")
+            for before, row in zip(history, history[1:]):
+                if before.get("phase") != row.get("phase"):  # RA3: from the E-step to the M-step
+                    axis.axvline(row["update"] - 0.5, color="0.6", linewidth=0.8, linestyle="--")
             axis.set_title(key, fontsize=9)
             axis.set_xlabel("update", fontsize=8)
             axis.grid(alpha=0.25)
@@ -617,8 +658,7 @@ class Run:
     # -- checkpoints
 
     def export(self, model, tokenizer, name: str) -> Path:
-        """Write checkpoints/<name>, a folder that AutoModelForCausalLM.from_pretrained loads. Atomic; all
-        ranks."""
+        """Write checkpoints/<name>, which AutoModelForCausalLM.from_pretrained loads. Atomic; all ranks."""
         target = self.path / "checkpoints" / name
         weights = {}
         tied = model._tied_weights_keys or {} if model.config.tie_word_embeddings else {}
@@ -629,51 +669,55 @@ class Run:
             if self.ranks.main:
                 weights[key] = whole.detach().to("cpu", copy=True)
 
-        def write() -> None:
+        def write(aside: Path) -> None:
             if self.ranks.main:
-                aside = target.with_name(f".{name}.partial")
-                shutil.rmtree(aside, ignore_errors=True)
                 model.save_pretrained(aside, state_dict=weights)
                 tokenizer.save_pretrained(aside)
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(aside, target)
 
-        together(write, self.ranks)
+        self._publish(target, write)
         return target
 
     def save(self, update: int, state: dict, models: dict, optimizer, keep: int = 2) -> None:
-        """Write the state that --resume continues from: written aside, then renamed, so it is whole or
-        absent.
+        """Write the state that --resume continues from. Atomic; all ranks.
 
-        state: JSON-able (cursors, phase ...); models: name -> model, all saved; optimizer may be None. All
-        ranks.
+        state: JSON-able (cursors, phase ...); models: name -> model, all saved; optimizer may be None.
         """
-        target = self.path / "checkpoints" / f"state_{update:06d}"
-        aside = target.with_name(f".{target.name}.partial")
-        tensors = {name: get_model_state_dict(model) for name, model in models.items()}
-        if optimizer is not None:
-            tensors["optimizer"] = get_optimizer_state_dict(models["policy"], optimizer)
+        tensors = saved_tensors(models, optimizer)
 
-        def write() -> None:
+        def write(aside: Path) -> None:
             try:
                 dcp.save(tensors, checkpoint_id=aside)
-            except Exception as error:  # dcp wraps what each rank met
-                reason = str(error).strip().splitlines()[-1]
-                raise UserError(
-                    f"could not write the checkpoint {target}: {reason}; the one before is intact"
-                ) from None
-
-        def finish() -> None:
+            except dcp.CheckpointException as error:  # what any of the ranks met; no subclass of Exception
+                raise UserError(failures(error)) from None
             if self.ranks.main:
-                (aside / "state.json").write_text(json.dumps({"update": update, **state}))
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(aside, target)
-                for old in self._complete()[:-keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                write_whole(aside / "state.json", json.dumps({"update": update, **state}))
 
-        together(lambda: shutil.rmtree(aside, ignore_errors=True) if self.ranks.main else None, self.ranks)
-        together(write, self.ranks)
-        together(finish, self.ranks)
+        self._publish(self.path / "checkpoints" / f"state_{update:06d}", write)
+        if self.ranks.main:
+            for old in self._complete()[:-keep]:
+                discard(old)
+
+    def _publish(self, target: Path, write: Callable) -> None:
+        """Let all ranks `write(aside)`, then rename: `target` is whole or absent. UserError if one fails."""
+        aside = target.with_name(f".{target.name}.partial")
+
+        def clear() -> None:
+            if self.ranks.main:
+                shutil.rmtree(aside, ignore_errors=True)
+
+        def rename() -> None:
+            if self.ranks.main:
+                discard(target)
+                os.replace(aside, target)
+
+        together(clear, self.ranks)
+        try:
+            together(lambda: write(aside), self.ranks)
+            together(rename, self.ranks)
+        except UserError as error:
+            clear()  # on a full disk its place is needed
+            reason = f"cannot write {target} ({error}); is the disk full? Those before are intact"
+            raise UserError(reason) from None
 
     def _complete(self) -> list[Path]:
         return sorted(p.parent for p in self.path.glob("checkpoints/state_*/state.json"))
@@ -683,23 +727,38 @@ class Run:
         return complete[-1] if complete else None
 
     def restore(self, models: dict, optimizer) -> dict:
-        """Load the last good checkpoint into models and optimizer; cut metrics.jsonl back to it. Returns its
-        state."""
+        """Load the last good checkpoint, cut metrics.jsonl back to it, return its state."""
         folder = self._latest()
-        tensors = {name: get_model_state_dict(model) for name, model in models.items()}
-        if optimizer is not None:
-            tensors["optimizer"] = get_optimizer_state_dict(models["policy"], optimizer)
-        dcp.load(tensors, checkpoint_id=folder)
+        tensors = saved_tensors(models, optimizer)
+        try:
+            dcp.load(tensors, checkpoint_id=folder)
+        except dcp.CheckpointException as error:
+            reason = f"cannot read {folder} ({failures(error)}): delete it to go on from the one before"
+            raise UserError(reason) from None
         for name, model in models.items():
-            set_model_state_dict(model, tensors[name], options=StateDictOptions(strict=False))
+            options = distributed_state.StateDictOptions(strict=False)  # without the tied head
+            distributed_state.set_model_state_dict(model, tensors[name], options=options)
         if optimizer is not None:
-            set_optimizer_state_dict(models["policy"], optimizer, tensors["optimizer"])
+            distributed_state.set_optimizer_state_dict(models["policy"], optimizer, tensors["optimizer"])
         metrics = self.path / "metrics.jsonl"
         if self.ranks.main and metrics.exists():
             lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["update"] <= self.state["update"]]
-            metrics.write_text("".join(line + "\n" for line in kept))
+            write_whole(metrics, "".join(line + "\n" for line in kept))
         return self.state
+
+
+def saved_tensors(models: dict, optimizer) -> dict:
+    """What a checkpoint holds, sharded as it is."""
+    tensors = {name: distributed_state.get_model_state_dict(model) for name, model in models.items()}
+    if optimizer is not None:
+        tensors["optimizer"] = distributed_state.get_optimizer_state_dict(models["policy"], optimizer)
+    return tensors
+
+
+def failures(error: dcp.CheckpointException) -> str:
+    """In one line, what the first rank met that failed."""
+    return first_line(next(iter(error.failures.values()))[0])
 
 
 def _environment(ranks: Ranks) -> str:
@@ -707,11 +766,9 @@ def _environment(ranks: Ranks) -> str:
         here = Path(__file__).parent
         return subprocess.run(["git", *command], capture_output=True, text=True, cwd=here).stdout.strip()
 
-    device = (
-        torch.cuda.get_device_name()
-        if ranks.device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name()
     try:
         commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
     except OSError:

@@ -62,6 +62,8 @@ from common import (
     UserError,
     all_gather_list,
     all_sum,
+    check_context,
+    check_sizes,
     column,
     gathered,
     grad_norm,
@@ -70,6 +72,7 @@ from common import (
     load_model,
     load_tokenizer,
     micro_batches,
+    not_finite,
     pad_right,
     read_rows,
     run_tests,
@@ -200,6 +203,10 @@ def check(args: Args) -> None:
         raise UserError("--group-size must be at least 2: advantages compare the completions of one problem")
     if args.temperature <= 0:
         raise UserError("--temperature must be positive: greedy completions of one problem are all the same")
+    positive = "eval_problems prompts_per_update max_prompt_tokens max_new_tokens rollout_rows minibatches"
+    positive += " reward_timeout_s max_grad_norm micro_batch_tokens max_skipped keep_checkpoints"
+    not_negative = "train_problems updates workers dynamic_sampling eps_low eps_high beta learning_rate"
+    check_sizes(args, positive, f"{not_negative} weight_decay eval_every save_every")
     if args.prompts_per_update % args.minibatches:
         divisors = [m for m in range(1, args.prompts_per_update + 1) if args.prompts_per_update % m == 0]
         nearest = min(divisors, key=lambda m: abs(m - args.minibatches))
@@ -297,6 +304,8 @@ def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
     """All problems of `source` whose prompt is short enough, in an order fixed by the seed."""
     rows = list(read_rows(source, split="math" if "Skywork" in source else "train"))
     rows = [rows[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(rows))]
+    if not rows:
+        raise UserError(f"{source} holds no problem")
     problems = []
     try:
         for row in stratified(rows, args.difficulty_key) if args.difficulty_key else rows:
@@ -439,6 +448,7 @@ def code_rewards(problems: list[Problem], completions: list[str], args: Args) ->
 def verify_lines():
     """The verifier's process: [gold, completion] per line in, [right, reason] per line out, as JSON."""
     import json
+    import signal
     import sys
 
     from math_verify import LatexExtractionConfig, parse, verify
@@ -455,6 +465,7 @@ def verify_lines():
 
     print(judge("1", "\\boxed{1}")[1], flush=True)  # its first call is slow
     for line in sys.stdin:
+        signal.alarm(600)  # ends this process even if the one that would kill it is gone
         try:
             verdict = judge(*json.loads(line))
         except Exception as error:
@@ -471,7 +482,9 @@ class MathVerifier:
     def __call__(self, gold: str, completion: str, timeout_s: float) -> tuple[float, str]:
         if self.process is None:
             command = [sys.executable, "-c", f"{inspect.getsource(verify_lines)}\nverify_lines()"]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
+            self.process = subprocess.Popen(command, **pipes, start_new_session=True)
             if self.process.stdout.readline() != "right\n":
                 raise UserError("math-verify does not start: pip install 'math-verify[antlr4_13_2]'")
         try:
@@ -619,10 +632,23 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
         sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
         sums.update(rollout_gap=gap.abs().sum().item())
     norm = grad_norm(model, args.max_grad_norm)
+    if not math.isfinite(all_sum(float(sums["loss"]), ranks)):
+        norm = math.nan
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums, norm
+
+
+def culprits(model, samples: list[Sample], normalizer: float, args: Args, ranks: Ranks) -> str:
+    """The problems of those samples that make the loss or its gradient NaN or infinite."""
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def alone(i: int) -> tuple[float, float]:
+        sums, norm = train_minibatch(model, still, samples[i : i + 1], normalizer, args, ranks)
+        return float(sums["loss"]), norm
+
+    return not_finite([f"problem {s.problem}" for s in samples], alone, ranks)
 
 
 # ---------------------------------------------------------------- rollout and reward of many problems
@@ -760,6 +786,8 @@ def main(args: Args) -> None:
         return
     run = Run(args, __file__, ranks)
     model = load_model(args.model, ranks)
+    longest = max(len(problem.prompt_ids) for problem in train + heldout)
+    check_context(model, longest + args.max_new_tokens, "the longest prompt and --max-new-tokens")
     ref_model = load_model(args.model, ranks, train=False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     state = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
@@ -808,7 +836,7 @@ def main(args: Args) -> None:
         if ref_model is not None:
             for sample, logprobs in zip(mine, score(ref_model, mine, args)):
                 sample.ref_logprobs = logprobs
-        sums, norms = Counter(), []
+        sums, norms, cause = Counter(), [], ""
         for part, share in zip(minibatches, shares):
             # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
             counted, steps = (sum(minibatches, []), len(shares)) if args.loss_type == "dapo" else (part, 1)
@@ -817,6 +845,8 @@ def main(args: Args) -> None:
             share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks)
             sums.update(share_sums)
             norms.append(norm)
+            if not math.isfinite(norm) and not cause:
+                cause = culprits(model, share, normalizer, args, ranks)
         bad = not all(map(math.isfinite, norms))
         state["skipped"] += bad
         state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
@@ -842,17 +872,19 @@ def main(args: Args) -> None:
         run.log(metrics)
         if ranks.main:
             print(console_line(metrics, args.updates, (time.time() - begun) / (update - first)), flush=True)
+            if bad:
+                print(f"skipped: the loss or gradient is not finite; cause: {cause}", flush=True)
         if state["skipped_in_a_row"] >= args.max_skipped:
-            names = ", ".join(dict.fromkeys(s.problem for s in samples))
-            raise UserError(f"{args.max_skipped} updates in a row without a finite gradient: {names[:500]}")
+            raise UserError(f"{args.max_skipped} updates in a row without a finite gradient: {cause}")
         if last or interrupted or (args.save_every and update % args.save_every == 0):
+            if last or not interrupted:  # before the state: a run killed between the two does it again
+                path = run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
+                if ranks.main:
+                    print(f"saved {path}", flush=True)
             run.save(update, state, {"policy": model}, optimizer, args.keep_checkpoints)
             run.curves(CURVES)
             if interrupted and not last:
                 raise KeyboardInterrupt
-            path = run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
-            if ranks.main:
-                print(f"saved {path}", flush=True)
 
 
 def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:

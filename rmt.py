@@ -63,6 +63,8 @@ from common import (
     UserError,
     all_gather_list,
     all_sum,
+    check_context,
+    check_sizes,
     column,
     gathered,
     grad_norm,
@@ -71,6 +73,7 @@ from common import (
     load_model,
     load_tokenizer,
     micro_batches,
+    not_finite,
     pad_right,
     read_rows,
     setup,
@@ -183,11 +186,10 @@ class Args:
 
 
 TINY_RUN = {  # lengths and optimisation settings for two million parameters; the method is a large run's
-    "tiny": True, "model": f"{TINY}/model", "dataset": (f"{TINY}/text.jsonl", "stdlib"),
-    "text_column": ("text",), "train_texts": 600, "eval_texts": 100, "max_text_tokens": 80,
-    "prompts_per_update": 16, "max_new_tokens": 64, "initial_budget": 24, "updates": 60,
-    "learning_rate": 2e-4, "max_grad_norm": 1.0,
-    "micro_batch_tokens": 8192, "eval_every": 30, "eval_positions": 64, "save_every": 0,
+    "tiny": True, "model": f"{TINY}/model", "dataset": (f"{TINY}/text.jsonl",), "text_column": ("text",),
+    "train_texts": 600, "eval_texts": 100, "max_text_tokens": 64, "prompts_per_update": 16,
+    "max_new_tokens": 64, "initial_budget": 24, "updates": 50, "learning_rate": 1e-4, "max_grad_norm": 1.0,
+    "micro_batch_tokens": 8192, "eval_every": 25, "eval_positions": 128, "save_every": 0,
 }
 
 
@@ -205,6 +207,10 @@ def check(args: Args) -> None:
         raise UserError("--group-size must be at least 2: advantages compare the responses to one position")
     if args.temperature <= 0:
         raise UserError("--temperature must be positive: greedy responses to one position are all the same")
+    positive = "train_texts eval_texts max_text_tokens prompts_per_update rl_positions_per_text rollout_rows"
+    positive += " max_new_tokens max_grad_norm micro_batch_tokens max_skipped eval_positions keep_checkpoints"
+    not_negative = "updates length_weight r_max beta ntp_weight learning_rate weight_decay"
+    check_sizes(args, positive, f"{not_negative} eval_every save_every")
     if not args.thresholds[0] < args.thresholds[1] < args.thresholds[2]:
         raise UserError("--thresholds must rise")
     if not 0 < args.t1 < args.t2 < 1:
@@ -711,10 +717,27 @@ def train_batch(model, optimizer, samples, responses: int, texts, chosen, tokens
         (args.ntp_weight * loss * ranks.world_size).backward()  # eq. (9), D1: the gradients add up
         sums.update(ntp_loss=loss.item())
     norm = grad_norm(model, args.max_grad_norm)
+    if not math.isfinite(all_sum(float(sums["rl_loss"] + sums["ntp_loss"]), ranks)):
+        norm = math.nan
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums, norm
+
+
+def culprits(model, tokenizer, samples, texts, chosen, bos: list[int], args: Args, ranks: Ranks) -> str:
+    """Those prompts and texts that make the loss or its gradient NaN or infinite."""
+    names = [f"prompt ...{tokenizer.decode(s.prompt_ids[-40:])!r}" for s in samples]
+    names += [f"text {tokenizer.decode(text[:20])!r}" for text in texts]
+    still, last = torch.optim.SGD(model.parameters(), lr=0.0), len(samples)
+
+    def alone(i: int) -> tuple[float, float]:
+        k = slice(max(0, i - last), max(0, i + 1 - last))  # behind the samples the texts
+        rows = samples[i : i + 1], 1, texts[k], chosen[k]
+        sums, norm = train_batch(model, still, *rows, 1, bos, args, ranks)
+        return float(sums["rl_loss"] + sums["ntp_loss"]), norm
+
+    return not_finite(names, alone, ranks)
 
 
 # ---------------------------------------------------------------- rollout and reward of many positions
@@ -877,6 +900,9 @@ def main(args: Args) -> None:
         return
     run = Run(args, __file__, ranks)
     model = load_model(args.model, ranks)
+    head, tail, _ = prompt_frame(tokenizer, budget_at(0, args), args.chat_template)
+    longest = len(head + tail) + max(map(len, train + heldout))
+    check_context(model, longest + args.max_new_tokens, "the longest prompt and --max-new-tokens")
     ref_model = load_model(args.model, ranks, train=False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     rollouts, bos = Rollouts(model, tokenizer, args, ranks), bos_ids(tokenizer)
@@ -930,7 +956,9 @@ def main(args: Args) -> None:
         sums, norm = train_batch(
             model, optimizer, mine, len(samples), *my_texts, ntp_tokens, bos, args, ranks
         )
-        bad = not math.isfinite(norm)
+        bad, cause = not math.isfinite(norm), ""
+        if bad:
+            cause = culprits(model, tokenizer, mine, *my_texts, bos, args, ranks)
         state["skipped"] += bad
         state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
         seconds["time/update_s"] = time.time() - begin
@@ -954,16 +982,19 @@ def main(args: Args) -> None:
         run.log(metrics)
         if ranks.main:
             print(console_line(metrics, args.updates, (time.time() - begun) / (update - first)), flush=True)
+            if bad:
+                print(f"skipped: the loss or gradient is not finite; cause: {cause}", flush=True)
         if state["skipped_in_a_row"] >= args.max_skipped:
-            raise UserError(f"{args.max_skipped} updates in a row without a finite gradient, texts {drawn}")
+            raise UserError(f"{args.max_skipped} updates in a row without a finite gradient: {cause}")
         if last or interrupted or (args.save_every and update % args.save_every == 0):
+            if last or not interrupted:  # before the state: a run killed between the two does it again
+                path = run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
+                if ranks.main:
+                    print(f"saved {path}", flush=True)
             run.save(update, state, {"policy": model}, optimizer, args.keep_checkpoints)
             run.curves(CURVES)
             if interrupted and not last:
                 raise KeyboardInterrupt
-            path = run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
-            if ranks.main:
-                print(f"saved {path}", flush=True)
 
 
 def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
