@@ -61,6 +61,7 @@ from common import (
     UserError,
     all_gather_list,
     all_sum,
+    check_sizes,
     copy_weights,
     gathered,
     grad_norm,
@@ -69,11 +70,13 @@ from common import (
     load_model,
     load_tokenizer,
     micro_batches,
+    not_finite,
     pad_right,
     positions,
     setup,
     token_logprobs,
     uniforms,
+    write_whole,
 )
 from snippets import Snippet, SnippetStream, Vocabulary, bootstrap_text
 
@@ -191,7 +194,7 @@ TINY_DEFAULTS = Args(
     return_horizon=1,  # a thought in these programs serves the next line only; a longer horizon adds noise
     rl_updates=80,
     rl_batch_size=32,
-    rl_learning_rate=7e-5,
+    rl_learning_rate=4e-5,
     ntp_updates=40,
     ntp_batch_size=64,
     ntp_learning_rate=3e-4,
@@ -520,6 +523,19 @@ def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -
     return total, reported, norm
 
 
+def culprits(model, rows: list, texts: list[str], loss_of, ranks: Ranks, args: Args) -> str:
+    """The snippets that make the loss or its gradient NaN or infinite; `texts` are those of `rows`."""
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def alone(i: int) -> tuple[float, float]:
+        part = rows[i : i + 1] or rows[:1]
+        with torch.no_grad():
+            loss, _ = loss_of(part)
+        return loss.item(), update(model, still, [(part, 1.0)], loss_of, ranks, args)[2]
+
+    return not_finite([f"snippet {text[:60]!r}" for text in texts], alone, ranks)
+
+
 def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
     """One E-step update: q = policy, pi_i = frozen; snippets: the global batch. Returns its metrics."""
     G, mine = args.group_size, ranks.share(len(snippets))
@@ -550,10 +566,13 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     sums = all_sum(sums, ranks)
     pairs = list(zip(rollouts, advantages))
     batches = weighted(pairs, [len(r.ids) for r in rollouts], args, ranks)
-    _, entropy, norm = update(
-        policy, optimizer, batches,
-        lambda part: policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"]), ranks, args,
-    )
+
+    def loss_of(part):
+        return policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"])
+
+    _, entropy, norm = update(policy, optimizer, batches, loss_of, ranks, args)
+    texts = [s.text for s in rows]
+    cause = culprits(policy, pairs, texts, loss_of, ranks, args) if math.isnan(norm) else ""
     clock.append(time.perf_counter())
     return {
         "reward/mean": sums["reward"] / sums["decisions"],
@@ -562,6 +581,7 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
         "policy/entropy": entropy / sums["decisions"],
         **rollout_metrics(sums),
         **timing(clock, sums["tokens"], args.rl_learning_rate, norm),
+        "cause": cause,
     }
 
 
@@ -582,16 +602,20 @@ def m_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     sums = all_sum(sums, ranks)
     clock += [time.perf_counter()] * 2  # nothing to score
     batches = weighted(rollouts, [len(r.ids) for r in rollouts], args, ranks)
-    loss, expert_loss, norm = update(
-        policy, optimizer, batches,
-        lambda part: ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"]), ranks, args,
-    )
+
+    def loss_of(part):
+        return ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"])
+
+    loss, expert_loss, norm = update(policy, optimizer, batches, loss_of, ranks, args)
+    texts = [s.text for s in snippets[mine]]
+    cause = culprits(policy, rollouts, texts, loss_of, ranks, args) if math.isnan(norm) else ""
     clock.append(time.perf_counter())
     return {
         "train/loss": loss,
         "train/ce_code": expert_loss / sums["expert_tokens"],
         **rollout_metrics(sums),
         **timing(clock, sums["tokens"], args.ntp_learning_rate, norm),
+        "cause": cause,
     }
 
 
@@ -735,11 +759,12 @@ def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args,
     """
     target, started = run.path / "bootstrapped.jsonl", time.perf_counter()
     size = args.rollout_rows * ranks.world_size
-    earlier = target.read_text(encoding="utf-8").splitlines() if target.exists() else []
+    # without the last line's end, a run was killed there: that line is torn
+    earlier = target.read_text(encoding="utf-8").split("\n")[:-1] if target.exists() else []
     count = first = len(earlier) // size * size
     all_sum(0.0, ranks)  # every rank has read the file before rank 0 cuts it
     if ranks.main:
-        target.write_text("".join(line + "\n" for line in earlier[:count]), encoding="utf-8")
+        write_whole(target, "".join(line + "\n" for line in earlier[:count]))
     stream = iter(SnippetStream(args, "all", vocabulary, context))
     for _ in range(count):
         next(stream)
@@ -772,13 +797,9 @@ def check(args: Args, ranks: Ranks) -> None:
             nearest = max(ranks.world_size, size // ranks.world_size * ranks.world_size)
             raise UserError(f"--{flag} {size} does not divide by {ranks.world_size} ranks: use {nearest}")
     positive = "group_size em_iterations max_latent_tokens temperature rollout_rows micro_batch_tokens"
-    for name in [*positive.split(), "save_every", "max_snippet_tokens"]:
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     not_negative = "rl_updates ntp_updates return_horizon penalty_warmup max_snippets eval_every"
-    for name in [*not_negative.split(), "eval_snippets"]:
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    rates = "eval_snippets rl_learning_rate ntp_learning_rate weight_decay malformed_penalty entropy_coef"
+    check_sizes(args, f"{positive} max_grad_norm save_every max_snippet_tokens", f"{not_negative} {rates}")
     if args.max_snippet_tokens < 4:
         raise UserError(f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code")
 
@@ -854,12 +875,7 @@ def main(args: Args) -> None:
         update_number = done + 1
         # 5 log, evaluate, save
         bad_updates = bad_updates + 1 if math.isnan(metrics["optim/grad_norm"]) else 0
-        metrics["optim/skipped"] = float(bad_updates > 0)
-        if bad_updates == 3:
-            raise UserError(
-                "three updates in a row had a NaN or infinite loss or gradient, the last on the batch with "
-                f"{snippets[0].text[:60]!r}; the last checkpoint is good. Try a smaller learning rate"
-            )
+        metrics["optim/skipped"], cause = float(bad_updates > 0), metrics.pop("cause")
         metrics["data/texts"] = float(streams[phase].cursor)
         last_of_phase = k + 1 in (rl_updates, per_iteration)
         if last_of_phase or (args.eval_every and update_number % args.eval_every == 0):
@@ -870,6 +886,13 @@ def main(args: Args) -> None:
         run.log({"update": update_number, "phase": phase, "iteration": iteration + 1, **metrics})
         if ranks.main:
             console(update_number, total, start, started, phase, metrics)
+            if cause:
+                print(f"skipped: the loss or gradient is not finite; cause: {cause}", flush=True)
+        if bad_updates == 3:
+            raise UserError(
+                f"three updates in a row without a finite loss and gradient: {cause}; the last checkpoint is "
+                "good. Try a smaller learning rate"
+            )
         if k + 1 == rl_updates and learns_q:
             run.export(policy, tokenizer, f"em_{iteration + 1:03d}_q")
         if k + 1 == per_iteration:
@@ -881,7 +904,7 @@ def main(args: Args) -> None:
         if last_of_phase or stop:
             run.curves(CURVES)
         if stop:
-            raise SystemExit(128 + interrupt.signal)
+            raise KeyboardInterrupt
     if not hasattr(measure, "rollouts"):
         measure("after")  # a run that was complete already
     if ranks.main and held_out:
