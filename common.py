@@ -103,7 +103,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_sizes(args, positive: str, not_negative: str) -> None:
-    """UserError for a field out of its range; both are names of fields, separated by blanks."""
+    """UserError for a field out of its range. Names are separated by blanks."""
     for names, least, words in ((positive, 1e-300, "be positive"), (not_negative, 0, "not be negative")):
         for name in names.split():
             if not getattr(args, name) >= least:
@@ -347,6 +347,7 @@ def load_model(name: str, ranks: Ranks, train: bool = True):
     model.generation_config = transformers.GenerationConfig()  # the model's own may add top-k or a penalty
     model.requires_grad_(train)
     model.token_logprobs = types.MethodType(_token_logprobs, model)
+    model.last_hidden_state = types.MethodType(_last_hidden_state, model)
     if ranks.device.type == "cpu" and ranks.world_size == 1:
         return model
     return shard(model.to(ranks.device), ranks)
@@ -362,6 +363,7 @@ def shard(model, ranks: Ranks):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "token_logprobs")
+    register_fsdp_forward_method(model, "last_hidden_state")
     return model
 
 
@@ -498,9 +500,14 @@ def token_logprobs(model, input_ids, rows, cols, **kw) -> tuple[torch.Tensor, to
     return model.token_logprobs(input_ids, rows, cols, **kw)
 
 
+def _last_hidden_state(self, input_ids, cache=None, **kw) -> torch.Tensor:
+    """[B, T, D], of which lm_head makes the logits."""
+    options = {"past_key_values": cache, "use_cache": cache is not None, **kw}
+    return self.get_decoder()(input_ids=input_ids, **options).last_hidden_state
+
+
 def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, temperature=1.0, entropy=False):
-    hidden = self.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-    hidden = hidden[rows, cols - 1]  # [N, D]; the shift by one: position t-1 predicts token t
+    hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]; position t-1 predicts token t: shift by 1
     targets = input_ids[rows, cols] if targets is None else targets
     chunk = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size)
     if len(targets) <= chunk:
@@ -580,7 +587,7 @@ class Run:
         self.writer = None
 
     def _open(self) -> dict | None:
-        found = self._latest() if self.args.resume else None
+        found = (self._complete() or [None])[-1] if self.args.resume else None
         if self.args.resume not in ("", "auto") and found is None:
             raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
         now = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
@@ -590,8 +597,9 @@ class Run:
             if differ:
                 changes = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in differ)
                 raise UserError(f"cannot resume {self.path}: the arguments differ ({changes})")
+        state = json.loads((found / "state.json").read_text()) if found else None
         if not self.ranks.main:
-            return json.loads((found / "state.json").read_text()) if found else None
+            return state
         if found is None and (self.path / "metrics.jsonl").exists():
             if self.args.resume != "auto":
                 reason = "already holds a run; choose another --output-dir, or --resume auto"
@@ -604,7 +612,7 @@ class Run:
         write_whole(self.path / "env.txt", _environment(self.ranks))
         for source in (self.script, Path(__file__)):
             shutil.copy(source, self.path / source.name)
-        return json.loads((found / "state.json").read_text()) if found else None
+        return state
 
     # -- metrics
 
@@ -722,13 +730,9 @@ class Run:
     def _complete(self) -> list[Path]:
         return sorted(p.parent for p in self.path.glob("checkpoints/state_*/state.json"))
 
-    def _latest(self) -> Path | None:
-        complete = self._complete()
-        return complete[-1] if complete else None
-
     def restore(self, models: dict, optimizer) -> dict:
         """Load the last good checkpoint, cut metrics.jsonl back to it, return its state."""
-        folder = self._latest()
+        folder = self._complete()[-1]
         tensors = saved_tensors(models, optimizer)
         try:
             dcp.load(tensors, checkpoint_id=folder)
@@ -766,15 +770,13 @@ def _environment(ranks: Ranks) -> str:
         here = Path(__file__).parent
         return subprocess.run(["git", *command], capture_output=True, text=True, cwd=here).stdout.strip()
 
-    device = f"cpu, {torch.get_num_threads()} threads"
-    if ranks.device.type == "cuda":
-        device = torch.cuda.get_device_name()
+    on_gpu = ranks.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     try:
         commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
     except OSError:
         commit, diff = "(no git)", ""
-    return (
-        f"command: {' '.join(sys.argv)}\nranks: {ranks.world_size}\ndevice: {device}\n"
-        f"python: {sys.version.split()[0]}\n"
-        f"torch: {torch.__version__}\ntransformers: {transformers.__version__}\ncommit: {commit}\n\n{diff}\n"
-    )
+    lines = {"command": " ".join(sys.argv), "ranks": ranks.world_size, "device": device}
+    lines |= {"python": sys.version.split()[0], "torch": torch.__version__}
+    lines |= {"transformers": transformers.__version__, "commit": commit}
+    return "".join(f"{name}: {value}\n" for name, value in lines.items()) + f"\n{diff}\n"

@@ -14,7 +14,7 @@ Shapes: B rows, T tokens of the padded prompt, V vocabulary.
 
 Deviations from BigCode (docs/eval_code.md has all):
   D1 An RA3 model may think at column 0, where HumanEval's stop word "\\n#" would end it. With --thoughts it
-     is no stop word, and both are reported: thoughts kept, and the same completions cut (`humaneval_cut`).
+     is no stop word, and both counts are reported: `humaneval`, and `humaneval_cut` with the stop word.
   D2 512 is the number of new tokens, as in the authors' scripts; BigCode's default counts the prompt, too.
   D3 MBPP's `test_setup_code` (one test task has it) runs before the tests; BigCode leaves it out.
 
@@ -27,6 +27,7 @@ import base64
 import collections
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -71,8 +72,6 @@ class Args:
     """only the first so many problems of each benchmark; 0: all"""
     mbpp_prompt: Literal["bigcode", "signature"] = "bigcode"
     """bigcode: a docstring with one test; signature (the authors' fork): a `def` line, two tests"""
-    lcb_window: tuple[str, str] = ("2024-08-01", "2025-02-01")
-    """LiveCodeBench's first and last contest date (default: DeepCoder's 279); a local file is taken whole"""
     # ---- sampling
     n_samples: int = 10
     """sampled completions per problem for pass@k with k > 1; 0: only the greedy one"""
@@ -93,14 +92,9 @@ class Args:
     """programs that run at once on a rank; 0: the machine's cores over its ranks"""
 
 
-TINY_DEFAULTS = Args(
-    tiny=True,
-    model=str(common.TINY / "model"),
-    benchmarks=(f"humaneval={common.TINY / 'code_problems.jsonl'}",),
-    n_samples=5,
-    max_new_tokens=64,
-    batch_size=128,
-)
+TINY_PROBLEMS = (f"humaneval={common.TINY / 'code_problems.jsonl'}",)
+TINY_DEFAULTS = replace(Args(), tiny=True, model=str(common.TINY / "model"), benchmarks=TINY_PROBLEMS)
+TINY_DEFAULTS = replace(TINY_DEFAULTS, n_samples=5, max_new_tokens=64)
 SPEED_ONLY = ("output_dir", "batch_size", "workers")  # these may change when an evaluation is continued
 
 # ---------------------------------------------------------------- 1 problems
@@ -189,6 +183,7 @@ def codeforces_problem(row: dict, args: Args) -> Problem:
 
 
 # LiveCodeBench's repository holds a loading script, which `datasets` refuses to run, so its files are named.
+LCB_WINDOW = ("2024-08-01", "2025-02-01")  # contest dates of DeepCoder's 279; a local file is taken whole
 LCB_FILES = "json:hf://datasets/livecodebench/code_generation_lite/test*.jsonl"
 CODEFORCES = "agentica-org/DeepCoder-Preview-Dataset:codeforces"
 BENCHMARKS = {  # title, hub source, split, timeout in s (BigCode's; of the contests: per test), reader
@@ -203,32 +198,36 @@ BENCHMARKS = {  # title, hub source, split, timeout in s (BigCode's; of the cont
 
 def load_problems(args: Args) -> list[Problem]:
     """UserError for an unknown benchmark, for an empty one, and for rows that are not as on the hub."""
-    problems, (first, last) = {}, args.lcb_window
+    problems = {}
     for spec in args.benchmarks:
         name, _, file = spec.partition("=")
         name = name.lower().replace("+", "plus")
         if name not in BENCHMARKS:
             raise UserError(f"unknown benchmark {name}; there are {', '.join(BENCHMARKS)}")
         _, source, split, timeout_s, read = BENCHMARKS[name]
-        source, before = file or source, len(problems)
-        for index, row in enumerate(common.read_rows(source, split)):
-            if args.limit and len(problems) - before == args.limit:
-                break
+        rows = common.read_rows(file or source, split)
+        if not file and name == "livecodebench":
+            dated = ((str(common.column(row, "contest_date", source))[:10], row) for row in rows)
+            rows = (row for date, row in dated if LCB_WINDOW[0] <= date <= LCB_WINDOW[1])
+        index = -1
+        for index, row in enumerate(itertools.islice(rows, args.limit or None)):
+            where = f"{file or source}, row {index}"
             try:
-                if source == LCB_FILES and not first <= str(row["contest_date"])[:10] <= last:
-                    continue
                 problem = read(row, args)
             except KeyError as missing:
-                raise UserError(f"{source} has no column {missing}; it has: {', '.join(row)}") from None
+                raise UserError(f"{where}: no column {missing}; it has: {', '.join(row)}") from None
             except (ValueError, TypeError, AttributeError, IndexError, pickle.PickleError, zlib.error) as e:
-                raise UserError(f"{source}, row {index}: not a problem of {name}: {e}") from None
+                raise UserError(f"{where}: not a problem of {name}: {e}") from None
             problem.benchmark, problem.checks["timeout_s"] = name, timeout_s
             problem.task_id = str(index if problem.task_id is None else problem.task_id)
             if (name, problem.task_id) in problems:
-                raise UserError(f"{source} has task {problem.task_id} twice, or {name} is given twice")
+                raise UserError(f"{where}: task {problem.task_id} of {name} is there twice")
             problems[name, problem.task_id] = problem
-        if len(problems) == before:
-            raise UserError(f"{source} holds no problem")
+            if args.thoughts and THOUGHT_STOP in problem.stop_words:  # D1
+                problems[f"{name}_cut", problem.task_id] = replace(problem, benchmark=f"{name}_cut")
+                problem.stop_words = tuple(word for word in problem.stop_words if word != THOUGHT_STOP)
+        if index < 0:
+            raise UserError(f"{file or source} holds no problem")
     return list(problems.values())
 
 
@@ -236,43 +235,43 @@ def load_problems(args: Args) -> list[Problem]:
 
 # A sample is a dict, in the end a line of samples.jsonl: benchmark, task_id, sample (a number), temperature,
 # prompt, completion (or solution), truncated; then passed, reason, seconds, tests_passed, tests_total.
+Job = tuple[Problem, dict]  # a sample and what it is to solve
 
 
 def key(sample: dict) -> tuple:
-    """What a sample is known by, and all that its noise depends on beside the seed."""
+    """What a sample is known by."""
     return sample["benchmark"], sample["task_id"], sample["temperature"], sample["sample"]
 
 
-def plan_samples(args: Args, problems: list[Problem]) -> list[tuple[Problem, dict]]:
+def plan_samples(args: Args, problems: list[Problem]) -> list[Job]:
     """What to generate: of each problem one greedy completion (temperature 0) and n sampled ones."""
-    planned = []
+    jobs = []
     for problem in problems:
         known = {"benchmark": problem.benchmark, "task_id": problem.task_id, "prompt": problem.prompt}
-        planned.append((problem, {**known, "temperature": 0.0, "sample": 0}))
-        for number in range(args.n_samples):
-            planned.append((problem, {**known, "temperature": args.temperature, "sample": number}))
-    return planned
+        for temperature, count in ((0.0, 1), (args.temperature, args.n_samples)):
+            for number in range(count):
+                jobs.append((problem, {**known, "temperature": temperature, "sample": number}))
+    return jobs
 
 
-def read_samples(args: Args, problems: list[Problem]) -> list[tuple[Problem, dict]]:
-    """The samples of a human-eval or evalplus file, or of a samples.jsonl. "Mbpp/2" is the same task as 2."""
-    samples, counts, file = [], collections.Counter(), args.samples
-    wanted = {(p.benchmark, p.task_id.rpartition("/")[2]): p for p in problems}
-    default = problems[0].benchmark if len({p.benchmark for p in problems}) == 1 else None
-    for row in common.read_rows(file):
-        name = row.get("benchmark", default) or common.column(row, "benchmark", file)
-        problem = wanted.get((name, str(common.column(row, "task_id", file)).rpartition("/")[2]))
-        if problem is None:
-            continue  # of another benchmark, or beyond --limit
-        known = {"benchmark": name, "task_id": problem.task_id, "temperature": row.get("temperature")}
+def read_samples(args: Args, problems: list[Problem]) -> list[Job]:
+    """What to judge: a human-eval or evalplus file, or a samples.jsonl. "Mbpp/2" is the same task as 2."""
+    found, jobs = collections.defaultdict(list), []
+    for row in common.read_rows(args.samples):
+        task = str(common.column(row, "task_id", args.samples)).removeprefix("Mbpp/")
         kind = "solution" if "solution" in row else "completion"
-        text = common.column(row, kind, file)
-        samples.append((problem, {**known, "sample": counts[tuple(known.values())], kind: text}))
-        counts[tuple(known.values())] += 1
-    lacking = {(p.benchmark, p.task_id) for p in problems} - {key(sample)[:2] for _, sample in samples}
-    if lacking:
-        raise UserError(f"{file} has no sample of {len(lacking)} tasks, such as {' '.join(min(lacking))}")
-    return samples
+        text = common.column(row, kind, args.samples)
+        found[row.get("benchmark"), task].append((kind, text, row.get("temperature")))
+    for problem in problems:
+        benchmark, known = problem.benchmark, {"benchmark": problem.benchmark, "task_id": problem.task_id}
+        rows = [found[b, problem.task_id] for b in (benchmark.removesuffix("_cut"), None)]
+        if not any(rows):
+            raise UserError(f"{args.samples} has no sample of task {problem.task_id} of {benchmark}")
+        for number, (kind, text, temperature) in enumerate(rows[0] or rows[1]):
+            if kind == "completion" and benchmark.endswith("_cut"):
+                text = cut(text, [THOUGHT_STOP])
+            jobs.append((problem, {**known, "temperature": temperature, "sample": number, kind: text}))
+    return jobs
 
 
 def cut(completion: str, stop_words) -> str:
@@ -295,11 +294,10 @@ def choose_tokens(logits, noise, temperatures, top_p: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def complete(model, tokenizer, batch: list[tuple[Problem, dict]], args: Args) -> None:
+def complete(model, tokenizer, batch: list[Job], args: Args) -> None:
     """Generate `completion` and `truncated` of each sample of the batch."""
     problems, samples = zip(*batch)
     prompts = [tokenizer(problem.prompt).input_ids for problem in problems]
-    stops = [[w for w in p.stop_words if not (args.thoughts and w == THOUGHT_STOP)] for p in problems]  # D1
     width, device = max(map(len, prompts)), model.device
     room = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
     if width > room:
@@ -307,7 +305,9 @@ def complete(model, tokenizer, batch: list[tuple[Problem, dict]], args: Args) ->
     input_ids = common.pad_right([p[::-1] for p in prompts], tokenizer.pad_token_id, device).flip(1)  # [B, T]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask = torch.arange(width, device=device) >= width - lengths.unsqueeze(1)  # [B, T], left padding
-    noise = [common.uniforms([args.max_new_tokens], args.seed, *key(sample)) for sample in samples]
+    # one source of noise per sample, and the same with and without the stop word of D1
+    names = [(sample["benchmark"].removesuffix("_cut"), *key(sample)[1:]) for sample in samples]
+    noise = [common.uniforms([args.max_new_tokens], args.seed, *name) for name in names]
     noise = torch.stack(noise).to(device)  # [B, max_new_tokens]
     temperatures = torch.tensor([sample["temperature"] for sample in samples], device=device)  # [B]
     eos = model.config.eos_token_id  # an id, a list, or None
@@ -321,54 +321,34 @@ def complete(model, tokenizer, batch: list[tuple[Problem, dict]], args: Args) ->
         if (ids.shape[1] - width) % 16:
             return torch.zeros(len(ids), dtype=torch.bool, device=device)
         tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - 32) :])
-        return torch.tensor([cut(tail, words) != tail for tail, words in zip(tails, stops)], device=device)
+        found = [cut(tail, problem.stop_words) != tail for tail, problem in zip(tails, problems)]
+        return torch.tensor(found, device=device)
 
-    output = model.generate(
-        input_ids,
-        attention_mask=mask.long(),  # generate counts the positions by it
-        logits_processor=[choose],
-        stopping_criteria=[ended],
-        do_sample=False,  # `choose` has drawn already
-        synced_gpus=False,  # the weights are gathered: no rank waits for the longest row of another
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=sorted(eos),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    for sample, prompt, words, new in zip(samples, prompts, stops, output[:, width:].tolist()):
+    # generate counts the positions by the mask. `choose` has drawn already: the largest logit is the token.
+    # The weights are gathered, so no rank waits for the longest row of another
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "synced_gpus": False}
+    options |= {"eos_token_id": sorted(eos), "pad_token_id": tokenizer.pad_token_id}
+    options |= {"logits_processor": [choose], "stopping_criteria": [ended]}
+    output = model.generate(input_ids, attention_mask=mask.long(), **options)
+    for problem, sample, prompt, new in zip(problems, samples, prompts, output[:, width:].tolist()):
         end = next((i for i, token in enumerate(new) if token in eos), None)
         both = [prompt, prompt + new[:end]]  # decoded alone, a completion may lose its first space
         before, text = tokenizer.batch_decode(both, clean_up_tokenization_spaces=False)
-        sample["completion"] = cut(text[len(before) :], words)
+        sample["completion"] = cut(text[len(before) :], problem.stop_words)
         sample["truncated"] = end is None and before + sample["completion"] == text
 
 
 # ---------------------------------------------------------------- 3 judge
 
 
-def unjudged(batch: list[tuple[Problem, dict]], done: set, args: Args) -> list[tuple[Problem, dict]]:
-    """What is to judge of a batch: its samples and, with --thoughts, the same cut at a thought (D1)."""
-    records = []
-    for problem, sample in batch:
-        records.append((problem, sample))
-        if args.thoughts and THOUGHT_STOP in problem.stop_words and "solution" not in sample:
-            shorter = cut(sample.get("completion", ""), [THOUGHT_STOP])
-            shorter = {"benchmark": f"{problem.benchmark}_cut", "completion": shorter}
-            records.append((problem, {**sample, **shorter}))
-    return [(problem, record) for problem, record in records if key(record) not in done]
-
-
-def judge(records: list[tuple[Problem, dict]], write, args: Args) -> None:
-    """Run the records' programs in the sandbox; each record goes to `write` as soon as it has its verdict."""
+def judge(jobs: list[Job], write, args: Args) -> None:
+    """Run the programs in the sandbox; each sample goes to `write` as soon as it has its verdict."""
     programs = []
-    for problem, record in records:
-        code = record.get("solution") or problem.opening + record.get("completion", "") + problem.closing
+    for problem, sample in jobs:
+        code = sample.get("solution") or problem.opening + sample.get("completion", "") + problem.closing
         programs.append({"code": problem.imports + code, **problem.checks})
-
-    def on_result(index: int, verdict: dict) -> None:
-        write({**records[index][1], **verdict})
-
     workers = args.workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    common.run_tests(programs, workers=workers, on_result=on_result)
+    common.run_tests(programs, workers=workers, on_result=lambda i, verdict: write({**jobs[i][1], **verdict}))
 
 
 # ---------------------------------------------------------------- 4 report
@@ -379,24 +359,23 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 if n - c < k else 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
-def summarise(records: list[dict], ks: tuple[int, ...]) -> dict:
+def summarise(samples: list[dict], ks: tuple[int, ...]) -> dict:
     """Shares in [0, 1] of one benchmark. pass@1 is that of the greedy samples if there are any."""
-    summary = {"problems": len({record["task_id"] for record in records})}
-    greedy = [record for record in records if record["temperature"] == 0]
+    greedy = [sample for sample in samples if sample["temperature"] == 0]
     verdicts = collections.defaultdict(list)  # task -> verdicts of its sampled completions
-    for record in records:
-        if record["temperature"] != 0:
-            verdicts[record["task_id"]].append(record["passed"])
-    if greedy:
-        summary["pass@1"] = fmean(record["passed"] for record in greedy)
+    for sample in samples:
+        if sample["temperature"] != 0:
+            verdicts[sample["task_id"]].append(sample["passed"])
+    summary = {"problems": len({sample["task_id"] for sample in samples})}
     for k in ks:
-        if k <= min(map(len, verdicts.values()), default=0):
-            name = "pass@1_sampled" if k == 1 and greedy else f"pass@{k}"
-            summary[name] = fmean(pass_at_k(len(v), sum(v), k) for v in verdicts.values())
-    if "truncated" in records[0]:
-        summary["truncated"] = fmean(record["truncated"] for record in records)
-    if records[0]["benchmark"] == "codeforces":
-        summary["tests_passed"] = fmean(r["tests_passed"] / r["tests_total"] for r in greedy or records)
+        if k == 1 and greedy:
+            summary["pass@1"] = fmean(sample["passed"] for sample in greedy)
+        elif k <= min(map(len, verdicts.values()), default=0):
+            summary[f"pass@{k}"] = fmean(pass_at_k(len(v), sum(v), k) for v in verdicts.values())
+    if "truncated" in samples[0]:
+        summary["truncated"] = fmean(sample["truncated"] for sample in samples)
+    if samples[0]["benchmark"] == "codeforces":
+        summary["tests_passed"] = fmean(s["tests_passed"] / s["tests_total"] for s in greedy or samples)
     return summary
 
 
@@ -416,25 +395,23 @@ def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
+def report(folder: Path, jobs: list[Job], label: str, args: Args) -> None:
+    """Write results.json and print the table."""
+    judged, samples = read_judged(folder / "samples.jsonl"), collections.defaultdict(list)
+    for _, sample in jobs:
+        if key(sample) not in judged:
+            raise UserError(f"{folder} lacks the verdict of {key(sample)}: run the same command again")
+        samples[sample["benchmark"]].append(judged[key(sample)])
+    results = {name: summarise(found, args.k) for name, found in samples.items()}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{table(results, label, args.k)}\n\n{folder / 'results.json'}")
+
+
 # ---------------------------------------------------------------- the evaluation
 
 
-def check(args: Args) -> None:
-    """UserError for sizes that make no sense."""
-    for name in ("max_new_tokens", "batch_size", "temperature", "top_p"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive")
-    for k in args.k:
-        if k < 1:
-            raise UserError(f"--k must be positive, got {k}")
-        if not args.samples and k > max(1, args.n_samples):  # pass@1 is greedy
-            raise UserError(f"pass@{k} needs --n-samples {k} or more, or leave {k} out of --k")
-
-
-def open_folder(args: Args) -> tuple[Path, set]:
-    """The evaluation's folder and what was judged before. UserError if its arguments were others."""
-    stem = f"eval_code__{Path(args.samples or args.model).name}__s{args.seed}"
-    folder = Path(args.output_dir or f"runs/{stem}__{time.strftime('%Y%m%d-%H%M%S')}")
+def open_folder(folder: Path, args: Args, ranks: common.Ranks) -> set:
+    """Begin or continue an evaluation -> keys of what is judged. UserError if its arguments were others."""
     now = json.loads(json.dumps({k: v for k, v in asdict(args).items() if k not in SPEED_ONLY}))
     if (folder / "samples.jsonl").exists():
         before = json.loads((folder / "args.json").read_text())
@@ -443,44 +420,38 @@ def open_folder(args: Args) -> tuple[Path, set]:
             raise UserError(f"{folder} holds an evaluation with other arguments ({', '.join(differ)})")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(now, indent=1))
-    return folder, set(read_verdicts(folder / "samples.jsonl"))
+    (folder / "env.txt").write_text(common._environment(ranks))
+    return set(read_judged(folder / "samples.jsonl"))
 
 
-def read_verdicts(file: Path) -> dict[tuple, dict]:
-    """key -> record of samples.jsonl. A last line torn by a kill is removed from the file."""
+def read_judged(file: Path) -> dict[tuple, dict]:
+    """key -> sample. A last line torn by a kill is removed from the file."""
     content = file.read_bytes() if file.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         os.truncate(file, len(whole))
-    records = map(json.loads, whole.splitlines())
-    return {key(record): record for record in records}
-
-
-def report(folder: Path, jobs: list[tuple[Problem, dict]], args: Args) -> None:
-    """Write results.json and print the table."""
-    verdicts, by_benchmark = read_verdicts(folder / "samples.jsonl"), collections.defaultdict(list)
-    for _, record in unjudged(jobs, set(), args):
-        if key(record) not in verdicts:
-            raise UserError(f"{folder} lacks the verdict of {key(record)}: run the same command again")
-        by_benchmark[record["benchmark"]].append(verdicts[key(record)])
-    results = {name: summarise(records, args.k) for name, records in by_benchmark.items()}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{table(results, Path(args.samples or args.model).name, args.k)}\n\n{folder / 'results.json'}")
+    return {key(sample): sample for sample in map(json.loads, whole.splitlines())}
 
 
 def main(args: Args) -> None:
     ranks = common.setup(args.seed)
-    check(args)
+    if min(args.max_new_tokens, args.batch_size, args.temperature, args.top_p, *args.k) <= 0:
+        raise UserError("--max-new-tokens, --batch-size, --temperature, --top-p and --k must be positive")
+    if not args.samples and max(args.k) > max(1, args.n_samples):  # pass@1 is greedy
+        raise UserError(f"pass@{max(args.k)} needs --n-samples {max(args.k)} or more; or choose another --k")
+    label = Path(args.samples or args.model).name
+    stem = f"runs/eval_code__{label}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(common.all_gather_list([args.output_dir or stem], ranks)[0])  # that of rank 0
 
     # 1 problems. Batches do not depend on the ranks, and one that a kill interrupted is generated again as a
     # whole, so samples are the same to the last bit. Longest prompts first: a lack of memory shows at once
     problems = load_problems(args)
     jobs = read_samples(args, problems) if args.samples else plan_samples(args, problems)
-    opened = common.together(lambda: open_folder(args) if ranks.main else None, ranks)
-    folder, done = common.all_gather_list([opened], ranks)[0]
+    done = common.together(lambda: open_folder(folder, args, ranks) if ranks.main else None, ranks)
+    done = common.all_gather_list([done], ranks)[0]
     longest = sorted(jobs, key=lambda job: -len(job[0].prompt))
     batches = [longest[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
-    batches = [batch for batch in batches if unjudged(batch, done, args)]
+    batches = [batch for batch in batches if any(key(sample) not in done for _, sample in batch)]
     model = None
     if batches and not args.samples:
         tokenizer = common.load_tokenizer(args.model)
@@ -488,12 +459,11 @@ def main(args: Args) -> None:
 
     # 2 sample and 3 judge, at the same time. One unbuffered append per line: the ranks share the file
     mine = batches[ranks.rank :: ranks.world_size]
-    total = sum(len(unjudged(batch, done, args)) for batch in mine)
-    bar = tqdm(total=total, unit="sample", disable=not ranks.main)
+    bar = tqdm(total=sum(map(len, mine)), unit="sample", disable=not ranks.main)
     samples_file = open(folder / "samples.jsonl", "ab", buffering=0)  # noqa: SIM115
 
-    def write(record: dict) -> None:
-        samples_file.write((json.dumps(record) + "\n").encode())
+    def write(sample: dict) -> None:
+        samples_file.write((json.dumps(sample) + "\n").encode())
         bar.update()
 
     background, judged = ThreadPoolExecutor(1), []
@@ -501,14 +471,15 @@ def main(args: Args) -> None:
         for batch in mine:
             if model:
                 complete(model, tokenizer, batch, args)
-            judged.append(background.submit(judge, unjudged(batch, done, args), write, args))
+            missing = [(problem, sample) for problem, sample in batch if key(sample) not in done]
+            judged.append(background.submit(judge, missing, write, args))
             if judged[0].done():
                 judged.pop(0).result()  # raises what went wrong in the background
     common.together(lambda: [future.result() for future in judged], ranks)
     bar.close()
 
     # 4 report
-    common.together(lambda: report(folder, jobs, args) if ranks.main else None, ranks)
+    common.together(lambda: report(folder, jobs, label, args) if ranks.main else None, ranks)
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from common import (
     EVENT,
+    LOGITS_PER_CHUNK,
     TINY,
     Interrupt,
     Ranks,
@@ -203,106 +203,11 @@ TINY_DEFAULTS = Args(
 )
 
 
-# ---------------------------------------------------------------- 1 sample: one generate call for all turns
-
+# ---------------------------------------------------------------- 1 sample: draft every latent as act, then
+# ---------------------------------------------------------------- insert the thoughts that q opens
 
 FORCED = -2  # `targets` of a token that q did not choose
-
-
-class ForcedDecoding(LogitsProcessor):
-    """Forces the expert's tokens and lets the policy's latents through, row by row, inside one `generate`
-    call.
-
-    A row's script is its snippet's tokens, followed by one copy of the indentation of each boundary; `follow`
-    gives the script index after each. The pointer of a row walks along it. At a boundary one token is drawn
-    from the policy: if it is in H it opens a thought and is kept, else the policy acts, and the expert's
-    token takes its place. When a thought has ended the pointer goes to the copy of the indentation, and from
-    there back to the boundary. All state is tensors [R] on the device: no per-row Python and no host
-    synchronisation in the token loop.
-    """
-
-    def __init__(
-        self, snippets: list[Snippet], noise: torch.Tensor, vocabulary: Vocabulary, args: Args
-    ) -> None:
-        rows, device = len(snippets), vocabulary.opens.device
-        longest = max(len(s.ids) + sum(map(len, s.indents)) for s in snippets)
-        script = np.zeros((rows, longest), dtype=np.int64)
-        follow = np.zeros((rows, longest), dtype=np.int64)  # 0: the end of the row
-        after = np.zeros((rows, longest), dtype=np.int64)  # at a boundary: where a thought there leads
-        action = np.full((rows, longest), -1, dtype=np.int64)  # the action that a token belongs to
-        boundary = np.zeros((rows, longest), dtype=bool)
-        for r, s in enumerate(snippets):
-            end = len(s.ids)
-            script[r, :end] = s.ids
-            follow[r, 1 : end - 1] = np.arange(2, end)  # the last one leads to 0
-            boundary[r, s.boundaries] = True
-            action[r, :end] = np.searchsorted(s.boundaries, np.arange(end), side="right") - 1
-            for t, (b, indent) in enumerate(zip(s.boundaries, s.indents)):
-                stop = end + len(indent)
-                script[r, end:stop] = indent
-                follow[r, end:stop] = np.arange(end + 1, stop + 1)
-                if indent:
-                    follow[r, stop - 1] = b
-                after[r, b] = end if indent else b
-                action[r, end:stop] = t
-                end = stop
-        self.script, self.follow, self.after, self.action, self.boundary = (
-            torch.from_numpy(x).to(device) for x in (script, follow, after, action, boundary)
-        )
-        self.code_end = torch.tensor([len(s.ids) for s in snippets], device=device)  # [R]
-        self.vocabulary, self.args, self.noise = vocabulary, args, noise.to(device)  # noise [R, W]
-        # the state of a row, [R]
-        self.pointer = torch.where(self.code_end > 1, 1, 0)  # script index of the next expert token; 0: done
-        self.length = torch.zeros_like(self.pointer)  # tokens of the thought being written
-        self.decided = torch.zeros_like(self.pointer, dtype=torch.bool)  # a thought was written here already
-        # the records, [R, W]
-        shape = noise.shape
-        self.targets = torch.full(shape, FORCED, device=device)  # what q drew: token, EVENT (act), FORCED
-        self.logq = torch.zeros(shape, device=device)  # its log-probability
-        self.actions = torch.full(shape, -1, device=device)  # action that a token belongs to or leads to
-        self.expert = torch.zeros(shape, dtype=torch.bool, device=device)  # a token of the expert's code
-        self.malformed = torch.zeros_like(self.expert)  # a thought broke off here
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - 1  # column of `noise` and of the records; the separator is column -1
-        here = self.pointer.unsqueeze(1)  # [R, 1]
-        tables = (self.script, self.follow, self.after, self.action, self.boundary)
-        script, follow, after, action, boundary = (x.gather(1, here).squeeze(1) for x in tables)  # [R] each
-        alive, thinking = self.pointer > 0, self.length > 0
-        deciding = boundary & ~self.decided & ~thinking & alive
-        # q: the policy's full distribution at the given temperature
-        logits = scores.float() / self.args.temperature  # [R, V]
-        logprobs = logits.log_softmax(-1)
-        drawn = inverse_cdf(logprobs.exp(), self.noise[:, step])  # [R]
-        v = self.vocabulary
-        opens, ends, breaks = v.opens[drawn], v.ends[drawn], v.breaks[drawn]
-        acts = deciding & ~opens
-        writes = (deciding & opens) | thinking  # this step's token is the policy's
-        act_logprob = logprobs.masked_fill(v.opens, -torch.inf).logsumexp(-1)  # log(1 - sum_H p)
-        # a thought that breaks the source, or has not ended in time, is closed by a newline as its last token
-        length = self.length + writes
-        malformed = writes & (breaks | (~ends & (length >= self.args.max_latent_tokens)))
-        closes = writes & (ends | malformed)
-        token = torch.where(writes, torch.where(malformed, v.newline, drawn), script)
-        self.targets[:, step] = torch.where(acts, EVENT, torch.where(writes, drawn, FORCED))
-        chosen = logprobs.gather(1, drawn.unsqueeze(1)).squeeze(1)
-        self.logq[:, step] = torch.where(acts, act_logprob, torch.where(writes, chosen, 0.0))
-        self.actions[:, step] = torch.where(alive, action, -1)
-        self.expert[:, step] = alive & ~writes & (self.pointer < self.code_end)
-        self.malformed[:, step] = malformed
-        # move on
-        self.pointer = torch.where(writes, torch.where(closes, after, self.pointer), follow)
-        self.decided = (self.decided | closes) & ~(boundary & ~writes)
-        self.length = torch.where(writes & ~closes, length, 0)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)  # greedy takes it
-
-
-class EndOfScript(StoppingCriteria):
-    def __init__(self, forced: ForcedDecoding) -> None:
-        self.forced = forced
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        return self.forced.pointer == 0  # [R]
+DRAFT = 4  # decisions of a row that share a forward pass; memory and speed only
 
 
 @dataclass
@@ -333,49 +238,156 @@ class Rollout:
         return Rollout(self.snippet, *(getattr(self, f.name)[keep] for f in dataclasses.fields(self)[1:]))
 
 
+def all_act(snippet: Snippet) -> Rollout:
+    """The rollout in which every latent is act: the plain snippet, for the NTP baseline and as a draft."""
+    size = len(snippet.ids)
+    actions = np.searchsorted(snippet.boundaries, np.arange(size), side="right") - 1
+    expert, malformed = np.arange(size) > 0, np.zeros(size, dtype=bool)
+    return Rollout(snippet, snippet.ids, np.full(size, FORCED), np.zeros(size), actions, expert, malformed)
+
+
+class RowCache:
+    """Keys and values [R, H, W, D] of each layer; HF's attention layers call `update`.
+
+    The token at place p of a row is in column p and sees the columns up to its own. So a row can go back:
+    what is fed later writes over what came after, and until then nothing looks at it.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.stored = rows, {}
+
+    def feed(self, model, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
+        """Last hidden states [B, C, D] of the rows' next tokens (padded to C), which begin at place `starts`."""
+        ends = [start + len(ids) for start, ids in zip(starts, tokens)]
+        self.used = max(ends) + 1
+        rows, starts, ends = torch.tensor([rows, starts, ends], device=model.device).unsqueeze(-1)  # [B, 1]
+        ids = pad_right(tokens, 0, model.device)  # [B, C]
+        places = torch.minimum(starts + torch.arange(ids.shape[1], device=model.device), ends)  # [B, C]
+        self.where = rows, places
+        mask = torch.arange(self.used, device=model.device) <= places.unsqueeze(-1)  # [B, C, used]
+        return model.last_hidden_state(ids, position_ids=places, attention_mask=mask[:, None], cache=self)
+
+    def update(self, keys, values, layer: int, *_):
+        """Keep the new keys and values [B, H, C, D] of a layer and return all up to now [B, H, used, D]."""
+        return self._keep((layer, "keys"), keys), self._keep((layer, "values"), values)
+
+    def _keep(self, name, new):
+        stored, (rows, places) = self.stored.get(name), self.where
+        if stored is None or stored.shape[2] < self.used:
+            wider = new.new_zeros(self.rows, new.shape[1], self.used + 64, new.shape[3])
+            if stored is not None:
+                wider[:, :, : stored.shape[2]] = stored
+            self.stored[name] = stored = wider
+        stored[rows, :, places] = new.transpose(1, 2)
+        return stored[:, :, : self.used] if len(rows) == self.rows else stored[rows[:, 0], :, : self.used]
+
+    def get_seq_length(self, *_) -> int:
+        return 0  # HF asks; positions and mask are given
+
+
+def draw(model, hidden, noise, vocabulary: Vocabulary, args: Args):
+    """What q draws after the hidden states [N, D] with noise [N]: tokens, log q(token), log q(act); all [N]."""
+    size = max(1, LOGITS_PER_CHUNK // len(vocabulary.opens))
+    parts = []
+    for h, u in zip(hidden.split(size), noise.split(size)):
+        # q: the policy's full distribution at the given temperature
+        logprobs = (model.lm_head(h).float() / args.temperature).log_softmax(-1)  # [N, V]
+        drawn = inverse_cdf(logprobs.exp(), u)
+        act = logprobs.masked_fill(vocabulary.opens, -torch.inf).logsumexp(-1)  # log(1 - sum_H p)
+        parts.append((drawn, logprobs.gather(1, drawn.unsqueeze(1)).squeeze(1), act))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def think(model, cache, rows: list[int], starts: list[int], token, logq, noise, vocabulary, args):
+    """Each row's thought, token by token, from the `token` [B] that opened it, to stand at place `starts`.
+
+    It ends with its newline, with a token that breaks the source, or after max_latent_tokens; rows that have
+    ended leave the batch. noise [R, W]. Returns lists: tokens drawn, their log q, of each row.
+    """
+    tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
+    going = range(len(rows))
+    for size in range(args.max_latent_tokens):
+        ended = (vocabulary.ends[token] | vocabulary.breaks[token]).tolist()
+        for k, drawn, lq in zip(going, token.tolist(), logq.tolist()):
+            tokens[k].append(drawn)
+            logprobs[k].append(lq)
+        going = [k for k, end in zip(going, ended) if not end]
+        if not going or size + 1 == args.max_latent_tokens:
+            break
+        at, places = [rows[k] for k in going], [starts[k] + size for k in going]
+        hidden = cache.feed(model, at, places, [tokens[k][-1:] for k in going])[:, 0]
+        token, logq, _ = draw(model, hidden, noise[at, places], vocabulary, args)
+    return tokens, logprobs
+
+
+def insert_thought(r: Rollout, at: int, t: int, tokens: list[int], logq: list[float], v: Vocabulary) -> int:
+    """Put a thought before action t, which begins at place `at`, and the indentation after it; its length.
+
+    A thought that breaks the source, or has not ended in time, is closed by a newline as its last token.
+    """
+    malformed = not v.ends[tokens[-1]]
+    ids, indent = tokens[:-1] + [v.newline if malformed else tokens[-1]], r.snippet.indents[t]
+    size = len(ids) + len(indent)
+    flags = np.arange(size) == len(ids) - 1
+    new = (ids + indent, tokens + [FORCED] * len(indent), logq + [0.0] * len(indent), t, False, flags & malformed)
+    for field, values in zip(dataclasses.fields(r)[1:], new):
+        old = getattr(r, field.name)
+        setattr(r, field.name, np.insert(old, [at] * size, values))
+    return size
+
+
 @torch.no_grad()
 def rollout(model, snippets: list[Snippet], noise, vocabulary: Vocabulary, args: Args) -> list[Rollout]:
     """Roll each snippet out once, through all its turns, with thoughts sampled from `model`; noise [R, W].
 
-    Rows of similar length share a generate call, which ends with its longest row. Call it inside
-    `gathered(model)`.
+    A row is a whole text at any time: what is decided, and the rest of the expert's code as if every latent
+    to come were act. One forward pass reads the next DRAFT actions of all rows and draws the decision before
+    each. Those up to a row's first thought hold; it is written, the code behind it moves on, and what the
+    cache has seen of that code is fed again. Call it inside `gathered(model)`.
     """
     rollouts: list[Rollout | None] = [None] * len(snippets)
     order = sorted(range(len(snippets)), key=lambda r: len(snippets[r].ids), reverse=True)
     for first in range(0, len(order), args.rollout_rows):
         chunk = order[first : first + args.rollout_rows]
-        rows = [snippets[r] for r in chunk]
-        width = max(s.width(args.max_latent_tokens) for s in rows)
-        forced = ForcedDecoding(rows, noise[chunk, :width], vocabulary, args)
-        ids = model.generate(
-            forced.script[:, :1],  # the separator
-            attention_mask=torch.ones_like(forced.script[:, :1]),
-            logits_processor=LogitsProcessorList([forced]),
-            stopping_criteria=StoppingCriteriaList([EndOfScript(forced)]),
-            do_sample=False,
-            max_new_tokens=width,
-            synced_gpus=False,  # the weights are whole on every rank: no collective per token
-            pad_token_id=vocabulary.separator,
-        )
-        ids = ids.cpu().numpy()
-        steps = ids.shape[1] - 1
-        records = (forced.targets, forced.logq, forced.actions, forced.expert, forced.malformed)
-        records = [record[:, :steps].cpu().numpy() for record in records]
-        for k, r in enumerate(chunk):
-            end = 1 + np.flatnonzero(records[3][k])[-1] if records[3][k].any() else 0  # the last expert token
-            separator = (FORCED, 0, -1, 0, 0)  # its records
-            row = [np.insert(record[k, :end], 0, value) for record, value in zip(records, separator)]
-            rollouts[r] = Rollout(rows[k], ids[k, : end + 1], *row)
+        for r, rolled in zip(chunk, roll([snippets[r] for r in chunk], model, noise[chunk], vocabulary, args)):
+            rollouts[r] = rolled
     return rollouts
 
 
-def all_act(snippet: Snippet) -> Rollout:
-    """The rollout in which every latent is act: the plain snippet, for the NTP baseline."""
-    size = len(snippet.ids)
-    forced = np.full(size, FORCED)
-    actions = np.searchsorted(snippet.boundaries, np.arange(size), side="right") - 1
-    expert = np.arange(size) > 0
-    return Rollout(snippet, snippet.ids, forced, np.zeros(size), actions, expert, np.zeros(size, dtype=bool))
+def roll(snippets: list[Snippet], model, noise, vocabulary: Vocabulary, args: Args) -> list[Rollout]:
+    """`rollout` of snippets that share a batch and a cache."""
+    rows, cache, noise = [all_act(s) for s in snippets], RowCache(len(snippets)), noise.to(model.device)
+    turn = [0] * len(rows)  # the next action to decide about
+    seen = [0] * len(rows)  # places that the cache holds
+    moved = [0] * len(rows)  # tokens inserted, by which the rest of the code has moved
+    while going := [i for i, s in enumerate(snippets) if turn[i] < len(s.boundaries)]:
+        # the decision before the action that begins at place b is drawn with the hidden state at b - 1
+        places = [snippets[i].boundaries[turn[i] : turn[i] + DRAFT] + moved[i] for i in going]
+        starts = [seen[i] for i in going]
+        hidden = cache.feed(model, going, starts, [rows[i].ids[seen[i] : b[-1]] for i, b in zip(going, places)])
+        k, cols = positions([b - 1 for b in places], model.device)  # [N]
+        which, offset = torch.tensor([going, starts], device=model.device)[:, k]
+        drawn, logq, act = draw(model, hidden[k, cols - offset], noise[which, cols], vocabulary, args)
+        opens, act = vocabulary.opens[drawn].tolist(), act.tolist()
+        thinking, opening, n = [], [], 0  # n: of the N decisions
+        for i, begins in zip(going, places):
+            for m, b in enumerate(begins.tolist()):
+                seen[i] = b
+                if opens[n + m]:  # the row thinks; later decisions were drawn without the thought: not valid
+                    thinking.append(i)
+                    opening.append(n + m)
+                    break
+                rows[i].targets[b], rows[i].logq[b] = EVENT, act[n + m]
+                turn[i] += 1
+            n += len(begins)
+        if not thinking:
+            continue
+        starts = [seen[i] for i in thinking]
+        thoughts = think(model, cache, thinking, starts, drawn[opening], logq[opening], noise, vocabulary, args)
+        for i, tokens, logprobs in zip(thinking, *thoughts):
+            moved[i] += insert_thought(rows[i], seen[i], turn[i], tokens, logprobs, vocabulary)
+            turn[i] += 1
+    return rows
 
 
 # ---------------------------------------------------------------- 2 score: the expert line's log-likelihood
@@ -529,8 +541,7 @@ def culprits(model, rows: list, texts: list[str], loss_of, ranks: Ranks, args: A
 
     def alone(i: int) -> tuple[float, float]:
         part = rows[i : i + 1] or rows[:1]
-        with torch.no_grad():
-            loss, _ = loss_of(part)
+        loss, _ = loss_of(part)
         return loss.item(), update(model, still, [(part, 1.0)], loss_of, ranks, args)[2]
 
     return not_finite([f"snippet {text[:60]!r}" for text in texts], alone, ranks)

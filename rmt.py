@@ -268,7 +268,8 @@ def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]]]
         heldout += [texts[i] for i in order[:cut]]
         train += [texts[i] for i in order[cut:]]
     if not train or not heldout:
-        raise UserError(f"{len(train)} training, {len(heldout)} held-out texts: --dataset is too small")
+        found = f"{len(train)} training, {len(heldout)} held-out texts"
+        raise UserError(f"{found} in {', '.join(args.dataset)}: give more data, or longer texts")
     return train, heldout
 
 

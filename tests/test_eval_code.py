@@ -1,12 +1,15 @@
 import base64
+import contextlib
 import dataclasses
 import gzip
 import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -46,6 +49,8 @@ def finished(tmp_path_factory):
     """One evaluation that was never interrupted, on one rank."""
     folder = tmp_path_factory.mktemp("finished")
     eval_code.main(Args(**SMALL, output_dir=str(folder)))
+    environment = (folder / "env.txt").read_text()
+    assert all(f"\n{word}: " in f"\n{environment}" for word in ("command", "commit", "device", "torch", "python"))
     return folder
 
 
@@ -267,7 +272,7 @@ def test_summary_keeps_greedy_and_sampled_apart():
 
     records = [record("a", 0.0, True), record("b", 0.0, False)]
     records += [record("a", 0.6, False)] * 2 + [record("b", 0.6, True), record("b", 0.6, False)]
-    expected = {"problems": 2, "pass@1": 0.5, "pass@1_sampled": 0.25, "pass@2": 0.5, "truncated": 2 / 6}
+    expected = {"problems": 2, "pass@1": 0.5, "pass@2": 0.5, "truncated": 2 / 6}
     assert eval_code.summarise(records, (1, 2, 5)) == pytest.approx(expected)
     assert eval_code.summarise(records[2:], (1,))["pass@1"] == 0.25  # no greedy sample: the estimate
 
@@ -296,6 +301,18 @@ def test_human_eval_format(tmp_path):
     samples += [{"task_id": "HumanEval/1", "completion": "    return 0\n"}] * 3
     results = score(tmp_path, "humaneval", rows, samples, k=(1, 2), workers=1)
     assert results["humaneval"] == pytest.approx({"problems": 2, "pass@1": 1 / 3, "pass@2": 0.5})
+
+
+def test_one_file_is_judged_by_two_benchmarks(tmp_path):
+    """HumanEval+ has HumanEval's tasks, so the same samples are scored on both, as evalplus does."""
+    rows = write_rows(tmp_path / "rows.jsonl", [HUMANEVAL])
+    strict = HUMANEVAL["test"] + "    assert candidate(0.5, 0) == 0.5\n"
+    plus = write_rows(tmp_path / "plus.jsonl", [HUMANEVAL | {"test": strict}])
+    file = write_rows(tmp_path / "file.jsonl", [{"task_id": "HumanEval/0", "completion": "    return int(a + b)\n"}])
+    benchmarks = (f"humaneval={rows}", f"humanevalplus={plus}")
+    eval_code.main(Args(benchmarks=benchmarks, samples=file, output_dir=str(tmp_path / "out"), workers=1))
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [results[name]["pass@1"] for name in ("humaneval", "humanevalplus")] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("task_id", ["Mbpp/11", "11", 11])
@@ -429,10 +446,24 @@ def test_thoughts_leave_the_stop_word_out(tiny, monkeypatch):
     monkeypatch.setattr(
         eval_code, "choose_tokens", lambda logits, step, *_: torch.tensor(script)[step.long()]
     )
-    [problem] = prompts_of_all_lengths(1)
-    [(kept, _)] = generate(tiny, [problem], temperatures=(0.0,), thoughts=True).values()
-    [(lost, _)] = generate(tiny, [problem], temperatures=(0.0,)).values()
-    assert (kept, lost) == ("    x = 1\n# so\n    return x", "    x = 1")
+    thinking, cut = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=1, thoughts=True))
+    assert (thinking.benchmark, cut.benchmark) == ("humaneval", "humaneval_cut")
+    [plain] = prompts_of_all_lengths(1)
+    found = [generate(tiny, [problem], temperatures=(0.0,)).popitem()[1][0] for problem in (thinking, cut, plain)]
+    assert found == ["    x = 1\n# so\n    return x", "    x = 1", "    x = 1"]
+
+
+def test_both_counts_are_of_the_same_samples(tiny, tmp_path):
+    """With --thoughts a sample and its twin, which stops at a thought, are drawn with the same noise."""
+    eval_code.main(Args(**SMALL, thoughts=True, output_dir=str(tmp_path)))
+    samples, pairs = read_lines(tmp_path), 0
+    for (benchmark, *name), sample in samples.items():
+        if benchmark == "humaneval":
+            shorter = samples[("humaneval_cut", *name)]["completion"]
+            assert shorter == eval_code.cut(sample["completion"], [eval_code.THOUGHT_STOP])
+            pairs += 1
+    assert pairs == len(samples) / 2 == 5 * 4
+    assert {"humaneval", "humaneval_cut"} == json.loads((tmp_path / "results.json").read_text()).keys()
 
 
 # ---------------------------------------------------------------- the program
@@ -458,6 +489,38 @@ def test_two_ranks_give_the_samples_of_one(finished, tmp_path):
         process.terminate()  # the launcher ends its ranks
     assert completions(tmp_path / "out") == completions(finished)
     assert (tmp_path / "out/results.json").read_text() == (finished / "results.json").read_text()
+
+
+def test_ctrl_c_leaves_no_process_and_no_folder(tmp_path):
+    rows, temporary = write_rows(tmp_path / "rows.jsonl", [HUMANEVAL]), tmp_path / "temporary"
+    temporary.mkdir()
+    endless = [{"task_id": "HumanEval/0", "completion": f"    while True: {i}\n"} for i in range(60)]
+    file = write_rows(tmp_path / "file.jsonl", endless)
+    command = [sys.executable, PROGRAM, f"--samples={file}", f"--benchmarks=humanevalplus={rows}", "--workers=2"]
+    environment = ENVIRONMENT | {"TMPDIR": str(temporary)}
+    process = subprocess.Popen([*command, f"--output-dir={tmp_path / 'out'}"], env=environment)
+
+    def workers() -> list[bytes]:
+        """Command lines of all processes, ours or orphans, that run in a folder of this test."""
+        lines = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has just ended
+                lines.append(path.read_bytes())
+        return [line for line in lines if str(temporary).encode() in line]
+
+    def wait_for(condition) -> bool:
+        deadline = time.monotonic() + 120
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return condition()
+
+    try:
+        assert wait_for(lambda: len(workers()) == 8)  # two shells, zygotes, testers and programs
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert wait_for(lambda: not workers()) and wait_for(lambda: not list(temporary.glob("sandbox-*")))
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("written", [0, 0.3, 0.8])
@@ -494,20 +557,17 @@ def test_other_arguments_are_refused(finished):
         ({"benchmarks": ("humanevil",)}, "unknown benchmark humanevil; there are humaneval, mbpp, "),
         ({"benchmarks": ("mbpp=nowhere.jsonl",)}, "no such data file or folder: nowhere.jsonl"),
         ({"benchmarks": ("mbpp={empty}",)}, "{empty} holds no problem"),
-        ({"benchmarks": ("mbpp={rows}",)}, "{rows} has no column 'test_list'; it has: task_id, prompt, "),
-        ({"benchmarks": ("livecodebench={rows}",)}, "has no column 'private_test_cases'; it has: task_id"),
-        ({"benchmarks": ("humaneval={rows}", "humaneval={rows}")}, "has task HumanEval/0 twice"),
+        ({"benchmarks": ("mbpp={rows}",)}, "{rows}, row 0: no column 'test_list'; it has: task_id, prompt, "),
+        ({"benchmarks": ("livecodebench={rows}",)}, "row 0: no column 'private_test_cases'; it has: task_id"),
+        ({"benchmarks": ("humaneval={rows}", "humaneval={rows}")}, "task HumanEval/0 of humaneval is there twice"),
         ({"benchmarks": ("humaneval={broken}",)}, "{broken}, row 0: not a problem of humaneval"),
         ({"model": "{empty}"}, "cannot load the model|no tokenizer at"),
         ({"max_new_tokens": 1020}, "a prompt has .* tokens"),
         ({"n_samples": 1}, "pass@2 needs --n-samples 2"),
-        ({"top_p": 0.0}, "--top-p must be positive"),
+        ({"top_p": 0.0}, "--top-p and --k must be positive"),
         ({"samples": "{rows}"}, "{rows} has no column `completion`"),
-        ({"samples": "{empty}"}, "{empty} has no sample of 1 tasks, such as humaneval HumanEval/0"),
-        (
-            {"samples": "{rows}", "benchmarks": (PROBLEMS, "humanevalplus={rows}")},
-            "has no column `benchmark`",
-        ),
+        ({"samples": "{empty}"}, "{empty} has no sample of task HumanEval/0 of humaneval"),
+        ({"samples": "{other}"}, "{other} has no sample of task HumanEval/0 of humaneval"),
     ],
 )
 def test_bad_input_is_said_in_one_line(tmp_path, options, message):
@@ -515,6 +575,7 @@ def test_bad_input_is_said_in_one_line(tmp_path, options, message):
         "rows": write_rows(tmp_path / "rows.jsonl", [HUMANEVAL]),
         "empty": write_rows(tmp_path / "empty.jsonl", []),
         "broken": write_rows(tmp_path / "broken.jsonl", [[1]]),
+        "other": write_rows(tmp_path / "other.jsonl", [{"task_id": "Mbpp/0", "completion": ""}]),
     }
     options = {"benchmarks": ("humaneval={rows}",)} | options
     for name, value in options.items():

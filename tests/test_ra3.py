@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import common
 import ra3
 from common import EVENT, Ranks, UserError, read_rows, uniforms
 from snippets import segment
@@ -186,7 +188,8 @@ def small_world(seed=0, max_latent_tokens=2, text="a=1\na=a\n"):
     model.generation_config = (
         GenerationConfig()
     )  # as load_model does: no eos, no sampling settings of its own
-    model.token_logprobs = lambda *a, **k: __import__("common")._token_logprobs(model, *a, **k)
+    for name in ("token_logprobs", "last_hidden_state"):  # as load_model does
+        setattr(model, name, types.MethodType(getattr(common, f"_{name}"), model))
     args = dataclasses.replace(ARGS, max_latent_tokens=max_latent_tokens, entropy_coef=0.0, penalty=0.3)
     vocabulary = ra3.Vocabulary(tokenizer, len(TOKENS), "cpu")
     snippet = segment(text, vocabulary, 64, 128, max_latent_tokens)
@@ -261,21 +264,25 @@ def test_the_sampler_is_the_distribution_q():
     assert 0.05 < expected < 0.95 and abs(thinks - expected) < 4 * math.sqrt(0.25 / n)
 
 
-def test_recorded_logprobs_equal_a_plain_forward_over_the_final_sequence():
-    model, vocabulary, snippet, args = small_world(max_latent_tokens=5)
-    other = segment("a\n", vocabulary, 64, 128, 5)  # another length in the same batch
-    noise = uniforms((60, snippet.width(5)), "logq")
-    rollouts = ra3.rollout(model, [snippet, other] * 30, noise, vocabulary, args)
+@pytest.mark.parametrize("draft", [1, 3, 100])
+def test_recorded_logprobs_equal_a_plain_forward_over_the_final_sequence(draft, monkeypatch):
+    """Rows of other lengths and other thoughts in one batch: nothing that was drafted in vain is left over."""
+    monkeypatch.setattr(ra3, "DRAFT", draft)
+    model, vocabulary, snippet, args = small_world(max_latent_tokens=5, seed=3)
+    texts = ("a\n", "a=1\na=a\n=\n", "a\n1=\n" * 4)
+    others = [segment(text, vocabulary, 64, 128, 5) for text in texts]
+    noise = uniforms((120, others[-1].width(5)), "logq")
+    rollouts = ra3.rollout(model, [snippet, *others] * 30, noise, vocabulary, args)
     for r in rollouts:
         drawn = r.targets != ra3.FORCED
-        torch.testing.assert_close(
-            torch.from_numpy(r.logq[drawn]).float(),
-            exact_logq(model, r, vocabulary).float(),
-            atol=2e-5,
-            rtol=0,
-        )
+        exact, found = exact_logq(model, r, vocabulary).float(), torch.from_numpy(r.logq[drawn]).float()
+        torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
         assert (r.ids[r.expert] == r.snippet.ids[1:]).all()  # the expert's tokens are all there, in order
-    assert any(r.malformed.any() for r in rollouts) and any(len(r.thoughts()) == 2 for r in rollouts)
+        assert set(r.actions[drawn]) == set(range(len(r.snippet.boundaries)))  # one latent before each action
+    assert any(r.malformed.any() for r in rollouts) and any(len(set(r.actions[r.targets >= 0])) > 2 for r in rollouts)
+    monkeypatch.setattr(ra3, "DRAFT", 2)
+    for a, b in zip(rollouts, ra3.rollout(model, [snippet, *others] * 30, noise, vocabulary, args)):
+        assert (a.ids == b.ids).all()
 
 
 def test_noise_belongs_to_a_row_not_to_a_batch():
@@ -291,17 +298,18 @@ def test_indentation_is_forced_again_after_a_thought(tokenizer):
     vocabulary = ra3.Vocabulary(tokenizer[1], len(tokenizer[1]), "cpu")
     text = "if a:\n        b = 1\n        c = 2\n"
     snippet = segment(text, vocabulary, 64, 1024, 16)
-    rows = 200
-    forced = ra3.ForcedDecoding([snippet] * rows, uniforms((rows, snippet.width(16)), "i"), vocabulary, ARGS)
-    scores = torch.full((rows, len(vocabulary.text)), -3.0)
+    rows, scores = 200, torch.full((1, len(vocabulary.text)), -3.0)
     scores[:, vocabulary.opens] = 4.0  # a stand-in for a model: mostly opens thoughts, often ends them
     scores[:, vocabulary.newline] = 6.0
-    ids = torch.full((rows, 1), vocabulary.separator)
-    for _ in range(snippet.width(16)):
-        ids = torch.cat([ids, forced(ids, scores).argmax(-1, keepdim=True)], 1)
-    assert (forced.pointer == 0).all()
-    for r in range(rows):
-        written = vocabulary.decode([ids[r, 1:].tolist()])[0].split(tokenizer[1].eos_token)[0]
+    stand_in = types.SimpleNamespace(
+        device=torch.device("cpu"),
+        last_hidden_state=lambda ids, **_: torch.zeros(*ids.shape, 1),
+        lm_head=lambda hidden: scores.expand(len(hidden), -1),
+    )
+    rollouts = ra3.rollout(stand_in, [snippet] * rows, uniforms((rows, snippet.width(16)), "i"), vocabulary, ARGS)
+    assert sum(len(r.thoughts()) for r in rollouts) > 50
+    for r in rollouts:
+        written = vocabulary.decode([r.ids[1:].tolist()])[0].split(tokenizer[1].eos_token)[0]
         assert ast.dump(ast.parse(written)) == ast.dump(ast.parse(text))
         lines = [line for line in written.split("\n") if "#" not in line]
         assert lines == text.split("\n")

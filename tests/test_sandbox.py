@@ -73,6 +73,9 @@ CHEATS = {
     "aborts": "import os\ndef add(a, b): os.abort()",
     "crashes": "import ctypes\ndef add(a, b): ctypes.string_at(0)",
     "exec of true": "import os\nos.execv('/bin/true', ['true'])",
+    "exec of a descriptor": "import os\nos.execve(os.open(os.__file__, os.O_RDONLY), ['true'], {})",
+    "exec of this Python": "import os, sys\nos.execl(sys.executable, 'python', '-c', '')",
+    "excepthook": "import sys, os\nsys.excepthook = lambda *args: os._exit(0)\ndef add(a, b): raise ValueError",
     "success printed": "print('passed'); print('OK', flush=True)\ndef add(a, b): print('passed'); return 0",
     "writes to every descriptor": """
         import os
@@ -426,6 +429,15 @@ BOMBS = {  # name: (reason, code run at import)
                 while True: pass
             except BaseException: pass"""),
     "sleep": ("timeout", "import time; time.sleep(60)"),
+    "flood where nobody reads": ("timeout", """
+        import sys
+        while True: print('x' * 4096); sys.stderr.write('x' * 4096)"""),
+    "fork bomb": ("exception: PermissionError", "import os\nwhile True: os.fork()"),
+    "fork bomb that tries again": ("timeout", """
+        import os
+        while True:
+            try: os.fork()
+            except OSError: pass"""),
     "signals ignored": ("timeout", """
         import signal
         for number in range(1, 65):
@@ -739,6 +751,14 @@ def test_large_stdin_and_stdout():
     cases = [{"input": "\n".join(lines), "output": "\n".join(lines) + "\n"}]
     short = echo.replace("split()", "split()[:-1]")
     good, bad = run_tests([{"code": echo, "cases": cases}, {"code": short, "cases": cases}], timeout_s=20)
+    assert good["passed"] and bad["reason"] == "wrong answer"
+
+
+def test_unicode_at_stdin_and_stdout():
+    cases = [{"input": "größe \U0001f600\u0000\n", "output": "\U0001f600\u0000 größe\n"}]
+    wrong = [{"input": cases[0]["input"], "output": "\U0001f600\u0000 grosse\n"}]
+    code = "print(*reversed(input().split()))"
+    good, bad = run_tests([{"code": code, "cases": cases}, {"code": code, "cases": wrong}], timeout_s=20)
     assert good["passed"] and bad["reason"] == "wrong answer"
 
 

@@ -1,0 +1,621 @@
+"""What a user of a preemptible cluster meets, in all three training scripts: kills, signals, full disks,
+other numbers of ranks, bad numbers, bad input.
+
+Every run is a process of its own, forked from one that has imported everything: a fork takes milliseconds,
+the imports take seconds. `plant` functions run in it first and make it fail at a chosen place.
+"""
+
+import gzip
+import hashlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import common
+import ra3
+from common import TINY, Ranks, UserError, load_tokenizer
+
+SCRIPTS = ("ra3", "rmt", "grpo_rlvr")
+ROOT = Path(common.__file__).parent
+FORK = multiprocessing.get_context("forkserver")
+if hasattr(FORK, "set_forkserver_preload"):
+    FORK.set_forkserver_preload(["test_robust", *SCRIPTS, "torch.utils.tensorboard"])
+
+
+# ---------------------------------------------------------------- small runs in processes
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A random model with tiny's tokenizer; some of its tokens end a completion, and it thinks now and then."""
+    folder, tokenizer = tmp_path_factory.mktemp("model"), load_tokenizer(str(TINY / "model"))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, initializer_range=0.3, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    hashes = [k for k in range(2048) if tokenizer.decode([k]).lstrip(" \t").startswith("#")]
+    model.model.embed_tokens.weight.data[hashes] *= 4
+    model.generation_config = transformers.GenerationConfig(eos_token_id=list(range(200)), pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sizes(model_dir, tmp_path_factory):
+    """script -> fields of its Args; most texts and problems have the word zebra in them."""
+    folder = tmp_path_factory.mktemp("data")
+    animals = [("zebra" if k % 5 else "horse") for k in range(120)]
+    programs = [f"{a} = {k}\nif {a} > 3:\n    {a} = {a} + {k}\n" for k, a in enumerate(animals)]
+    texts = [f"{a} number {k} eats {k + 1} apples" for k, a in enumerate(animals)]
+    problems = [
+        {
+            "prompt": [{"content": f"A {a}: {k} + 1?" + " Think." * (k % 4), "role": "user"}],
+            "reward_model": {"ground_truth": f'["{k + 1}"]', "style": "rule"},
+            "extra_info": {"index": f"{a}-{k}", "model_difficulty": {"M": k % 13}},
+        }
+        for k, a in enumerate(animals[:16])
+    ]
+    for name, rows in (("ra3", [{"text": p} for p in programs]), ("rmt", [{"text": t} for t in texts])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "grpo_rlvr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    shared = {"model": str(model_dir), "save_every": 1, "micro_batch_tokens": 200, "rollout_rows": 6}
+    return {
+        "ra3": shared | {
+            "dataset": (str(folder / "ra3.jsonl"),), "em_iterations": 2, "rl_updates": 1, "ntp_updates": 2,
+            "rl_batch_size": 8, "ntp_batch_size": 12, "group_size": 2, "max_latent_tokens": 4,
+            "max_snippet_tokens": 48, "eval_snippets": 4, "rl_learning_rate": 1e-3,
+            "ntp_learning_rate": 1e-3, "penalty_warmup": 0,
+        },
+        "rmt": shared | {
+            "dataset": (str(folder / "rmt.jsonl"),), "text_column": ("text",), "chat_template": False,
+            "train_texts": 12, "eval_texts": 4, "max_text_tokens": 24, "prompts_per_update": 8,
+            "group_size": 2, "max_new_tokens": 8, "initial_budget": 6, "updates": 5, "eval_positions": 3,
+            "eval_every": 0, "learning_rate": 1e-3, "beta": 0.01,
+        },
+        "grpo_rlvr": shared | {
+            "task": "math", "dataset": str(folder / "grpo_rlvr.jsonl"), "eval_problems": 4, "updates": 4,
+            "prompts_per_update": 8, "group_size": 2, "max_new_tokens": 8, "temperature": 0.8,
+            "minibatches": 2, "dynamic_sampling": 2, "eval_every": 0, "learning_rate": 1e-3, "beta": 0.01,
+        },
+    }  # fmt: skip
+
+
+def toy_rewards(self, problems, texts):
+    return [(float(len(text) % 2), "" if len(text) % 2 else "even: length") for text in texts]
+
+
+def child(script, fields, environment, log, plant, arguments):
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        setattr(sys, f"std{name}", os.fdopen(number, "w"))
+    torch.set_num_threads(1)
+    module = importlib.import_module(script)
+    common.Run.curves = lambda self, keys: None  # drawing is slow
+    if script == "grpo_rlvr" and plant is not real_rewards:
+        module.Rollouts.rewards = toy_rewards
+    if plant is not None:
+        plant(module, *arguments)
+    common.launch(module.main, module.Args(**fields))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run(script, fields, folder, plant=None, *arguments, ranks=1, limit_s=120, port=None, **changes):
+    """(exit codes of the ranks, what each wrote to stderr), all within the time limit.
+
+    changes: of fields of Args; in capitals, of the environment.
+    """
+    alone = {key: changes.pop(key) for key in list(changes) if key.isupper()}
+    fields = fields[script] | {"output_dir": str(folder)} | changes
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
+    processes, logs = [], [f"{folder}.{rank}" for rank in range(ranks)]
+    for rank, log in enumerate(logs):
+        place = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else alone
+        arguments_of = (script, fields, place, log, plant, arguments)
+        processes.append(FORK.Process(target=child, args=arguments_of))
+        processes[-1].start()
+    until = time.time() + limit_s
+    for process in processes:
+        process.join(max(0.1, until - time.time()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes], [Path(f"{log}.err").read_text() for log in logs]
+
+
+def metrics_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def weights_of(folder):
+    """Weights of all exported models: name -> tensor."""
+    files = sorted(folder.glob("checkpoints/[!s.]*/model.safetensors"))
+    return {f"{file.parent.name} {key}": w for file in files for key, w in load_file(file).items()}
+
+
+def states_of(folder):
+    return sorted(int(path.parent.name[6:]) for path in folder.glob("checkpoints/state_*/state.json"))
+
+
+def one_line(error, words):
+    lines = [line for line in error.splitlines() if line.strip() and "it/s]" not in line]  # a progress bar's
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], error
+
+
+def watch(module, log):
+    """Note what the process holds at every line of metrics."""
+    original = common.Run.log
+
+    def noting(self, metrics):
+        original(self, metrics)
+        with open(log, "a") as handle:
+            handle.write(f"{len(os.listdir('/proc/self/fd'))} {threading.active_count()}\n")
+
+    common.Run.log = noting
+
+
+@pytest.fixture(scope="module")
+def whole(sizes, tmp_path_factory):
+    """script -> folder of a run that nothing disturbed."""
+    folders = {}
+
+    def of(script):
+        if script not in folders:
+            folder = tmp_path_factory.mktemp(script) / "whole"
+            os.makedirs(f"{folder}.tmp")
+            codes, errors = run(script, sizes, folder, watch, f"{folder}.held", TMPDIR=f"{folder}.tmp")
+            assert codes == [0], errors
+            folders[script] = folder
+        return folders[script]
+
+    return of
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+
+def stop(module, place, number, how):
+    """Send this process `how` at the number-th time that it comes to `place`."""
+    left = iter(range(number - 1, -1, -1))
+
+    def at(here):
+        if here == place and next(left, 1) == 0:
+            os.kill(os.getpid(), how)
+
+    grad_norm, write_whole, replace = module.grad_norm, common.write_whole, os.replace
+
+    def stopping_norm(*args):
+        at("update")
+        return grad_norm(*args)
+
+    def stopping_write(path, text):
+        at({"state.json": "checkpoint", "metrics.jsonl": "restore"}.get(path.name))
+        write_whole(path, text)
+
+    def stopping_replace(source, target):
+        name = Path(target).name
+        if not name.startswith("state"):
+            at("export" if Path(target).parent.name == "checkpoints" else None)
+        replace(source, target)
+        at("renamed" if name.startswith("state_") else None)
+
+    module.grad_norm, common.write_whole, os.replace = stopping_norm, stopping_write, stopping_replace
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_is_killed_everywhere_is_the_same_run(script, sizes, whole, tmp_path):
+    folder, kill = tmp_path / "run", signal.SIGKILL
+    expected = {1: -kill, 0: 130}
+    places = [
+        ("update", 1, kill),  # before any checkpoint
+        ("update", 1, signal.SIGTERM),  # writes one first
+        ("update", 2, kill),  # between two checkpoints
+        ("checkpoint", 1, kill),  # all its tensors are written, but not its name
+        ("renamed", 1, kill),  # right after
+        ("restore", 1, kill),  # while metrics.jsonl is cut back
+        ("update", 1, signal.SIGINT),  # Ctrl-C
+        ("export", 1, kill),
+    ]
+    for k, place in enumerate(places):
+        before = states_of(folder)
+        codes, errors = run(script, sizes, folder, stop, *place, resume="auto" if k else "")
+        assert codes == [expected[place[2] == kill]], (place, errors)
+        if place[2] != kill:
+            assert states_of(folder)[-1] == (before or [0])[-1] + 1, place
+    assert list(folder.glob("checkpoints/.*.partial"))  # it was killed while it wrote
+    codes, errors = run(script, sizes, folder, resume="auto")
+    assert codes == [0], errors
+    assert metrics_of(folder) == metrics_of(whole(script))
+    found, right = weights_of(folder), weights_of(whole(script))
+    assert found.keys() >= {key for key in right if "update_" not in key} and len(right) > 10
+    assert all(torch.equal(found[key], right[key]) for key in found)
+    states = [json.loads((f / f"checkpoints/state_{states_of(f)[-1]:06d}/state.json").read_text())
+              for f in (folder, whole(script))]  # fmt: skip
+    assert states[0] == states[1]
+    left = [p for p in folder.rglob("*") if "partial" in p.name]
+    assert not left and len(states_of(folder)) == 2
+    codes, errors = run(script, sizes, folder, resume="auto")  # a run that is complete
+    assert codes == [0] and metrics_of(folder) == metrics_of(whole(script)), errors
+
+
+def test_positions_beyond_the_first_epoch_are_part_of_that(sizes, whole):
+    """Else the tests above would not show that the place in the data is kept."""
+    for script in ("rmt", "grpo_rlvr"):
+        assert metrics_of(whole(script))[-1]["data/epoch"] > 2
+    state = json.loads((whole("ra3") / "checkpoints" / "state_000006" / "state.json").read_text())
+    assert state["cursors"]["E"] >= 16 and state["cursors"]["M"] >= 48
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_piles_up(script, whole):
+    assert os.listdir(f"{whole(script)}.tmp") == []
+    held = Path(f"{whole(script)}.held").read_text().splitlines()
+    assert len(set(held[1:])) == 1, held  # open files and threads, from the second line of metrics on
+
+
+def real_rewards(module, log):
+    """math-verify in its own process, which is noted, in place of toy_rewards; killed in the first checkpoint
+    (not in an update: a random model is never right, so no group has spread and there is none)."""
+    popen = subprocess.Popen
+
+    def noting(*args, **kw):
+        process = popen(*args, **kw)
+        Path(log).write_text(str(process.pid))
+        return process
+
+    module.subprocess.Popen = noting
+    stop(module, "checkpoint", 1, signal.SIGKILL)
+
+
+def test_no_process_is_left_behind(sizes, tmp_path):
+    codes, errors = run("grpo_rlvr", sizes, tmp_path / "run", real_rewards, str(tmp_path / "pid"))
+    assert codes == [-9], errors
+    command, until = Path(f"/proc/{(tmp_path / 'pid').read_text()}/cmdline"), time.time() + 20
+    while command.exists() and b"verify" in command.read_bytes():
+        assert time.time() < until
+        time.sleep(0.1)
+
+
+def fill(module, place):
+    """From the second checkpoint, model or line of metrics on there is no room for it."""
+    original, calls = getattr(common.Run, place), []
+
+    def limited(self, *args, **kw):
+        calls.append(1)
+        if len(calls) == 2 and place == "log":
+            metrics = self.path / "metrics.jsonl"
+            metrics.unlink()
+            metrics.symlink_to("/dev/full")
+        elif len(calls) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        return original(self, *args, **kw)
+
+    setattr(common.Run, place, limited)
+
+
+@pytest.mark.parametrize("place", ["save", "export", "log"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_ends_the_run_with_one_line(script, place, sizes, whole, tmp_path):
+    folder = tmp_path / "run"
+    codes, errors = run(script, sizes, folder, fill, place)
+    assert codes == [2]
+    one_line(errors[0], "No space left" if place == "log" else "is the disk full? Those before are intact")
+    assert not list(folder.glob("checkpoints/.*"))
+    if place != "log":
+        assert states_of(folder)
+        codes, errors = run(script, sizes, folder, resume="auto")
+        assert codes == [0] and metrics_of(folder) == metrics_of(whole(script)), errors
+
+
+@pytest.mark.parametrize("how", ["truncated", "garbage"])
+def test_a_damaged_checkpoint_is_refused(how, sizes, whole, tmp_path):
+    folder = tmp_path / "run"
+    assert run("grpo_rlvr", sizes, folder, stop, "update", 3, signal.SIGTERM)[0] == [130]
+    assert states_of(folder) == [1, 2]
+    torn = folder / "checkpoints" / "state_000002" / "__0_0.distcp"
+    content = torn.read_bytes()
+    torn.write_bytes(content[: len(content) // 2] if how == "truncated" else b"x" * len(content))
+    codes, errors = run("grpo_rlvr", sizes, folder, resume="auto")
+    assert codes == [2]
+    one_line(errors[0], "state_000002")
+    common.discard(torn.parent)  # as the message says
+    codes, errors = run("grpo_rlvr", sizes, folder, resume="auto")
+    assert codes == [0] and metrics_of(folder) == metrics_of(whole("grpo_rlvr")), errors
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def spy(module, log):
+    """Note the noise rows that this rank samples with, and a hash of the whole weights that it sees."""
+    rollout, export, mine = module.rollout, common.Run.export, f"{log}.{os.environ.get('RANK', 0)}"
+
+    def noting(model, prompts, noise, *rest):
+        with open(f"{mine}.noise", "a") as handle:
+            handle.writelines(row.numpy().tobytes().hex()[:32] + "\n" for row in noise)
+        return rollout(model, prompts, noise, *rest)
+
+    def hashing(self, model, tokenizer, name):
+        digest = hashlib.sha256()
+        for value in model.state_dict().values():
+            digest.update((value.full_tensor() if hasattr(value, "full_tensor") else value).numpy().tobytes())
+        with open(f"{mine}.weights", "a") as handle:
+            handle.write(f"{name} {digest.hexdigest()}\n")
+        return export(self, model, tokenizer, name)
+
+    module.rollout, common.Run.export = noting, hashing
+
+
+def close(folder, right, start):
+    """The same run to rounding, which Adam amplifies: the weights differ by little of what training moved."""
+    assert [row["update"] for row in metrics_of(folder)] == [row["update"] for row in metrics_of(right)]
+    found, right = weights_of(folder), weights_of(right)
+    right = {key: w for key, w in right.items() if "update_" not in key}  # a stop may add or drop those
+    assert found.keys() >= right.keys() and len(right) > 10
+    moved = sum((right[key] - start[key.split()[1]]).abs().sum() for key in right)
+    assert sum((found[key] - right[key]).abs().sum() for key in right) < 2e-2 * moved
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_ranks(script, sizes, whole, model_dir, tmp_path):
+    start = load_file(model_dir / "model.safetensors")
+    one, two = tmp_path / "one", tmp_path / "two"
+    codes, errors = run(script, sizes, two, spy, str(two), ranks=2)
+    assert codes == [0, 0], errors
+    close(two, whole(script), start)
+    hashes = [Path(f"{two}.{rank}.weights").read_text() for rank in range(2)]
+    assert hashes[0] == hashes[1] and len(hashes[0].splitlines()) >= 4  # all ranks have the same parameters
+    noise = [set(Path(f"{two}.{rank}.noise").read_text().splitlines()) for rank in range(2)]
+    assert all(noise) and not noise[0] & noise[1]  # and different samples
+    # a state of one rank goes on with two, and a state of two with one
+    for folder, first, second in ((one, 1, 2), (tmp_path / "other", 2, 1)):
+        codes, errors = run(script, sizes, folder, stop, "update", 3, signal.SIGTERM, ranks=first)
+        assert codes == [130] * first and states_of(folder), errors
+        codes, errors = run(script, sizes, folder, ranks=second, resume="auto")
+        assert codes == [0] * second, errors
+        close(folder, whole(script), start)
+
+
+def die(module, how):
+    """The second rank fails in its first update."""
+    grad_norm = module.grad_norm
+
+    def failing(*args):
+        if os.environ["RANK"] == "1":
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("this rank has failed")
+        return grad_norm(*args)
+
+    module.grad_norm = failing
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_rank_that_dies_ends_the_others(script, sizes, tmp_path):
+    """Even where no torchrun ends them: a collective with a rank that is gone fails."""
+    codes, errors = run(script, sizes, tmp_path / "run", die, "failed", ranks=2, limit_s=60)
+    assert codes == [1, 1] and "this rank has failed" in errors[1]
+    codes, errors = run(script, sizes, tmp_path / "killed", die, "killed", ranks=2, limit_s=60)
+    assert codes == [1, -signal.SIGKILL]
+
+
+def test_batches_that_do_not_divide():
+    for size, nearest in ((5, 4), (1, 2), (0, 2)):
+        with pytest.raises(UserError, match=f"does not divide by 2 ranks: use {nearest}"):
+            ra3.check(ra3.Args(rl_batch_size=size), Ranks(0, 2, torch.device("cpu")))
+    ra3.check(ra3.Args(), Ranks(0, 8, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_port_in_use_is_one_line(script, sizes, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        codes, errors = run(script, sizes, tmp_path / "run", ranks=2, port=port, limit_s=10)
+    assert codes[0] == 2
+    one_line(errors[0], f"127.0.0.1:{port}")
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def poison(module, kind):
+    """The loss, or only the gradient, of every row with a zebra in it is NaN."""
+    original, tokenizer = module.token_logprobs, load_tokenizer(str(TINY / "model"))
+
+    def poisoned(model, input_ids, rows, cols, **kw):
+        logprobs, entropies = original(model, input_ids, rows, cols, **kw)
+        if torch.is_grad_enabled() or kind == "loss":
+            bad = torch.tensor(["zebra" in tokenizer.decode(ids) for ids in input_ids])[rows]
+            factor = torch.where(bad, math.nan, 1.0)
+            if kind == "loss" and torch.is_grad_enabled():
+                logprobs = logprobs * factor
+            elif logprobs.requires_grad:
+                logprobs.register_hook(lambda gradient: gradient * factor)
+        return logprobs, entropies
+
+    module.token_logprobs = poisoned
+
+
+@pytest.mark.parametrize("kind, ranks", [("loss", 2), ("gradient", 1)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_not_finite_is_named(script, kind, ranks, sizes, model_dir, tmp_path):
+    in_a_row = {} if script == "ra3" else {"max_skipped": 3, "updates": 9}
+    in_a_row |= {"minibatches": 1} if script == "grpo_rlvr" else {}
+    folder = tmp_path / "run"
+    codes, errors = run(script, sizes, folder, poison, kind, ranks=ranks, save_every=1, **in_a_row)
+    assert codes == [2] * ranks
+    one_line(errors[0], "in a row")
+    assert "zebra" in errors[0] and "horse" not in errors[0]
+    rows = metrics_of(folder)[1:]
+    last = rows[-1]["update"]  # a batch without a zebra may have come first
+    assert [row["update"] for row in rows] == list(range(1, last + 1)) and states_of(folder) == [last - 2, last - 1]
+    assert [row["optim/skipped"] for row in rows[-3:]] == ([1, 1, 1] if script == "ra3" else [1, 2, 3])
+    if last == 3:  # nothing has changed
+        start = load_file(model_dir / "model.safetensors")
+        assert all(torch.equal(w, start[key.split()[1]]) for key, w in weights_of(folder).items())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+class Left(BaseException):
+    pass
+
+
+def broken(tmp_path, model_dir):
+    """Folders and files with something wrong."""
+
+    def copy(name, leave_out=(), **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in Path(model_dir).iterdir():
+            if file.name not in leave_out:
+                (folder / file.name).write_bytes(file.read_bytes())
+        for file, change in changes.items():
+            path = folder / f"{file}.json"
+            path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        return folder
+
+    copy("no_tokenizer", ("tokenizer.json", "tokenizer_config.json"))
+    copy("no_eos", tokenizer_config=lambda c: {k: v for k, v in c.items() if k != "eos_token"})
+    copy("no_weights", ("model.safetensors",))
+    weights = copy("torn") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    copy("short", config=lambda c: c | {"max_position_embeddings": 16})
+    (tmp_path / "other.jsonl").write_text('{"body": "x", "lang": "python"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no parquet")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9\xff"}\n')
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a = 1"}\n' * 99)[:-20])
+    return tmp_path
+
+
+ALL = {
+    "no such model": ({"model": "./nowhere"}, "no tokenizer at ./nowhere"),
+    "no tokenizer": ({"model": "@no_tokenizer"}, "no tokenizer at"),
+    "no eos": ({"model": "@no_eos"}, "has no eos token"),
+    "no weights": ({"model": "@no_weights"}, "cannot load the model"),
+    "torn weights": ({"model": "@torn"}, "cannot load the model"),
+    "no data": ({"dataset": "@none.jsonl"}, "no such data file or folder"),
+    "missing column": ({"dataset": "@other.jsonl"}, "it has: body, lang"),
+    "no objects": ({"dataset": "@list.jsonl"}, "it has: list"),
+    "empty data": ({"dataset": "@empty.jsonl"}, "empty.jsonl"),
+    "torn gzip": ({"dataset": "@torn.jsonl.gz"}, "cannot read"),
+    "not parquet": ({"dataset": "@bad.parquet"}, "cannot read"),
+    "not utf-8": ({"dataset": "@latin.jsonl"}, "cannot read"),
+    "negative size": ({"group_size": -1}, "--group-size must be"),
+    "no micro-batch": ({"micro_batch_tokens": 0}, "--micro-batch-tokens must be positive, got 0"),
+    "negative rate": ({"weight_decay": -0.1}, "--weight-decay must not be negative, got -0.1"),
+    "negative seed": ({"seed": -1}, "--seed must not be negative"),
+    "no such folder": ({"output_dir": "@other.jsonl/run"}, "Not a directory"),
+    "nothing to resume": ({"resume": "@none"}, "holds no complete checkpoint"),
+}
+SOME = {
+    "ra3": {"too long": ({"max_snippet_tokens": 4}, "can be used")},
+    "rmt": {
+        "too long": ({"model": "@short"}, "the model's context is 16"),
+        "too short": ({"max_text_tokens": 1}, "give more data, or longer texts"),
+    },
+    "grpo_rlvr": {
+        "too long": ({"max_prompt_tokens": 3}, "longer than --max-prompt-tokens 3"),
+        "context": ({"model": "@short"}, "the model's context is 16"),
+        "negative": ({"prompts_per_update": -8}, "--prompts-per-update must be positive, got -8"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_input_is_one_line_and_exit_code_2(script, sizes, model_dir, tmp_path, capfd, monkeypatch):
+    files, module = broken(tmp_path, model_dir), importlib.import_module(script)
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.chdir(tmp_path)
+    transformers.utils.logging.set_verbosity_error()
+    for name, (changes, words) in (ALL | SOME[script]).items():
+        fields = sizes[script] | {"output_dir": str(tmp_path / f"run {name}")} | changes
+        for key in ("dataset", "model", "output_dir", "resume"):
+            wanted = fields.get(key, "")
+            if isinstance(wanted, str):
+                fields[key] = wanted.replace("@", f"{files}/")
+        if script != "grpo_rlvr" and isinstance(fields["dataset"], str):
+            fields["dataset"] = (fields["dataset"],)
+        with pytest.raises(Left) as left:
+            common.launch(module.main, module.Args(**fields))
+        error = capfd.readouterr().err
+        assert left.value.args == (2,), (name, error)
+        one_line(error, words)
+
+
+# ---------------------------------------------------------------- torchrun
+
+DRIVER = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_robust
+log = {folder!r} + "." + os.environ["RANK"]
+test_robust.child("grpo_rlvr", {fields!r}, {{}}, log, getattr(test_robust, {plant!r}), {arguments!r})
+"""
+
+
+def tell(module, how):
+    """In its second update the first rank sends torchrun the signal of a preemption, or Ctrl-C."""
+    grad_norm, calls = module.grad_norm, []
+
+    def telling(*args):
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "0":
+            os.kill(os.getppid(), how)
+        return grad_norm(*args)
+
+    module.grad_norm = telling
+
+
+@pytest.mark.parametrize("plant, arguments", [("tell", (2,)), ("tell", (15,)), ("die", ("failed",))])
+def test_torchrun(plant, arguments, sizes, tmp_path):
+    """A signal reaches all ranks, which save and leave; a rank that fails ends the job, with its error."""
+    folder, driver = tmp_path / "run", tmp_path / "driver.py"
+    fields = sizes["grpo_rlvr"] | {"output_dir": str(folder), "updates": 10_000, "save_every": 0}
+    places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder)}
+    driver.write_text(DRIVER.format(fields=fields, plant=plant, arguments=arguments, **places))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
+    errors = [Path(f"{folder}.{rank}.err").read_text() for rank in range(2)]
+    assert done.returncode
+    if plant == "die":
+        assert "RuntimeError: this rank has failed" in errors[1] and not states_of(folder)
+    else:
+        assert errors == ["", ""] and states_of(folder) == [metrics_of(folder)[-1]["update"]]
