@@ -268,7 +268,7 @@ def test_the_sampler_is_the_distribution_q():
 def test_recorded_logprobs_equal_a_plain_forward_over_the_final_sequence(draft, monkeypatch):
     """Rows of other lengths and other thoughts in one batch: nothing that was drafted in vain is left over."""
     monkeypatch.setattr(ra3, "DRAFT", draft)
-    model, vocabulary, snippet, args = small_world(max_latent_tokens=5, seed=3)
+    model, vocabulary, snippet, args = small_world(max_latent_tokens=5, seed=4)
     texts = ("a\n", "a=1\na=a\n=\n", "a\n1=\n" * 4)
     others = [segment(text, vocabulary, 64, 128, 5) for text in texts]
     noise = uniforms((120, others[-1].width(5)), "logq")
@@ -279,7 +279,7 @@ def test_recorded_logprobs_equal_a_plain_forward_over_the_final_sequence(draft, 
         torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
         assert (r.ids[r.expert] == r.snippet.ids[1:]).all()  # the expert's tokens are all there, in order
         assert set(r.actions[drawn]) == set(range(len(r.snippet.boundaries)))  # one latent before each action
-    assert any(r.malformed.any() for r in rollouts) and any(len(set(r.actions[r.targets >= 0])) > 2 for r in rollouts)
+    assert any(r.malformed.any() for r in rollouts) and any(len(set(r.actions[r.targets >= 0])) > 3 for r in rollouts)
     monkeypatch.setattr(ra3, "DRAFT", 2)
     for a, b in zip(rollouts, ra3.rollout(model, [snippet, *others] * 30, noise, vocabulary, args)):
         assert (a.ids == b.ids).all()
