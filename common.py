@@ -337,10 +337,8 @@ def load_model(name: str, ranks: Ranks, train: bool = True):
     try:
         AutoConfig.from_pretrained(name)
         dtype = torch.float32 if train or ranks.device.type == "cpu" else torch.bfloat16
-        flash = ranks.device.type == "cuda" and transformers.utils.is_flash_attn_2_available()
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="flash_attention_2" if flash else "sdpa"
-        )
+        # sdpa has a flash kernel of its own, and unlike the flash-attn package it takes RowCache's masks
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # as for the tokenizer
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
     model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
@@ -478,6 +476,49 @@ def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
 
 
+class RowCache:
+    """Keys and values [R, H, W, D] of every layer for R rows that grow, and go back, each at its own pace.
+
+    The token at place p of a row is in column p and sees the columns up to its own. So a row can go back:
+    what is fed later writes over what came after, and until then nothing looks at it. UserError for a model
+    with a recurrent state, which cannot go back.
+    """
+
+    def __init__(self, model, rows: int) -> None:
+        if getattr(model, "_is_stateful", False):
+            raise UserError(f"{type(model).__name__} has a recurrent state, which cannot go back")
+        self.model, self.rows, self.stored = model, rows, {}
+
+    def feed(self, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
+        """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`."""
+        ends, device = [start + len(ids) for start, ids in zip(starts, tokens)], self.model.device
+        self.used = max(ends) + 1
+        rows, starts, ends = torch.tensor([rows, starts, ends], device=device).unsqueeze(-1)  # [B, 1] each
+        ids = pad_right(tokens, 0, device)  # [B, C]; padding goes to the column behind the row's tokens
+        places = torch.minimum(starts + torch.arange(ids.shape[1], device=device), ends)  # [B, C]
+        mask = torch.arange(self.used, device=device) <= places.unsqueeze(-1)  # [B, C, used]
+        self.where = rows, places
+        options = {"position_ids": places, "attention_mask": mask.unsqueeze(1), "cache": self}
+        return self.model.last_hidden_state(ids, **options)
+
+    def update(self, keys, values, layer: int, *_):
+        """Attention layers give their new keys and values [B, H, C, D] and get all [B, H, used, D]."""
+        return self._keep((layer, "keys"), keys), self._keep((layer, "values"), values)
+
+    def _keep(self, name, new):
+        stored, (rows, places) = self.stored.get(name), self.where
+        if stored is None or stored.shape[2] < self.used:
+            wider = new.new_zeros(self.rows, new.shape[1], self.used + 64, new.shape[3])
+            if stored is not None:
+                wider[:, :, : stored.shape[2]] = stored
+            self.stored[name] = stored = wider
+        stored[rows, :, places] = new.transpose(1, 2)
+        return stored[:, :, : self.used] if len(rows) == self.rows else stored[rows[:, 0], :, : self.used]
+
+    def get_seq_length(self, *_) -> int:
+        return 0  # the model asks before it makes a mask; the mask is given
+
+
 # ---------------------------------------------------------------- 7 log-probabilities
 
 
@@ -507,7 +548,7 @@ def _last_hidden_state(self, input_ids, cache=None, **kw) -> torch.Tensor:
 
 
 def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, temperature=1.0, entropy=False):
-    hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]; position t-1 predicts token t: shift by 1
+    hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]: t - 1 predicts token t
     targets = input_ids[rows, cols] if targets is None else targets
     chunk = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size)
     if len(targets) <= chunk:

@@ -57,6 +57,7 @@ from common import (
     TINY,
     Interrupt,
     Ranks,
+    RowCache,
     Run,
     UserError,
     all_gather_list,
@@ -153,7 +154,7 @@ class Args:
     temperature: float = 1.0
     """temperature of q, in sampling and in log q alike"""
     rollout_rows: int = 512
-    """rows of one generate call on a rank; memory and speed only"""
+    """rows of a rollout batch on a rank; memory and speed only"""
     # ---- optimisation
     rl_updates: int = 40
     """E-step updates of an EM iteration"""
@@ -203,8 +204,7 @@ TINY_DEFAULTS = Args(
 )
 
 
-# ---------------------------------------------------------------- 1 sample: draft every latent as act, then
-# ---------------------------------------------------------------- insert the thoughts that q opens
+# ---------------------------------------------------------------- 1 sample: draft, decide, insert thoughts
 
 FORCED = -2  # `targets` of a token that q did not choose
 DRAFT = 4  # decisions of a row that share a forward pass; memory and speed only
@@ -246,47 +246,8 @@ def all_act(snippet: Snippet) -> Rollout:
     return Rollout(snippet, snippet.ids, np.full(size, FORCED), np.zeros(size), actions, expert, malformed)
 
 
-class RowCache:
-    """Keys and values [R, H, W, D] of each layer; HF's attention layers call `update`.
-
-    The token at place p of a row is in column p and sees the columns up to its own. So a row can go back:
-    what is fed later writes over what came after, and until then nothing looks at it.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.stored = rows, {}
-
-    def feed(self, model, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
-        """Last hidden states [B, C, D] of the rows' next tokens (padded to C), which begin at place `starts`."""
-        ends = [start + len(ids) for start, ids in zip(starts, tokens)]
-        self.used = max(ends) + 1
-        rows, starts, ends = torch.tensor([rows, starts, ends], device=model.device).unsqueeze(-1)  # [B, 1]
-        ids = pad_right(tokens, 0, model.device)  # [B, C]
-        places = torch.minimum(starts + torch.arange(ids.shape[1], device=model.device), ends)  # [B, C]
-        self.where = rows, places
-        mask = torch.arange(self.used, device=model.device) <= places.unsqueeze(-1)  # [B, C, used]
-        return model.last_hidden_state(ids, position_ids=places, attention_mask=mask[:, None], cache=self)
-
-    def update(self, keys, values, layer: int, *_):
-        """Keep the new keys and values [B, H, C, D] of a layer and return all up to now [B, H, used, D]."""
-        return self._keep((layer, "keys"), keys), self._keep((layer, "values"), values)
-
-    def _keep(self, name, new):
-        stored, (rows, places) = self.stored.get(name), self.where
-        if stored is None or stored.shape[2] < self.used:
-            wider = new.new_zeros(self.rows, new.shape[1], self.used + 64, new.shape[3])
-            if stored is not None:
-                wider[:, :, : stored.shape[2]] = stored
-            self.stored[name] = stored = wider
-        stored[rows, :, places] = new.transpose(1, 2)
-        return stored[:, :, : self.used] if len(rows) == self.rows else stored[rows[:, 0], :, : self.used]
-
-    def get_seq_length(self, *_) -> int:
-        return 0  # HF asks; positions and mask are given
-
-
 def draw(model, hidden, noise, vocabulary: Vocabulary, args: Args):
-    """What q draws after the hidden states [N, D] with noise [N]: tokens, log q(token), log q(act); all [N]."""
+    """What q draws after hidden states [N, D] with noise [N]: tokens, log q(token), log q(act), all [N]."""
     size = max(1, LOGITS_PER_CHUNK // len(vocabulary.opens))
     parts = []
     for h, u in zip(hidden.split(size), noise.split(size)):
@@ -298,41 +259,40 @@ def draw(model, hidden, noise, vocabulary: Vocabulary, args: Args):
     return [torch.cat(part) for part in zip(*parts)]
 
 
-def think(model, cache, rows: list[int], starts: list[int], token, logq, noise, vocabulary, args):
-    """Each row's thought, token by token, from the `token` [B] that opened it, to stand at place `starts`.
+def think(cache: RowCache, rows: list[int], places: list[int], token, logq, noise, vocabulary, args):
+    """The thoughts of these rows, token by token, each from the `token` [B] that opened it at its place.
 
-    It ends with its newline, with a token that breaks the source, or after max_latent_tokens; rows that have
-    ended leave the batch. noise [R, W]. Returns lists: tokens drawn, their log q, of each row.
+    A thought ends with its newline, with a token that breaks the source, or after max_latent_tokens; rows
+    that have ended leave the batch. noise [R, W]. Returns lists, one of each row: tokens drawn, their log q.
     """
     tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
-    going = range(len(rows))
-    for size in range(args.max_latent_tokens):
+    going = list(range(len(rows)))
+    while going:
         ended = (vocabulary.ends[token] | vocabulary.breaks[token]).tolist()
         for k, drawn, lq in zip(going, token.tolist(), logq.tolist()):
             tokens[k].append(drawn)
             logprobs[k].append(lq)
-        going = [k for k, end in zip(going, ended) if not end]
-        if not going or size + 1 == args.max_latent_tokens:
-            break
-        at, places = [rows[k] for k in going], [starts[k] + size for k in going]
-        hidden = cache.feed(model, at, places, [tokens[k][-1:] for k in going])[:, 0]
-        token, logq, _ = draw(model, hidden, noise[at, places], vocabulary, args)
+        size = len(tokens[going[0]])
+        going = [k for k, end in zip(going, ended) if not end and size < args.max_latent_tokens]
+        if going:
+            at, where = [rows[k] for k in going], [places[k] + size - 1 for k in going]
+            hidden = cache.feed(at, where, [tokens[k][-1:] for k in going])[:, 0]
+            token, logq, _ = draw(cache.model, hidden, noise[at, where], vocabulary, args)
     return tokens, logprobs
 
 
-def insert_thought(r: Rollout, at: int, t: int, tokens: list[int], logq: list[float], v: Vocabulary) -> int:
-    """Put a thought before action t, which begins at place `at`, and the indentation after it; its length.
+def insert_thought(r: Rollout, place: int, t: int, tokens: list[int], logq: list[float], v) -> int:
+    """Put a thought before action t, which begins at `place`, and the indentation after it; tokens inserted.
 
     A thought that breaks the source, or has not ended in time, is closed by a newline as its last token.
     """
     malformed = not v.ends[tokens[-1]]
     ids, indent = tokens[:-1] + [v.newline if malformed else tokens[-1]], r.snippet.indents[t]
     size = len(ids) + len(indent)
-    flags = np.arange(size) == len(ids) - 1
-    new = (ids + indent, tokens + [FORCED] * len(indent), logq + [0.0] * len(indent), t, False, flags & malformed)
+    forced, closed = [FORCED] * len(indent), (np.arange(size) == len(ids) - 1) & malformed
+    new = (ids + indent, tokens + forced, logq + [0.0] * len(indent), t, False, closed)
     for field, values in zip(dataclasses.fields(r)[1:], new):
-        old = getattr(r, field.name)
-        setattr(r, field.name, np.insert(old, [at] * size, values))
+        setattr(r, field.name, np.insert(getattr(r, field.name), [place] * size, values))
     return size
 
 
@@ -340,52 +300,54 @@ def insert_thought(r: Rollout, at: int, t: int, tokens: list[int], logq: list[fl
 def rollout(model, snippets: list[Snippet], noise, vocabulary: Vocabulary, args: Args) -> list[Rollout]:
     """Roll each snippet out once, through all its turns, with thoughts sampled from `model`; noise [R, W].
 
-    A row is a whole text at any time: what is decided, and the rest of the expert's code as if every latent
-    to come were act. One forward pass reads the next DRAFT actions of all rows and draws the decision before
-    each. Those up to a row's first thought hold; it is written, the code behind it moves on, and what the
-    cache has seen of that code is fed again. Call it inside `gathered(model)`.
+    Rows of similar length share a batch. Call it inside `gathered(model)`.
     """
     rollouts: list[Rollout | None] = [None] * len(snippets)
     order = sorted(range(len(snippets)), key=lambda r: len(snippets[r].ids), reverse=True)
     for first in range(0, len(order), args.rollout_rows):
         chunk = order[first : first + args.rollout_rows]
-        for r, rolled in zip(chunk, roll([snippets[r] for r in chunk], model, noise[chunk], vocabulary, args)):
-            rollouts[r] = rolled
+        batch = rollout_batch(model, [snippets[r] for r in chunk], noise[chunk], vocabulary, args)
+        for r, one in zip(chunk, batch):
+            rollouts[r] = one
     return rollouts
 
 
-def roll(snippets: list[Snippet], model, noise, vocabulary: Vocabulary, args: Args) -> list[Rollout]:
-    """`rollout` of snippets that share a batch and a cache."""
-    rows, cache, noise = [all_act(s) for s in snippets], RowCache(len(snippets)), noise.to(model.device)
-    turn = [0] * len(rows)  # the next action to decide about
-    seen = [0] * len(rows)  # places that the cache holds
+def rollout_batch(model, snippets: list[Snippet], noise, vocabulary: Vocabulary, args: Args) -> list[Rollout]:
+    """A row is a whole text at any time: what is decided, then the expert's code as if every latent to come
+    were act. One forward pass reads the next DRAFT actions of all rows and draws the decision before each.
+    Those up to a row's first thought hold; it is written, and the code behind it, now further right, is read
+    again. So the distribution is that of deciding one by one, with fewer passes than tokens.
+    """
+    rows, cache = [all_act(s) for s in snippets], RowCache(model, len(snippets))
+    noise = noise.to(model.device)
+    turn = [0] * len(rows)  # the action to decide about next
+    seen = [0] * len(rows)  # tokens that the cache holds and that are as they were
     moved = [0] * len(rows)  # tokens inserted, by which the rest of the code has moved
     while going := [i for i, s in enumerate(snippets) if turn[i] < len(s.boundaries)]:
-        # the decision before the action that begins at place b is drawn with the hidden state at b - 1
         places = [snippets[i].boundaries[turn[i] : turn[i] + DRAFT] + moved[i] for i in going]
         starts = [seen[i] for i in going]
-        hidden = cache.feed(model, going, starts, [rows[i].ids[seen[i] : b[-1]] for i, b in zip(going, places)])
-        k, cols = positions([b - 1 for b in places], model.device)  # [N]
-        which, offset = torch.tensor([going, starts], device=model.device)[:, k]
-        drawn, logq, act = draw(model, hidden[k, cols - offset], noise[which, cols], vocabulary, args)
+        hidden = cache.feed(going, starts, [rows[i].ids[seen[i] : p[-1]] for i, p in zip(going, places)])
+        # the decision before the action at place p is drawn after token p - 1: N decisions in all
+        k, cols = positions([p - 1 for p in places], model.device)  # [N]
+        row, start = torch.tensor([going, starts], device=model.device)[:, k]  # [N]
+        drawn, logq, act = draw(model, hidden[k, cols - start], noise[row, cols], vocabulary, args)
         opens, act = vocabulary.opens[drawn].tolist(), act.tolist()
-        thinking, opening, n = [], [], 0  # n: of the N decisions
-        for i, begins in zip(going, places):
-            for m, b in enumerate(begins.tolist()):
-                seen[i] = b
-                if opens[n + m]:  # the row thinks; later decisions were drawn without the thought: not valid
+        n, thinking, opening = 0, [], []  # the row's first of the N; rows that think, and with which of the N
+        for i, row_places in zip(going, places):
+            for m, place in enumerate(row_places.tolist(), start=n):
+                seen[i] = place
+                if opens[m]:  # the row's later draws did not know of this thought: they do not hold
                     thinking.append(i)
-                    opening.append(n + m)
+                    opening.append(m)
                     break
-                rows[i].targets[b], rows[i].logq[b] = EVENT, act[n + m]
+                rows[i].targets[place], rows[i].logq[place] = EVENT, act[m]
                 turn[i] += 1
-            n += len(begins)
-        if not thinking:
-            continue
-        starts = [seen[i] for i in thinking]
-        thoughts = think(model, cache, thinking, starts, drawn[opening], logq[opening], noise, vocabulary, args)
+            n += len(row_places)
+        starts, token, logq = [seen[i] for i in thinking], drawn[opening], logq[opening]
+        thoughts = think(cache, thinking, starts, token, logq, noise, vocabulary, args)
         for i, tokens, logprobs in zip(thinking, *thoughts):
             moved[i] += insert_thought(rows[i], seen[i], turn[i], tokens, logprobs, vocabulary)
+            seen[i] += len(tokens) - 1  # its last token was not fed
             turn[i] += 1
     return rows
 
