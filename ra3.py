@@ -84,37 +84,31 @@ from snippets import Snippet, SnippetStream, Vocabulary, bootstrap_text
 
 @dataclass
 class Args:
-    """RA3 mid-training (and its NTP, BRiTE-style and external-rationale baselines). Defaults are the paper's
-    values."""
+    """RA3 mid-training, and its NTP, BRiTE-style and external-rationale baselines. Defaults: the paper's."""
 
     # ---- run
     tiny: bool = False
-    """use the embedded default: tiny model, small corpora, a few minutes on two cores. Every flag still
-    overrides"""
+    """the embedded default: tiny model, small corpora, minutes on two cores; every flag still overrides"""
     output_dir: str = ""
     """folder of this run; empty: runs/ra3__<model>__s<seed>__<time>"""
     seed: int = 0
     """fixes the order of the data and all sampling noise, on any number of ranks"""
     resume: str = ""
-    """`auto`: continue the newest run of this model and seed (or of --output-dir) if there is one; or a run
-    folder"""
+    """`auto`: continue the newest run of this model and seed (or --output-dir) if any; or a run folder"""
     dry_run: bool = False
     """print the plan, one bootstrapped snippet and a memory estimate, and stop"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """pi_0: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
     q_model: str = ""
-    """sample the thoughts from this model instead and skip the E-step (version 1, figure 7); same
-    tokenizer"""
+    """this model (of the same tokenizer) samples the thoughts; no E-step (version 1, figure 7)"""
     dataset: tuple[str, ...] = (
         "OpenCoder-LLM/opc-annealing-corpus:synthetic_qa/*.arrow",
         "OpenCoder-LLM/opc-annealing-corpus:synthetic_code_snippet/*.arrow",
     )
-    """sources, see common.read_rows: hub ids, .jsonl/.jsonl.gz/.parquet files, folders of .py files,
-    `stdlib`"""
+    """see common.read_rows: hub ids, .jsonl/.jsonl.gz/.parquet files, folders of .py files, `stdlib`"""
     dataset_weights: tuple[float, ...] = (0.95, 0.05)
-    """share of each source in the texts (the paper: 2.36M and 129K snippets); equal if not one for each
-    source"""
+    """share of each source (the paper: 2.36M and 129K snippets); equal if there is not one for each"""
     text_column: str = "text"
     """the column that holds the code"""
     max_snippets: int = 0
@@ -125,8 +119,7 @@ class Args:
     """how much code an action spans; `snippet`: one latent for all of it, as in BRiTE"""
     # ---- algorithm
     algo: Literal["ra3", "ntp"] = "ra3"
-    """ntp: the M-step alone, with every latent act: the next-token-prediction baseline on the same
-    snippets"""
+    """ntp: the M-step alone, with every latent act: the baseline, on the same snippets"""
     em_iterations: int = 1
     """number of EM iterations i"""
     group_size: int = 3
@@ -140,14 +133,13 @@ class Args:
     normalize_std: bool = False
     """divide advantages by the standard deviation over the group (the paper does not)"""
     line_reward: Literal["mean", "logmean", "sum"] = "mean"
-    """l_t: mean log-probability of the line's tokens, log of their mean probability, or the sum of
-    log-probabilities"""
+    """l_t: mean of the line's token log-probabilities, log of their mean probability, or the sum"""
     malformed_penalty: float = 2.0
     """in place of c, for a thought that does not end in time or would break the source (nats per token)"""
     entropy_coef: float = 0.001
     """weight of the entropy of q(z_t) (nats)"""
     mask_latents: bool = False
-    """M-step: train on the expert's tokens only, equation (4.2) to the letter, instead of on all tokens"""
+    """M-step: train on the expert's tokens only, eq. (4.2) to the letter, instead of on all tokens"""
     # ---- rollout
     max_latent_tokens: int = 16
     """longest thought (tokens, its newline included)"""
@@ -182,8 +174,7 @@ class Args:
     save_every: int = 50
     """updates between checkpoints that --resume continues from; the last two are kept"""
     bootstrap_only: bool = False
-    """write the corpus with sampled thoughts to bootstrapped.jsonl (--q-model, else --model, samples) and
-    stop"""
+    """write the corpus with thoughts of --q-model, else --model, to bootstrapped.jsonl, and stop"""
 
 
 TINY_DEFAULTS = Args(
