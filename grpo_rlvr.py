@@ -28,7 +28,9 @@ Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all,
 """
 
 import argparse
+import contextlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -37,7 +39,7 @@ import select
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -46,39 +48,12 @@ import numpy as np
 import torch
 import tyro
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import (
-    TINY,
-    Interrupt,
-    Ranks,
-    Run,
-    UserError,
-    all_gather_list,
-    all_sum,
-    check_context,
-    check_sizes,
-    column,
-    gathered,
-    grad_norm,
-    inverse_cdf,
-    launch,
-    load_model,
-    load_tokenizer,
-    micro_batches,
-    not_finite,
-    pad_right,
-    read_rows,
-    run_tests,
-    setup,
-    token_logprobs,
-    uniforms,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_context, check_sizes, column,
+    gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer, micro_batches, not_finite,
+    pad_right, read_rows, run_tests, setup, token_logprobs, uniforms,
 )
 
 
@@ -215,7 +190,7 @@ def check(args: Args) -> None:
         raise UserError("--chat-template is for --task math; a code problem is completed from its signature")
 
 
-# ---------------------------------------------------------------- prompts and data
+# ---------------------------------------------------------------- problems and prompts
 
 MAX_TESTS = 15  # DeepCoder's rule: those with the longest inputs
 MATH_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
@@ -234,16 +209,19 @@ def parsed(value):
     return json.loads(value) if isinstance(value, str) and value else value or {}
 
 
-def code_checks(row: dict, source: str) -> dict:
-    """The tests of a row of AReaL-boba-2 or DeepCoder as {cases: [{input, output}], fn_name, signature}.
+def code_problem(row: dict, source: str) -> tuple[str, dict]:
+    """(prompt, checks) of a row of AReaL-boba-2 or DeepCoder.
 
-    fn_name is empty for a program that reads stdin; else an input is a JSON argument per line, or their list.
+    The prompt is the question, then the signature, for a base model to complete (RA3, section 7). Without
+    fn_name the program reads stdin; else a case's input is a JSON argument per line, or their list.
     """
+    question = row["question"] if "question" in row else column(row, "problem", source)
     tests = parsed(row["input_output"] if "input_output" in row else column(row, "tests", source))
     if isinstance(tests, dict):  # boba-2, TACO
-        cases, first = [{"input": i, "output": o} for i, o in zip(tests["inputs"], tests["outputs"])], tests
+        first, pairs = tests, zip(tests["inputs"], tests["outputs"])
     else:  # PrimeIntellect, LiveCodeBench, Codeforces
-        cases, first = tests, tests[0] | parsed(tests[0].get("metadata"))
+        first, pairs = tests[0] | parsed(tests[0].get("metadata")), [(t["input"], t["output"]) for t in tests]
+    cases = [{"input": given, "output": wanted} for given, wanted in pairs]
     known = parsed(row.get("metadata")) | first
     fn_name = "" if first.get("testtype") == "stdin" else known.get("fn_name") or known.get("func_name") or ""
     if "testtype" not in first:  # LiveCodeBench's tests all stay
@@ -253,8 +231,9 @@ def code_checks(row: dict, source: str) -> dict:
             case |= {k: "\n".join(map(str, v)) for k, v in case.items() if isinstance(v, list)}
         elif isinstance(case["output"], list) and len(case["output"]) == 1:  # and its results in lists of one
             case["output"] = case["output"][0]
-    cases = [{"input": case["input"], "output": case["output"]} for case in cases]
-    return {"cases": cases, "fn_name": fn_name, "signature": code_signature(row, cases, fn_name)}
+    signature = code_signature(row, cases, fn_name)
+    checks = {"cases": cases, "fn_name": fn_name, "signature": signature}
+    return f'"""\n{question}\n"""\n{signature}\n', checks
 
 
 def code_signature(row: dict, cases: list[dict], fn_name: str) -> str:
@@ -275,13 +254,6 @@ def code_signature(row: dict, cases: list[dict], fn_name: str) -> str:
     return f"def {fn_name}({', '.join(f'arg{i + 1}' for i in range(arity))}):"
 
 
-def code_problem(row: dict, source: str) -> tuple[str, dict]:
-    """(prompt, checks): the question, then the signature, for a base model to complete (RA3, section 7)."""
-    question = row["question"] if "question" in row else column(row, "problem", source)
-    checks = code_checks(row, source)
-    return f'"""\n{question}\n"""\n{checks["signature"]}\n', checks
-
-
 def math_problem(row: dict, source: str) -> tuple[str, dict]:
     """(prompt, checks) of a row with Skywork-OR1's columns, whose answers are JSON lists."""
     question = column(row, "prompt", source)[-1]["content"]
@@ -292,20 +264,19 @@ def math_problem(row: dict, source: str) -> tuple[str, dict]:
 
 def stratified(rows: list[dict], key: str) -> list[dict]:
     """One row of each difficulty 1-13 in turn, so that the first n are even over the levels (RMT, 5.1)."""
-    levels = defaultdict(list)
+    levels = {level: [] for level in range(1, 14)}
     for row in rows:
-        level = column(column(row["extra_info"], "model_difficulty", "extra_info"), key, "model_difficulty")
-        levels[int(level)].append(row)
-    levels = [levels[level] for level in range(1, 14)]
-    return [level[i] for i in range(max(map(len, levels))) for level in levels if i < len(level)]
+        found = column(column(row, "extra_info", "row"), "model_difficulty", "extra_info")
+        level = int(column(found, key, "model_difficulty"))
+        if level in levels:
+            levels[level].append(row)
+    return [row for turn in itertools.zip_longest(*levels.values()) for row in turn if row]
 
 
 def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
     """All problems of `source` whose prompt is short enough, in an order fixed by the seed."""
     rows = list(read_rows(source, split="math" if "Skywork" in source else "train"))
     rows = [rows[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(rows))]
-    if not rows:
-        raise UserError(f"{source} holds no problem")
     problems = []
     try:
         for row in stratified(rows, args.difficulty_key) if args.difficulty_key else rows:
@@ -320,7 +291,8 @@ def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{source}, row {str(row)[:80]}...: {type(error).__name__} {error}") from None
     if not problems:
-        raise UserError(f"{source}: every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
+        words = f"no problem, or all are longer than --max-prompt-tokens {args.max_prompt_tokens}"
+        raise UserError(f"{source} holds {words}")
     return problems
 
 
@@ -331,33 +303,57 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
     return [int(orders[epoch][place]) for epoch, place in positions]
 
 
-# ---------------------------------------------------------------- rollout
+def token_texts(tokenizer, vocab_size: int) -> list[str]:
+    """What each token adds to a text; a part of a character is U+FFFD.
+
+    Decoded behind a letter, because some tokenizers strip the space of a first token.
+    """
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1]
+    texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
+    return [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * (vocab_size - len(tokenizer))
+
+
+# ---------------------------------------------------------------- 1 sample
 
 DROP_EVERY = 16  # tokens after which the rows that have ended leave the batch
 
 
-def end_table(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
-    """What ends a completion: eos, and with `column_zero` text in column 0, where a function's body is over.
+@dataclass
+class Sample:
+    """One completion and all that the steps find out about it. Every rank holds all samples of an update."""
 
-    For is_end: bool [3, V]: the token ends a completion by itself; it begins with text; it ends a line.
-    """
+    problem: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    rollout_logprobs: list[float]  # noted while sampling
+    ended: bool = False  # else truncated
+    text: str = ""
+    reward: float = 0.0
+    reason: str = ""
+    advantage: float = 0.0
+    in_loss: bool = False
+    old_logprobs: list[float] | None = None  # by the training forward, before the first minibatch
+    ref_logprobs: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def end_table(tokenizer, eos_ids: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
+    """What is_end must know of every token: bool [3, V]. Row 0: it ends a completion by itself, like eos and,
+    with `column_zero`, text in column 0 (D3); row 1: it begins with text; row 2: it ends a line."""
     table = torch.zeros(3, vocab_size, dtype=torch.bool)
     table[0, sorted(eos_ids)] = True
-    if column_zero:  # decoded behind a letter, because some tokenizers strip the space of a first token
-        letter = tokenizer.encode("a", add_special_tokens=False)[-1]
-        texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
-        texts = [text[len(tokenizer.decode([letter])) :] for text in texts]
-        table[0, : len(texts)] |= torch.tensor([bool(re.search(r"\n\S", text)) for text in texts])
-        table[1, : len(texts)] = torch.tensor([bool(re.match(r"\S", text)) for text in texts])
-        table[2, : len(texts)] = torch.tensor([text.endswith("\n") for text in texts])
+    if column_zero:
+        texts = token_texts(tokenizer, vocab_size)
+        table[0] |= torch.tensor([bool(re.search(r"\n\S", text)) for text in texts])
+        table[1] = torch.tensor([bool(re.match(r"\S", text)) for text in texts])
+        table[2] = torch.tensor([text.endswith("\n") for text in texts])
     return table
 
 
 def is_end(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Which tokens end a completion.
-
-    tokens [B, 1 + T]: completions, each behind the last token of its prompt; returns bool [B, T].
-    """
+    """Which tokens end a completion: bool [B, T] of tokens [B, 1 + T], whose first is the prompt's last."""
     alone, begins_text, ends_line = table[:, tokens]  # [B, 1 + T] each
     return alone[:, 1:] | (begins_text[:, 1:] & ends_line[:, :-1])
 
@@ -374,7 +370,7 @@ class Sampler:
         self.logprobs = torch.zeros_like(noise)  # [B, T]
 
     def draw(self, input_ids, scores):
-        step = min(input_ids.shape[1] - self.width, self.noise.shape[1] - 1)
+        step = input_ids.shape[1] - self.width
         logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
         noise = self.noise[self.rows, step]  # [B]
         tokens = inverse_cdf(logprobs.exp(), noise) if self.temperature else logprobs.argmax(-1)
@@ -398,26 +394,19 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=device)
     sampler = Sampler(noise.to(device), temperature, table, width)
     tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)  # [B, T]
-    previous, cache = input_ids[:, -1:], None
-    while len(input_ids) and input_ids.shape[1] < width + steps:
-        start = input_ids.shape[1]
+    previous, cache, start = input_ids[:, -1:], None, width
+    while len(input_ids) and start < width + steps:
         out = model.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            max_new_tokens=min(DROP_EVERY, width + steps - start),
-            do_sample=False,
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([sampler.draw]),
-            stopping_criteria=StoppingCriteriaList([sampler.ended]),
-            return_dict_in_generate=True,
+            input_ids, attention_mask=attention_mask, past_key_values=cache, pad_token_id=pad,
+            max_new_tokens=min(DROP_EVERY, width + steps - start), do_sample=False,
+            logits_processor=[sampler.draw], stopping_criteria=[sampler.ended], return_dict_in_generate=True,
             synced_gpus=False,  # the weights are whole on every rank: no collective per token
         )
         new, cache = out.sequences[:, start:], out.past_key_values  # [rows, up to DROP_EVERY]
         tokens[sampler.rows, start - width : start - width + new.shape[1]] = new
         going = (~is_end(table, out.sequences[:, width - 1 :]).any(1)).nonzero().squeeze(1)
         cache.batch_select_indices(going)
-        input_ids, sampler.rows = out.sequences[going], sampler.rows[going]
+        input_ids, sampler.rows, start = out.sequences[going], sampler.rows[going], start + new.shape[1]
         attention_mask = torch.cat([attention_mask[going], torch.ones_like(new[going])], dim=1)
     # the first end, never the pads: pad may be eos, and the eos that ends a completion belongs to it
     ends = is_end(table, torch.cat([previous, tokens], dim=1))  # [B, T]
@@ -427,7 +416,7 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     return [(ids[:length], logprobs[:length], end) for ids, logprobs, length, end in rows]
 
 
-# ---------------------------------------------------------------- reward
+# ---------------------------------------------------------------- 2 score
 
 PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, sys\nfrom typing import *\n"
 
@@ -454,23 +443,19 @@ def verify_lines():
     from math_verify import LatexExtractionConfig, parse, verify
 
     boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-
-    def judge(gold, text):
-        last_box = text[text.rfind("\\boxed") :]  # the answer; math-verify would make a set of several
-        answer = parse(last_box, extraction_config=boxed, parsing_timeout=None)
-        gold = parse(f"${gold}$", parsing_timeout=None)
-        # gold first: verify is not symmetric
-        right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)
-        return right, "right" if right else "wrong answer" if answer else "no answer"
-
-    print(judge("1", "\\boxed{1}")[1], flush=True)  # its first call is slow
     for line in sys.stdin:
         signal.alarm(600)  # ends this process even if the one that would kill it is gone
+        gold, text = json.loads(line)
         try:
-            verdict = judge(*json.loads(line))
+            last_box = text[text.rfind("\\boxed") :]  # math-verify would make a set of several
+            answer = parse(last_box, extraction_config=boxed, parsing_timeout=None)
+            gold = parse(f"${gold}$", parsing_timeout=None)
+            # gold first: verify is not symmetric
+            right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)
+            reason = "right" if right else "wrong answer" if answer else "no answer"
         except Exception as error:
-            verdict = (False, f"error: {type(error).__name__}")
-        print(json.dumps(verdict), flush=True)
+            right, reason = False, f"error: {type(error).__name__}"
+        print(json.dumps([right, reason]), flush=True)
 
 
 class MathVerifier:
@@ -485,7 +470,7 @@ class MathVerifier:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
             self.process = subprocess.Popen(command, **pipes, start_new_session=True)
-            if self.process.stdout.readline() != "right\n":
+            if self("1", "\\boxed{1}", 300.0) != (1.0, "right"):  # the first call is slow
                 raise UserError("math-verify does not start: pip install 'math-verify[antlr4_13_2]'")
         try:
             self.process.stdin.write(json.dumps([gold, completion]) + "\n")
@@ -501,7 +486,57 @@ class MathVerifier:
         return 0.0, reason
 
 
-# ---------------------------------------------------------------- advantages
+class Rollouts:
+    """Steps 1 and 2 on a list of problems: each rank completes and scores its share, and gets all samples."""
+
+    def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
+        self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
+        self.pool, self.verify = ThreadPoolExecutor(1), MathVerifier()
+        eos_ids = {tokenizer.eos_token_id}
+        with contextlib.suppress(OSError):  # a chat model ends its turn with another token
+            more = GenerationConfig.from_pretrained(args.model).eos_token_id
+            eos_ids |= set(more if isinstance(more, list) else [more]) - {None}
+        vocab_size = model.config.get_text_config().vocab_size
+        self.table = end_table(tokenizer, eos_ids, vocab_size, args.task == "code").to(model.device)
+
+    def rewards(self, problems: list[Problem], texts: list[str]) -> list[tuple[float, str]]:
+        """Step 2. What a completion does is never an error here, but a 0 with a reason."""
+        if self.args.task == "code":
+            return code_rewards(problems, texts, self.args)
+        answers, limit_s = [problem.checks["answer"] for problem in problems], self.args.reward_timeout_s
+        return [self.verify(answer, text, limit_s) for answer, text in zip(answers, texts)]
+
+    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float):
+        """(a Sample for every entry of the global list `problems`, seconds); noise [len(problems), T]."""
+        start, samples, waiting, pad = time.time(), {}, [], self.tokenizer.pad_token_id
+        share = range(len(problems))[self.ranks.share(len(problems))]
+        mine = sorted(share, key=lambda i: len(problems[i].prompt_ids))
+        with gathered(self.model):
+            for first in range(0, len(mine), self.args.rollout_rows):
+                batch = mine[first : first + self.args.rollout_rows]
+                prompt_ids = [problems[i].prompt_ids for i in batch]
+                rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table, pad)
+                for i, (ids, logprobs, ended) in zip(batch, rows):
+                    samples[i] = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended)
+                    samples[i].text = self.text(samples[i])
+                    samples[i].in_loss = ended or not self.args.filter_overlong
+                texts = [samples[i].text for i in batch]  # scored while the next batch generates
+                waiting.append((batch, self.pool.submit(self.rewards, [problems[i] for i in batch], texts)))
+        generated = time.time()
+        for batch, future in waiting:
+            for i, (reward, reason) in zip(batch, future.result()):
+                samples[i].reward, samples[i].reason = reward, reason
+        seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
+        return all_gather_list([samples[i] for i in share], self.ranks), seconds
+
+    def text(self, sample: Sample) -> str:
+        """The completion's text; decoded behind the prompt's last token, see token_texts."""
+        before, decode = sample.prompt_ids[-1:], self.tokenizer.decode
+        text = decode(before + sample.completion_ids, skip_special_tokens=True)
+        return text[len(decode(before, skip_special_tokens=True)) :]
+
+
+# ---------------------------------------------------------------- 3 advantage
 
 
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
@@ -510,7 +545,9 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: flo
     return centred / (rewards.std(dim=1, keepdim=True) + eps) if normalize_std else centred
 
 
-# ---------------------------------------------------------------- loss
+# ---------------------------------------------------------------- 4 update
+
+SUMS = ("loss", "tokens", "kl", "clip_frac", "entropy", "rollout_ratio", "rollout_gap")
 
 
 def loss_normalizer(lengths: torch.Tensor, loss_type: str, max_length: int) -> float:
@@ -526,12 +563,12 @@ def grpo_loss(
     logprobs, old_logprobs, ref_logprobs, advantages, mask,
     eps_low, eps_high, beta, loss_type, max_length, normalizer=None,
 ) -> tuple[torch.Tensor, dict]:
-    """-J_GRPO (section 2) and the sums of its metrics over the tokens of `mask`.
+    """-J_GRPO (section 2) of a batch, and the sums of its metrics over the tokens of `mask`.
 
     logprobs, old_logprobs, ref_logprobs (None if beta is 0) and mask are [B, T]; advantages [B]. loss_type,
     as in TRL: `grpo` mean over completions of their token means; `bnpo`, `dapo` mean over tokens; `dr_grpo`
-    sum / (completions x max_length). `normalizer` is the global denominator, with which the losses of
-    micro-batches and of ranks add up to the loss of the whole batch; without it this batch's own is taken.
+    sum / (completions x max_length). `normalizer`: the global denominator, with which the losses of
+    micro-batches and of ranks add up to the loss of the whole batch; if None, this batch's own.
     """
     advantages, mask = advantages.unsqueeze(-1), mask.to(logprobs.dtype)  # [B, 1], [B, T]
     ratio = (logprobs - old_logprobs).exp()  # [B, T]
@@ -549,32 +586,6 @@ def grpo_loss(
     clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
     sums = {"loss": loss, "tokens": mask.sum(), "kl": (kl * mask).sum(), "clip_frac": (clipped * mask).sum()}
     return loss, {key: value.item() for key, value in sums.items()}
-
-
-# ---------------------------------------------------------------- update
-
-SUMS = ("loss", "tokens", "kl", "clip_frac", "entropy", "rollout_ratio", "rollout_gap")
-
-
-@dataclass
-class Sample:
-    """One completion and all that the steps find out about it. Every rank holds all samples of an update."""
-
-    problem: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    rollout_logprobs: list[float]  # noted while sampling
-    ended: bool = False  # else truncated
-    text: str = ""
-    reward: float = 0.0
-    reason: str = ""
-    advantage: float = 0.0
-    in_loss: bool = False
-    old_logprobs: list[float] | None = None  # by the training forward, before the first minibatch
-    ref_logprobs: list[float] | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def completion_logprobs(model, samples: list[Sample], temperature: float, entropy: bool = False):
@@ -628,9 +639,8 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
         )
         (loss * ranks.world_size).backward()  # FSDP averages over ranks; the denominator is global already
         gap = (old - padded([s.rollout_logprobs for s in micro], device))[mask]
-        sums.update(micro_sums)
-        sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
-        sums.update(rollout_gap=gap.abs().sum().item())
+        sums.update(micro_sums, entropy=entropies[mask].sum().item())
+        sums.update(rollout_ratio=gap.exp().sum().item(), rollout_gap=gap.abs().sum().item())
     norm = grad_norm(model, args.max_grad_norm)
     if not math.isfinite(all_sum(float(sums["loss"]), ranks)):
         norm = math.nan
@@ -651,59 +661,12 @@ def culprits(model, samples: list[Sample], normalizer: float, args: Args, ranks:
     return not_finite([f"problem {s.problem}" for s in samples], alone, ranks)
 
 
-# ---------------------------------------------------------------- rollout and reward of many problems
+# ---------------------------------------------------------------- 5 log, evaluate, save
 
-
-class Rollouts:
-    """Steps 1 and 2 on a list of problems: each rank completes and scores its share, and gets all samples."""
-
-    def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
-        self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        self.pool, self.verify = ThreadPoolExecutor(1), MathVerifier()
-        eos_ids = {tokenizer.eos_token_id}
-        try:  # a chat model ends its turn with another token
-            more = GenerationConfig.from_pretrained(args.model).eos_token_id
-            eos_ids |= set(more if isinstance(more, list) else [more]) - {None}
-        except OSError:
-            pass
-        vocab_size = model.config.get_text_config().vocab_size
-        self.table = end_table(tokenizer, eos_ids, vocab_size, args.task == "code").to(model.device)
-
-    def rewards(self, problems: list[Problem], texts: list[str]) -> list[tuple[float, str]]:
-        """Step 2. What a completion does is never an error here, but a 0 with a reason."""
-        if self.args.task == "code":
-            return code_rewards(problems, texts, self.args)
-        answers, limit_s = [problem.checks["answer"] for problem in problems], self.args.reward_timeout_s
-        return [self.verify(answer, text, limit_s) for answer, text in zip(answers, texts)]
-
-    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float):
-        """(a Sample for every entry of the global list `problems`, seconds); noise [len(problems), T]."""
-        start, samples, waiting = time.time(), {}, []
-        share = range(len(problems))[self.ranks.share(len(problems))]
-        mine = sorted(share, key=lambda i: len(problems[i].prompt_ids))
-        with gathered(self.model):
-            for first in range(0, len(mine), self.args.rollout_rows):
-                batch = mine[first : first + self.args.rollout_rows]
-                prompt_ids = [problems[i].prompt_ids for i in batch]
-                pad = self.tokenizer.pad_token_id
-                rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table, pad)
-                for i, (ids, logprobs, ended) in zip(batch, rows):
-                    text = self.text(problems[i].prompt_ids[-1:], ids)
-                    samples[i] = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended, text)
-                    samples[i].in_loss = ended or not self.args.filter_overlong
-                texts = [samples[i].text for i in batch]  # scored while the next batch generates
-                waiting.append((batch, self.pool.submit(self.rewards, [problems[i] for i in batch], texts)))
-        generated = time.time()
-        for batch, future in waiting:
-            for i, (reward, reason) in zip(batch, future.result()):
-                samples[i].reward, samples[i].reason = reward, reason
-        seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
-        return all_gather_list([samples[i] for i in share], self.ranks), seconds
-
-    def text(self, before: list[int], ids: list[int]) -> str:
-        """The completion's text; decoded behind the prompt's last token, see end_table."""
-        decode = self.tokenizer.decode
-        return decode(before + ids, skip_special_tokens=True)[len(decode(before, skip_special_tokens=True)) :]
+CURVES = (
+    "reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens",
+    "rollout/truncated", "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s",
+)
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
@@ -741,12 +704,21 @@ def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, 
     }
 
 
-# ---------------------------------------------------------------- main
+def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
+    """One line per update, with the numbers that matter."""
+    heldout = f", held-out pass@1 {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""
+    minutes_left = seconds_per_update * (updates - metrics["update"]) / 60
+    return (
+        f"{metrics['update']}/{updates} reward {metrics['reward/mean']:.3f}{heldout} | "
+        f"{metrics['rollout/completion_tokens']:.0f} tokens, {metrics['rollout/truncated']:.0%} truncated | "
+        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | "
+        f"rollout {metrics['time/rollout_s']:.1f} reward {metrics['time/reward_s']:.1f} "
+        f"update {metrics['time/update_s']:.1f} s, {metrics['perf/tokens_per_s']:.0f} tokens/s | "
+        f"{minutes_left:.1f} min left"
+    )
 
-CURVES = (
-    "reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens",
-    "rollout/truncated", "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s",
-)
+
+# ---------------------------------------------------------------- main
 
 
 def plan(args: Args, ranks: Ranks, train: list[Problem], heldout: list[Problem]) -> str:
@@ -763,8 +735,7 @@ def plan(args: Args, ranks: Ranks, train: list[Problem], heldout: list[Problem])
         f"{args.minibatches} minibatches: {epochs:.1f} epochs\n"
         f"{weights / 1e6:.1f}M parameters, {ranks.world_size} ranks on {ranks.device.type}: "
         f"{(sharded + whole) / 2**30:.2f} GiB each, plus activations of {args.micro_batch_tokens} tokens\n"
-        f"\na prompt of {len(train[0].prompt_ids)} tokens:\n{train[0].prompt}\n"
-        f"its checks:\n{json.dumps(train[0].checks)[:800]}"
+        f"\n{train[0].prompt}\nchecks: {json.dumps(train[0].checks)[:800]}"
     )
 
 
@@ -790,9 +761,8 @@ def main(args: Args) -> None:
     check_context(model, longest + args.max_new_tokens, "the longest prompt and --max-new-tokens")
     ref_model = load_model(args.model, ranks, train=False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    state = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
-    if run.state:
-        state = run.restore({"policy": model}, optimizer)
+    fresh = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
+    state = run.restore({"policy": model}, optimizer) if run.state else fresh
     rollouts, interrupt = Rollouts(model, tokenizer, args, ranks), Interrupt()
     begun, first = time.time(), state.pop("update", 0)
     if first == 0:
@@ -854,16 +824,21 @@ def main(args: Args) -> None:
 
         # 5 log, evaluate, save
         sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
-        tokens = max(1.0, sums.pop("tokens"))
-        metrics = {"update": update, **sample_metrics(samples, args.group_size)}
-        metrics["rollout/groups"] = len(groups)
-        metrics["policy/loss"] = sums.pop("loss") / max(1, len(shares))
+        loss, tokens = sums.pop("loss"), max(1.0, sums.pop("tokens"))
         if not args.beta:
             del sums["kl"]  # not measured
-        metrics |= {f"policy/{key}": value / tokens for key, value in sums.items()}
-        metrics |= {"optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": state["skipped"]}
-        metrics |= {"data/epoch": state["cursor"] / len(train), **seconds}
-        metrics["perf/tokens_per_s"] = sum(map(len, samples)) / sum(seconds.values())
+        metrics = {
+            "update": update,
+            **sample_metrics(samples, args.group_size),
+            "rollout/groups": len(groups),
+            "policy/loss": loss / max(1, len(shares)),
+            **{f"policy/{key}": value / tokens for key, value in sums.items()},
+            "optim/grad_norm": sum(norms) / max(1, len(norms)),
+            "optim/skipped": state["skipped"],
+            "data/epoch": state["cursor"] / len(train),
+            **seconds,
+            "perf/tokens_per_s": sum(map(len, samples)) / sum(seconds.values()),
+        }
         if ranks.device.type == "cuda":
             metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         last, interrupted = update == args.updates, interrupt.requested(ranks)
@@ -885,20 +860,6 @@ def main(args: Args) -> None:
             run.curves(CURVES)
             if interrupted and not last:
                 raise KeyboardInterrupt
-
-
-def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
-    """One line per update, with the numbers that matter."""
-    heldout = f", held-out pass@1 {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""
-    minutes_left = seconds_per_update * (updates - metrics["update"]) / 60
-    return (
-        f"{metrics['update']}/{updates} reward {metrics['reward/mean']:.3f}{heldout} | "
-        f"{metrics['rollout/completion_tokens']:.0f} tokens, {metrics['rollout/truncated']:.0%} truncated | "
-        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | "
-        f"rollout {metrics['time/rollout_s']:.1f} reward {metrics['time/reward_s']:.1f} "
-        f"update {metrics['time/update_s']:.1f} s, {metrics['perf/tokens_per_s']:.0f} tokens/s | "
-        f"{minutes_left:.1f} min left"
-    )
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ Deviations from the paper, and what it leaves open (docs/rmt.md has all, with bo
   torchrun --nproc_per_node 8 rmt.py                                        # the paper's setting, RMT-Q3
 """
 
-import argparse
 import bisect
+import contextlib
 import hashlib
 import itertools
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,39 +48,12 @@ import torch
 import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import (
-    TINY,
-    Interrupt,
-    Ranks,
-    Run,
-    UserError,
-    all_gather_list,
-    all_sum,
-    check_context,
-    check_sizes,
-    column,
-    gathered,
-    grad_norm,
-    inverse_cdf,
-    launch,
-    load_model,
-    load_tokenizer,
-    micro_batches,
-    not_finite,
-    pad_right,
-    read_rows,
-    setup,
-    together,
-    token_logprobs,
-    uniforms,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_context, check_sizes, column,
+    gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer, micro_batches, not_finite,
+    pad_right, read_rows, setup, together, token_logprobs, uniforms,
 )
 
 
@@ -195,10 +169,7 @@ TINY_RUN = {  # lengths and optimisation settings for two million parameters; th
 
 def parse_args() -> Args:
     """tyro's command line over the defaults that --tiny chooses."""
-    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    choice.add_argument("--tiny", action="store_true")
-    chosen, _ = choice.parse_known_args()
-    return tyro.cli(Args, default=Args(**TINY_RUN) if chosen.tiny else Args())
+    return tyro.cli(Args, default=Args(**TINY_RUN) if "--tiny" in sys.argv else Args())
 
 
 def check(args: Args) -> None:
@@ -222,7 +193,7 @@ def check(args: Args) -> None:
         raise UserError("a budget needs --initial-budget >= --min-budget >= 1 and 0 < --budget-decay < 1")
 
 
-# ---------------------------------------------------------------- prompts and data
+# ---------------------------------------------------------------- texts and prompts
 
 INSTRUCTION = (
     "Complete the given text by predicting the next token. {think} within <think></think>, "
@@ -290,15 +261,7 @@ def token_texts(tokenizer, vocab_size: int) -> list[str]:
     return [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * (vocab_size - len(tokenizer))
 
 
-def boxable_tokens(tokenizer, texts: list[str]) -> np.ndarray:
-    """bool [V]: what may stand in a box: valid UTF-8 by itself, without a brace, no tag, not special."""
-    tags = ("", "<think>", "</think>")
-    boxable = np.array([text not in tags and not re.search("[{}\ufffd]", text) for text in texts])
-    boxable[tokenizer.all_special_ids] = False
-    return boxable
-
-
-# ---------------------------------------------------------------- 0 prepare: difficulty by entropy
+# ---------------------------------------------------------------- 0 prepare
 
 TOP_TOKENS = 16  # the entropy is that of the 16 most likely next tokens (RPT), renormalised
 LEVELS = ("easy", "medium", "hard")
@@ -359,6 +322,14 @@ def cached_entropies(
     return entropies
 
 
+def boxable_tokens(tokenizer, texts: list[str]) -> np.ndarray:
+    """bool [V]: what may stand in a box: valid UTF-8 by itself, without a brace, no tag, not special."""
+    tags = ("", "<think>", "</think>")
+    boxable = np.array([text not in tags and not re.search("[{}\ufffd]", text) for text in texts])
+    boxable[tokenizer.all_special_ids] = False
+    return boxable
+
+
 def difficulty(entropies: np.ndarray, text: list[int], boxable: np.ndarray, thresholds) -> np.ndarray:
     """Level of every position of a text: 0 easy, 1 medium, 2 hard, each up to the next threshold; -1: no RL.
 
@@ -405,7 +376,9 @@ def prepare(model, tokenizer, texts: list, boxable: np.ndarray, args: Args, run:
     return levels
 
 
-# ---------------------------------------------------------------- budget and curriculum
+# ---------------------------------------------------------------- 1 sample
+
+DROP_EVERY = 32  # tokens after which the rows that have ended leave the batch
 
 
 def token_budget(step: int, total_steps: int, initial: int, minimum: int, decay: float) -> int:
@@ -464,9 +437,24 @@ class Position:
     truth: list[str]  # texts of the token at this position and of some after it
 
 
-# ---------------------------------------------------------------- rollout
+@dataclass
+class Sample:
+    """One response and all that the steps find out about it. Every rank holds all samples of an update."""
 
-DROP_EVERY = 32  # tokens after which the rows that have ended leave the batch
+    position: Position | None
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    rollout_logprobs: list[float]  # noted while sampling
+    ended: bool = False  # else truncated
+    thought_tokens: int = -1  # -1: malformed
+    match: float = 0.0
+    length_reward: float = 0.0
+    reward: float = 0.0
+    advantage: float = 0.0
+    ref_logprobs: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def end_table(texts: list[str], eos_ids: set[int]) -> torch.Tensor:
@@ -482,9 +470,9 @@ def end_table(texts: list[str], eos_ids: set[int]) -> torch.Tensor:
 
 
 def is_end(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Which tokens end a response: eos, and the first closing brace after \\boxed after </think>.
+    """Which tokens end a completion: bool [B, T] of tokens [B, 1 + T], whose first is the prompt's last.
 
-    tokens [B, 1 + T]: completions, each behind the last token of its prompt; returns bool [B, T].
+    eos, and the first closing brace after \\boxed after </think>.
     """
     eos, tag, tag_head, tag_tail, box, brace = table[:, tokens]  # [B, 1 + T] each
     tag[:, 1:] |= tag_head[:, :-1] & tag_tail[:, 1:]
@@ -504,7 +492,7 @@ class Sampler:
         self.logprobs = torch.zeros_like(noise)  # [B, T]
 
     def draw(self, input_ids, scores):
-        step = min(input_ids.shape[1] - self.width, self.noise.shape[1] - 1)
+        step = input_ids.shape[1] - self.width
         logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
         noise = self.noise[self.rows, step]  # [B]
         tokens = inverse_cdf(logprobs.exp(), noise) if self.temperature else logprobs.argmax(-1)
@@ -528,26 +516,19 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=device)
     sampler = Sampler(noise.to(device), temperature, table, width)
     tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)  # [B, T]
-    previous, cache = input_ids[:, -1:], None
-    while len(input_ids) and input_ids.shape[1] < width + steps:
-        start = input_ids.shape[1]
+    previous, cache, start = input_ids[:, -1:], None, width
+    while len(input_ids) and start < width + steps:
         out = model.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            max_new_tokens=min(DROP_EVERY, width + steps - start),
-            do_sample=False,
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([sampler.draw]),
-            stopping_criteria=StoppingCriteriaList([sampler.ended]),
-            return_dict_in_generate=True,
+            input_ids, attention_mask=attention_mask, past_key_values=cache, pad_token_id=pad,
+            max_new_tokens=min(DROP_EVERY, width + steps - start), do_sample=False,
+            logits_processor=[sampler.draw], stopping_criteria=[sampler.ended], return_dict_in_generate=True,
             synced_gpus=False,  # the weights are whole on every rank: no collective per token
         )
         new, cache = out.sequences[:, start:], out.past_key_values  # [rows, up to DROP_EVERY]
         tokens[sampler.rows, start - width : start - width + new.shape[1]] = new
         going = (~is_end(table, out.sequences[:, width - 1 :]).any(1)).nonzero().squeeze(1)
         cache.batch_select_indices(going)
-        input_ids, sampler.rows = out.sequences[going], sampler.rows[going]
+        input_ids, sampler.rows, start = out.sequences[going], sampler.rows[going], start + new.shape[1]
         attention_mask = torch.cat([attention_mask[going], torch.ones_like(new[going])], dim=1)
     # the first end, never the pads: pad may be eos, and the eos that ends a completion belongs to it
     ends = is_end(table, torch.cat([previous, tokens], dim=1))  # [B, T]
@@ -557,7 +538,7 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     return [(ids[:length], logprobs[:length], end) for ids, logprobs, length, end in rows]
 
 
-# ---------------------------------------------------------------- reward
+# ---------------------------------------------------------------- 2 score
 
 RESPONSE = re.compile(  # one thought, anything, one box without braces in it
     r"\s*<think>(?P<thought>((?!</?think>).)*)</think>"
@@ -598,13 +579,65 @@ def length_reward(length: int, budget: int, r_max: float) -> float:
     return r_max * max(0, 2 * budget - length) / budget  # eq. (2)
 
 
-# ---------------------------------------------------------------- advantages and loss
+class Rollouts:
+    """Steps 1 and 2 on a list of positions: each rank answers and scores its share, and gets all samples."""
+
+    def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
+        self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
+        eos_ids = {tokenizer.eos_token_id}
+        with contextlib.suppress(OSError):  # a chat model ends its turn with another token
+            more = GenerationConfig.from_pretrained(args.model).eos_token_id
+            eos_ids |= set(more if isinstance(more, list) else [more]) - {None}
+        self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
+        self.table = end_table(self.texts, eos_ids).to(model.device)
+
+    def position(self, text: list[int], index: int, level: int, frame: tuple) -> Position:
+        truth = [self.texts[token] for token in text[index : index + 32]]
+        return Position(level, frame[0] + text[:index] + frame[1], truth)
+
+    def reward(self, sample: Sample, budget: int, opened: bool) -> None:
+        """Step 2."""
+        response = read_response(sample.completion_ids, self.texts, opened)
+        if response is None:
+            return  # D3
+        args, w = self.args, self.args.length_weight if budget else 0.0
+        sample.thought_tokens, answer = response
+        sample.match = float(matches(answer, sample.position.truth, args.match))
+        sample.length_reward = length_reward(sample.thought_tokens, budget, args.r_max) if budget else 0.0
+        sample.reward = (1 - w) * sample.match + w * sample.length_reward  # eq. (5)
+
+    def __call__(self, positions: list[Position], noise: torch.Tensor, budget: int, opened: bool):
+        """(a Sample for every entry of the global list `positions`, seconds); noise [len(positions), T]."""
+        start, samples = time.time(), {}
+        share = range(len(positions))[self.ranks.share(len(positions))]
+        mine = sorted(share, key=lambda i: len(positions[i].prompt_ids))
+        with gathered(self.model):
+            for first in range(0, len(mine), self.args.rollout_rows):
+                batch = mine[first : first + self.args.rollout_rows]
+                prompt_ids = [positions[i].prompt_ids for i in batch]
+                pad = self.tokenizer.pad_token_id
+                rows = rollout(self.model, prompt_ids, noise[batch], self.args.temperature, self.table, pad)
+                for i, row in zip(batch, rows):
+                    samples[i] = Sample(positions[i], positions[i].prompt_ids, *row)
+        generated = time.time()
+        for sample in samples.values():
+            self.reward(sample, budget, opened)
+        seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
+        return all_gather_list([samples[i] for i in share], self.ranks), seconds
+
+
+# ---------------------------------------------------------------- 3 advantage
 
 
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
     """eq. (2.2): rewards [N, G] -> advantages [N, G] within each group; ddof 1 and eps as in TRL."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     return centred / (rewards.std(dim=1, keepdim=True) + eps) if normalize_std else centred
+
+
+# ---------------------------------------------------------------- 4 update
+
+SUMS = ("rl_loss", "ntp_loss", "tokens", "kl", "entropy", "rollout_ratio")
 
 
 def rl_loss(logprobs, ref_logprobs, advantages, mask, beta: float, responses: int):
@@ -634,31 +667,6 @@ def ntp_loss(model, texts: list[list[int]], chosen: list[set[int]], bos: list[in
     input_ids = pad_right([bos + text for text in texts], 0, model.device)  # [B, L]
     logprobs, _ = token_logprobs(model, input_ids, rows, cols)  # [K]
     return -logprobs.sum() / tokens  # eq. (8), D2
-
-
-# ---------------------------------------------------------------- update
-
-SUMS = ("rl_loss", "ntp_loss", "tokens", "kl", "entropy", "rollout_ratio")
-
-
-@dataclass
-class Sample:
-    """One response and all that the steps find out about it. Every rank holds all samples of an update."""
-
-    position: Position | None
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    rollout_logprobs: list[float]  # noted while sampling
-    ended: bool = False  # else truncated
-    thought_tokens: int = -1  # -1: malformed
-    match: float = 0.0
-    length_reward: float = 0.0
-    reward: float = 0.0
-    advantage: float = 0.0
-    ref_logprobs: list[float] | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def completion_logprobs(model, samples: list[Sample], temperature: float, entropy: bool = False):
@@ -730,67 +738,23 @@ def culprits(model, tokenizer, samples, texts, chosen, bos: list[int], args: Arg
     """Those prompts and texts that make the loss or its gradient NaN or infinite."""
     names = [f"prompt ...{tokenizer.decode(s.prompt_ids[-40:])!r}" for s in samples]
     names += [f"text {tokenizer.decode(text[:20])!r}" for text in texts]
-    still, last = torch.optim.SGD(model.parameters(), lr=0.0), len(samples)
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    rows = [([s], [], []) for s in samples] + [([], [text], [c]) for text, c in zip(texts, chosen)]
 
     def alone(i: int) -> tuple[float, float]:
-        k = slice(max(0, i - last), max(0, i + 1 - last))  # behind the samples the texts
-        rows = samples[i : i + 1], 1, texts[k], chosen[k]
-        sums, norm = train_batch(model, still, *rows, 1, bos, args, ranks)
+        sample, text, taken = rows[i] if i < len(rows) else ([], [], [])
+        sums, norm = train_batch(model, still, sample, 1, text, taken, 1, bos, args, ranks)
         return float(sums["rl_loss"] + sums["ntp_loss"]), norm
 
     return not_finite(names, alone, ranks)
 
 
-# ---------------------------------------------------------------- rollout and reward of many positions
+# ---------------------------------------------------------------- 5 log, evaluate, save
 
-
-class Rollouts:
-    """Steps 1 and 2 on a list of positions: each rank answers and scores its share, and gets all samples."""
-
-    def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
-        self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        eos_ids = {tokenizer.eos_token_id}
-        try:  # a chat model ends its turn with another token
-            more = GenerationConfig.from_pretrained(args.model).eos_token_id
-            eos_ids |= set(more if isinstance(more, list) else [more]) - {None}
-        except OSError:
-            pass
-        self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
-        self.table = end_table(self.texts, eos_ids).to(model.device)
-
-    def position(self, text: list[int], index: int, level: int, frame: tuple) -> Position:
-        truth = [self.texts[token] for token in text[index : index + 32]]
-        return Position(level, frame[0] + text[:index] + frame[1], truth)
-
-    def reward(self, sample: Sample, budget: int, opened: bool) -> None:
-        """Step 2."""
-        response = read_response(sample.completion_ids, self.texts, opened)
-        if response is None:
-            return  # D3
-        args, w = self.args, self.args.length_weight if budget else 0.0
-        sample.thought_tokens, answer = response
-        sample.match = float(matches(answer, sample.position.truth, args.match))
-        sample.length_reward = length_reward(sample.thought_tokens, budget, args.r_max) if budget else 0.0
-        sample.reward = (1 - w) * sample.match + w * sample.length_reward  # eq. (5)
-
-    def __call__(self, positions: list[Position], noise: torch.Tensor, budget: int, opened: bool):
-        """(a Sample for every entry of the global list `positions`, seconds); noise [len(positions), T]."""
-        start, samples = time.time(), {}
-        share = range(len(positions))[self.ranks.share(len(positions))]
-        mine = sorted(share, key=lambda i: len(positions[i].prompt_ids))
-        with gathered(self.model):
-            for first in range(0, len(mine), self.args.rollout_rows):
-                batch = mine[first : first + self.args.rollout_rows]
-                prompt_ids = [positions[i].prompt_ids for i in batch]
-                pad = self.tokenizer.pad_token_id
-                rows = rollout(self.model, prompt_ids, noise[batch], self.args.temperature, self.table, pad)
-                for i, row in zip(batch, rows):
-                    samples[i] = Sample(positions[i], positions[i].prompt_ids, *row)
-        generated = time.time()
-        for sample in samples.values():
-            self.reward(sample, budget, opened)
-        seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
-        return all_gather_list([samples[i] for i in share], self.ranks), seconds
+CURVES = (
+    "eval/ntr", "eval/ntp", "rollout/thought_tokens", "reward/match", "reward/length", "rollout/malformed",
+    "policy/ntp_loss", "policy/entropy", "time/rollout_s",
+)
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
@@ -848,11 +812,11 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
     metrics = {}
     for level, name in enumerate(LEVELS):
         right = [predictions[k][t] == texts[k][t] for k, t, d in chosen if d == level]
-        metrics |= {f"eval/ntp_{name}": mean(right)}
-        metrics |= {f"eval/ntr_{name}": mean(s.match for s in samples if s.position.level == level)}
+        metrics[f"eval/ntp_{name}"] = mean(right)
+        metrics[f"eval/ntr_{name}"] = mean(s.match for s in samples if s.position.level == level)
+    for kind in ("ntp", "ntr"):
+        metrics[f"eval/{kind}"] = mean(metrics[f"eval/{kind}_{name}"] for name in LEVELS)  # the "Average"
     return metrics | {
-        "eval/ntp": mean(metrics[f"eval/ntp_{name}"] for name in LEVELS),  # the tables' "Average"
-        "eval/ntr": mean(metrics[f"eval/ntr_{name}"] for name in LEVELS),
         "eval/budget": budget,
         "eval/thought_tokens": mean(s.thought_tokens for s in samples if s.thought_tokens >= 0),
         "eval/completion_tokens": mean(len(s.completion_ids) for s in samples),
@@ -862,12 +826,21 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
     }
 
 
-# ---------------------------------------------------------------- main
+def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
+    """One line per update, with the numbers that matter."""
+    heldout = f", held-out ntr {metrics['eval/ntr']:.3f}" if "eval/ntr" in metrics else ""
+    minutes_left = seconds_per_update * (updates - metrics["update"]) / 60
+    return (
+        f"{metrics['update']}/{updates} match {metrics['reward/match']:.3f}{heldout} | "
+        f"thought {metrics['rollout/thought_tokens']:.1f} of {metrics['rollout/budget']} tokens, "
+        f"{metrics['rollout/malformed']:.0%} malformed | ntp {metrics['policy/ntp_loss']:.3f} | "
+        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | "
+        f"rollout {metrics['time/rollout_s']:.1f} update {metrics['time/update_s']:.1f} s, "
+        f"{metrics['perf/tokens_per_s']:.0f} tokens/s | {minutes_left:.1f} min left"
+    )
 
-CURVES = (
-    "eval/ntr", "eval/ntp", "rollout/thought_tokens", "reward/match", "reward/length", "rollout/malformed",
-    "policy/ntp_loss", "policy/entropy", "time/rollout_s",
-)
+
+# ---------------------------------------------------------------- main
 
 
 def plan(args: Args, ranks: Ranks, train: list[list[int]], heldout: list[list[int]], tokenizer) -> str:
@@ -911,9 +884,8 @@ def main(args: Args) -> None:
     # 0 prepare; before a restore, because the default proxy is the initial model
     levels = prepare(model, tokenizer, train + heldout, boxable_tokens(tokenizer, rollouts.texts), args, run)
     to_evaluate = heldout_positions(levels[len(train) :], args.eval_positions)
-    state = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
-    if run.state:
-        state = run.restore({"policy": model}, optimizer)
+    fresh = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
+    state = run.restore({"policy": model}, optimizer) if run.state else fresh
     interrupt = Interrupt()
     begun, first = time.time(), state.pop("update", 0)
     if first == 0:
@@ -954,12 +926,10 @@ def main(args: Args) -> None:
         rows = sorted(range(len(texts)), key=lambda k: len(texts[k]))[ranks.rank :: ranks.world_size]
         ntp_tokens = sum(len(bos) + len(text) - 1 for text in texts) - len(chosen)
         my_texts = [texts[k] for k in rows], [taken[k] for k in rows]
-        sums, norm = train_batch(
-            model, optimizer, mine, len(samples), *my_texts, ntp_tokens, bos, args, ranks
-        )
-        bad, cause = not math.isfinite(norm), ""
-        if bad:
-            cause = culprits(model, tokenizer, mine, *my_texts, bos, args, ranks)
+        work = mine, len(samples), *my_texts, ntp_tokens
+        sums, norm = train_batch(model, optimizer, *work, bos, args, ranks)
+        bad = not math.isfinite(norm)
+        cause = culprits(model, tokenizer, mine, *my_texts, bos, args, ranks) if bad else ""
         state["skipped"] += bad
         state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
         seconds["time/update_s"] = time.time() - begin
@@ -967,14 +937,21 @@ def main(args: Args) -> None:
         # 5 log, evaluate, save
         sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
         tokens = max(1.0, sums.pop("tokens"))
-        metrics = {"update": update, **sample_metrics(samples, args.group_size), "rollout/budget": budget}
-        losses = {key: sums.pop(key) for key in ("rl_loss", "ntp_loss")}
-        metrics["policy/loss"] = losses["rl_loss"] + args.ntp_weight * losses["ntp_loss"]  # eq. (9)
-        metrics |= {f"policy/{key}": value for key, value in losses.items()}
-        metrics |= {f"policy/{key}": value / tokens for key, value in sums.items()}
-        metrics |= {"optim/grad_norm": norm, "optim/skipped": state["skipped"]}
-        metrics |= {"data/epoch": state["cursor"] / len(train), **seconds}
-        metrics["perf/tokens_per_s"] = (sum(map(len, samples)) + ntp_tokens) / sum(seconds.values())
+        rl, ntp = sums.pop("rl_loss"), sums.pop("ntp_loss")
+        metrics = {
+            "update": update,
+            **sample_metrics(samples, args.group_size),
+            "rollout/budget": budget,
+            "policy/loss": rl + args.ntp_weight * ntp,  # eq. (9)
+            "policy/rl_loss": rl,
+            "policy/ntp_loss": ntp,
+            **{f"policy/{key}": value / tokens for key, value in sums.items()},
+            "optim/grad_norm": norm,
+            "optim/skipped": state["skipped"],
+            "data/epoch": state["cursor"] / len(train),
+            **seconds,
+            "perf/tokens_per_s": (sum(map(len, samples)) + ntp_tokens) / sum(seconds.values()),
+        }
         if ranks.device.type == "cuda":
             metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         last, interrupted = update == args.updates, interrupt.requested(ranks)
@@ -996,20 +973,6 @@ def main(args: Args) -> None:
             run.curves(CURVES)
             if interrupted and not last:
                 raise KeyboardInterrupt
-
-
-def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
-    """One line per update, with the numbers that matter."""
-    heldout = f", held-out ntr {metrics['eval/ntr']:.3f}" if "eval/ntr" in metrics else ""
-    minutes_left = seconds_per_update * (updates - metrics["update"]) / 60
-    return (
-        f"{metrics['update']}/{updates} match {metrics['reward/match']:.3f}{heldout} | "
-        f"thought {metrics['rollout/thought_tokens']:.1f} of {metrics['rollout/budget']} tokens, "
-        f"{metrics['rollout/malformed']:.0%} malformed | ntp {metrics['policy/ntp_loss']:.3f} | "
-        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | "
-        f"rollout {metrics['time/rollout_s']:.1f} update {metrics['time/update_s']:.1f} s, "
-        f"{metrics['perf/tokens_per_s']:.0f} tokens/s | {minutes_left:.1f} min left"
-    )
 
 
 if __name__ == "__main__":
