@@ -50,16 +50,17 @@ def clock(run, *inputs):
     return time.perf_counter() - wall, time.process_time() - cpu, found
 
 
+def kib(name):
+    """A number of /proc/self/status: VmRSS is what the process holds, VmHWM the most that it has held."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def peak_mib(run, *inputs):
     """Memory that `run(*inputs)` needs on top of what the process holds (MiB, Linux), and what it returns."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before, found = torch.cuda.memory_allocated(), run(*inputs)
         return (torch.cuda.max_memory_allocated() - before) / 2**20, found
-
-    def kib(name):
-        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
     ctypes.CDLL(None).malloc_trim(0)  # give back what is free
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, found = kib("VmRSS"), run(*inputs)
