@@ -52,32 +52,9 @@ import torch
 import tyro
 
 from common import (
-    EVENT,
-    LOGITS_PER_CHUNK,
-    TINY,
-    Interrupt,
-    Ranks,
-    RowCache,
-    Run,
-    UserError,
-    all_gather_list,
-    all_sum,
-    check_sizes,
-    copy_weights,
-    gathered,
-    grad_norm,
-    inverse_cdf,
-    launch,
-    load_model,
-    load_tokenizer,
-    micro_batches,
-    not_finite,
-    pad_right,
-    positions,
-    setup,
-    token_logprobs,
-    uniforms,
-    write_whole,
+    EVENT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum,
+    check_sizes, copy_weights, gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer,
+    micro_batches, not_finite, pad_right, positions, setup, token_logprobs, uniforms, write_whole,
 )
 from snippets import Snippet, SnippetStream, Vocabulary, bootstrap_text
 
@@ -360,13 +337,17 @@ def expert_logprobs(model, rollouts: list[Rollout], vocabulary: Vocabulary, args
         chosen = [rollouts[i] for i in batch]
         ids = pad_right([r.ids for r in chosen], vocabulary.separator, device)  # [B, T]
         where = [np.flatnonzero(r.expert) for r in chosen]
-        logprobs = token_logprobs(model, ids, *positions(where, device))[0].double().cpu().numpy()
+        rows, cols = positions(where, device)  # [N]
+        targets, n = ids[rows, cols], len(rows)
+        if given_act:  # the decisions, too: 1 - sum_H p where an action begins
+            begins = np.concatenate([np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)])
+            again = torch.from_numpy(np.flatnonzero(begins)).to(device)
+            rows, cols = torch.cat([rows, rows[again]]), torch.cat([cols, cols[again]])
+            targets = torch.cat([targets, torch.full_like(again, EVENT)])
+        logprobs, _ = token_logprobs(model, ids, rows, cols, targets=targets, event=~vocabulary.opens)
+        logprobs, acts = np.split(logprobs.double().cpu().numpy(), [n])
         if given_act:
-            first = [np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)]  # of its action
-            rows, cols = positions([w[f] for w, f in zip(where, first)], device)
-            targets = torch.full_like(rows, EVENT)
-            acts, _ = token_logprobs(model, ids, rows, cols, targets=targets, event=~vocabulary.opens)
-            logprobs[np.concatenate(first)] -= acts.double().cpu().numpy()
+            logprobs[begins] -= acts
         for i, part in zip(batch, np.split(logprobs, np.cumsum([len(w) for w in where])[:-1])):
             out[i] = part
     return out
