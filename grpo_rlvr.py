@@ -65,7 +65,7 @@ class Args:
     task: Literal["code", "math"] = "code"
     """code: RA3's RLVR, reward by running tests; math: RMT's post-training, reward by comparing answers"""
     tiny: bool = False
-    """use the embedded default: tiny model and problems, minutes on two cores. Every flag still overrides"""
+    """use the embedded default: a tiny model, minutes on two cores. Every flag still overrides"""
     output_dir: str = ""
     """folder of this run; empty: runs/grpo_rlvr__<model>__s<seed>__<time>"""
     seed: int = 0
@@ -73,7 +73,7 @@ class Args:
     resume: str = ""
     """`auto`: continue the newest run of this model and seed (or --output-dir), if any; or a run folder"""
     dry_run: bool = False
-    """print the plan, one prompt with its tests and a memory estimate, and stop"""
+    """print the plan, one prompt and a memory estimate, and stop"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """the initial policy: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
@@ -93,7 +93,7 @@ class Args:
     """math: put the problem into the tokenizer's chat template (base models have none)"""
     # ---- rollout
     prompts_per_update: int = 128
-    """N, problems per update over all ranks"""
+    """N, problems of an update, over all ranks"""
     group_size: int = 4
     """G, completions of each problem"""
     max_new_tokens: int = 1024
@@ -114,7 +114,7 @@ class Args:
     eps_high: float = 0.28
     """the ratio is clipped above 1 + eps_high (the paper: one epsilon)"""
     beta: float = 0.0
-    """weight of the KL to the initial policy, which is loaded only if this is positive"""
+    """weight of the KL to the initial policy, loaded only if this is positive"""
     normalize_std: bool = True
     """divide advantages by the group's standard deviation, eq. (2.2); off: Dr. GRPO"""
     filter_overlong: bool = False
@@ -138,7 +138,7 @@ class Args:
     """updates with a NaN or infinite gradient are skipped; stop after this many in a row"""
     # ---- evaluation and saving
     eval_every: int = 10
-    """updates between evaluations on the held-out problems; 0: only before the first and after the last"""
+    """updates between evaluations; 0: only before the first and after the last"""
     save_every: int = 50
     """updates between checkpoints; 0: only after the last"""
     keep_checkpoints: int = 2
@@ -173,11 +173,11 @@ def parse_args() -> Args:
 
 
 def check(args: Args) -> None:
-    """UserError for sizes that do not fit together, naming the nearest that do."""
+    """UserError for values that do not fit together."""
     if args.group_size < 2:
-        raise UserError("--group-size must be at least 2: advantages compare the completions of one problem")
+        raise UserError("--group-size must be at least 2: advantages compare completions of one prompt")
     if args.temperature <= 0:
-        raise UserError("--temperature must be positive: greedy completions of one problem are all the same")
+        raise UserError("--temperature must be positive: greedy completions of one prompt are all the same")
     positive = "eval_problems prompts_per_update max_prompt_tokens max_new_tokens rollout_rows minibatches"
     positive += " reward_timeout_s max_grad_norm micro_batch_tokens max_skipped keep_checkpoints"
     not_negative = "train_problems updates workers dynamic_sampling eps_low eps_high beta learning_rate"
@@ -487,7 +487,7 @@ class MathVerifier:
 
 
 class Rollouts:
-    """Steps 1 and 2 on a list of problems: each rank completes and scores its share, and gets all samples."""
+    """Steps 1 and 2 on all problems: each rank completes and scores its share, and gets all samples."""
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
@@ -518,7 +518,7 @@ class Rollouts:
                 rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table, pad)
                 for i, (ids, logprobs, ended) in zip(batch, rows):
                     samples[i] = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended)
-                    samples[i].text = self.text(samples[i])
+                    samples[i].text = self.text(problems[i].prompt_ids[-1:], ids)
                     samples[i].in_loss = ended or not self.args.filter_overlong
                 texts = [samples[i].text for i in batch]  # scored while the next batch generates
                 waiting.append((batch, self.pool.submit(self.rewards, [problems[i] for i in batch], texts)))
@@ -529,11 +529,10 @@ class Rollouts:
         seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
         return all_gather_list([samples[i] for i in share], self.ranks), seconds
 
-    def text(self, sample: Sample) -> str:
+    def text(self, before: list[int], ids: list[int]) -> str:
         """The completion's text; decoded behind the prompt's last token, see token_texts."""
-        before, decode = sample.prompt_ids[-1:], self.tokenizer.decode
-        text = decode(before + sample.completion_ids, skip_special_tokens=True)
-        return text[len(decode(before, skip_special_tokens=True)) :]
+        whole, prompt = self.tokenizer.batch_decode([before + ids, before], skip_special_tokens=True)
+        return whole[len(prompt) :]
 
 
 # ---------------------------------------------------------------- 3 advantage
@@ -761,10 +760,10 @@ def main(args: Args) -> None:
     check_context(model, longest + args.max_new_tokens, "the longest prompt and --max-new-tokens")
     ref_model = load_model(args.model, ranks, train=False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    rollouts = Rollouts(model, tokenizer, args, ranks)
     fresh = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
     state = run.restore({"policy": model}, optimizer) if run.state else fresh
-    rollouts, interrupt = Rollouts(model, tokenizer, args, ranks), Interrupt()
-    begun, first = time.time(), state.pop("update", 0)
+    interrupt, begun, first = Interrupt(), time.time(), state.pop("update", 0)
     if first == 0:
         metrics = evaluate(rollouts, heldout, args, run, 0)
         run.log({"update": 0, **metrics})

@@ -63,20 +63,20 @@ class Args:
 
     # ---- run
     tiny: bool = False
-    """use the embedded default: tiny model, small texts, a few minutes on two cores. Flags still override"""
-    seed: int = 1
-    """fixes the order of the texts, the positions and all sampling noise, on any number of ranks"""
+    """use the embedded default: a tiny model, minutes on two cores. Every flag still overrides"""
     output_dir: str = ""
     """folder of this run; empty: runs/rmt__<model>__s<seed>__<time>. The entropies are cached beside it"""
+    seed: int = 1
+    """fixes the order of the texts, the positions and all sampling noise, on any number of ranks"""
     resume: str = ""
-    """`auto`: continue the newest run of this model and seed if there is one; or a run folder"""
+    """`auto`: continue the newest run of this model and seed (or --output-dir), if any; or a run folder"""
     dry_run: bool = False
     """print the plan, one prompt and a memory estimate, and stop"""
     eval_only: bool = False
     """evaluate --model, with the first budget, and stop"""
     # ---- model and data
     model: str = "Qwen/Qwen3-14B"
-    """any causal LM, hub id or folder; the paper's other one is deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"""
+    """the initial policy, hub id or folder; the paper's other: deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"""
     proxy_model: str = ""
     """its entropies say how hard a position is; same tokenizer; empty: the model itself"""
     dataset: tuple[str, ...] = ("KbsdJames/Omni-MATH",)
@@ -97,13 +97,13 @@ class Args:
     rl_positions_per_text: int = 1
     """positions that take RL, on average over the texts of an update (not in the paper)"""
     group_size: int = 8
-    """G: responses to each position"""
+    """G, completions of each position's prompt"""
     max_new_tokens: int = 2048
-    """longest response"""
+    """completions are truncated here (tokens)"""
     temperature: float = 0.8
-    """of sampling, in evaluation as well, and of the log-probabilities (RPT's; not in the paper)"""
+    """of the sampled distribution, and so of every log-probability (RPT's; not in the paper)"""
     rollout_rows: int = 256
-    """responses generated at once on a rank; memory and speed only"""
+    """completions that one rank generates at once; memory and speed only"""
     # ---- budget, curriculum, reward
     budget: bool = True
     """off: no budget in the prompt and no length reward (table 4, w/o DTB)"""
@@ -133,21 +133,21 @@ class Args:
     """p^{t2}: the same in the late phase (in the paper without numbers: hard)"""
     # ---- loss and optimisation
     beta: float = 0.0
-    """weight of the KL to the initial model, which is loaded only if positive (RPT: 0; not in the paper)"""
+    """weight of the KL to the initial policy, loaded only if this is positive (RPT: 0; not in the paper)"""
     ntp_weight: float = 0.1
     """lambda: weight of next-token prediction; 0 leaves it out (table 4, w/o NTP)"""
     updates: int = 317
     """T; 317 are the paper's 10 epochs of 4051 texts, 128 at a time"""
     learning_rate: float = 1e-6
-    """AdamW, constant"""
+    """of AdamW, constant"""
     weight_decay: float = 0.01
-    """AdamW (RPT's)"""
+    """of AdamW (RPT's)"""
     max_grad_norm: float = 0.2
-    """gradients are clipped to this global norm (RPT's)"""
+    """the global gradient is clipped to this norm (RPT's)"""
     micro_batch_tokens: int = 16384
-    """padded tokens per forward and backward pass on a rank; memory and speed only"""
+    """padded tokens per forward pass on each rank; memory and speed only"""
     max_skipped: int = 5
-    """updates without a finite gradient are skipped and counted; so many in a row end the run"""
+    """updates with a NaN or infinite gradient are skipped; stop after this many in a row"""
     # ---- evaluation and saving
     eval_every: int = 20
     """updates between evaluations; 0: only before the first and after the last"""
@@ -175,9 +175,9 @@ def parse_args() -> Args:
 def check(args: Args) -> None:
     """UserError for values that do not fit together."""
     if args.group_size < 2:
-        raise UserError("--group-size must be at least 2: advantages compare the responses to one position")
+        raise UserError("--group-size must be at least 2: advantages compare completions of one prompt")
     if args.temperature <= 0:
-        raise UserError("--temperature must be positive: greedy responses to one position are all the same")
+        raise UserError("--temperature must be positive: greedy completions of one prompt are all the same")
     positive = "train_texts eval_texts max_text_tokens prompts_per_update rl_positions_per_text rollout_rows"
     positive += " max_new_tokens max_grad_norm micro_batch_tokens max_skipped eval_positions keep_checkpoints"
     not_negative = "updates length_weight r_max beta ntp_weight learning_rate weight_decay"
@@ -349,29 +349,26 @@ def prepare(model, tokenizer, texts: list, boxable: np.ndarray, args: Args, run:
         if other(probe).input_ids != tokenizer(probe).input_ids:
             raise UserError(f"--proxy-model {name} and {args.model} tokenise the texts differently")
 
-    def load():
+    def proxy():
         return load_model(name, ranks, train=False) if args.proxy_model else model
 
     folder, bos = run.path.parent / "entropies", bos_ids(tokenizer)
-    entropies = cached_entropies(load, name, texts, bos, folder, args.micro_batch_tokens, ranks)
+    entropies = cached_entropies(proxy, name, texts, bos, folder, args.micro_batch_tokens, ranks)
     levels = [difficulty(e, text, boxable, args.thresholds) for e, text in zip(entropies, texts)]
     counts = np.bincount(np.concatenate(levels) + 1, minlength=4)
     if not counts[1:].any():
         raise UserError(f"no position reaches an entropy of {args.thresholds[0]} nats: lower --thresholds")
     if ranks.main:
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axis = figure.subplots()
         axis.hist(np.concatenate(entropies), bins=60, log=True)
         for threshold in args.thresholds:
             axis.axvline(threshold, color="0.4", linestyle="--", linewidth=1)
         shares = ", ".join(f"{n} {c / counts.sum():.1%}" for n, c in zip(("no RL", *LEVELS), counts))
         axis.set(xlabel=f"entropy of the top {TOP_TOKENS} tokens (nats)", ylabel="positions", title=shares)
         figure.savefig(run.path / "entropy.png", dpi=110)
-        pyplot.close(figure)
         print(f"{run.path}: {counts.sum()} positions: {shares}", flush=True)
     return levels
 
@@ -439,7 +436,7 @@ class Position:
 
 @dataclass
 class Sample:
-    """One response and all that the steps find out about it. Every rank holds all samples of an update."""
+    """One completion and all that the steps find out about it. Every rank holds all samples of an update."""
 
     position: Position | None
     prompt_ids: list[int]
@@ -580,7 +577,7 @@ def length_reward(length: int, budget: int, r_max: float) -> float:
 
 
 class Rollouts:
-    """Steps 1 and 2 on a list of positions: each rank answers and scores its share, and gets all samples."""
+    """Steps 1 and 2 on all positions: each rank completes and scores its share, and gets all samples."""
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
@@ -591,9 +588,9 @@ class Rollouts:
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.table = end_table(self.texts, eos_ids).to(model.device)
 
-    def position(self, text: list[int], index: int, level: int, frame: tuple) -> Position:
+    def position(self, text: list[int], index: int, level: int, head: list[int], tail: list[int]) -> Position:
         truth = [self.texts[token] for token in text[index : index + 32]]
-        return Position(level, frame[0] + text[:index] + frame[1], truth)
+        return Position(level, head + text[:index] + tail, truth)
 
     def reward(self, sample: Sample, budget: int, opened: bool) -> None:
         """Step 2."""
@@ -608,14 +605,13 @@ class Rollouts:
 
     def __call__(self, positions: list[Position], noise: torch.Tensor, budget: int, opened: bool):
         """(a Sample for every entry of the global list `positions`, seconds); noise [len(positions), T]."""
-        start, samples = time.time(), {}
+        start, samples, pad = time.time(), {}, self.tokenizer.pad_token_id
         share = range(len(positions))[self.ranks.share(len(positions))]
         mine = sorted(share, key=lambda i: len(positions[i].prompt_ids))
         with gathered(self.model):
             for first in range(0, len(mine), self.args.rollout_rows):
                 batch = mine[first : first + self.args.rollout_rows]
                 prompt_ids = [positions[i].prompt_ids for i in batch]
-                pad = self.tokenizer.pad_token_id
                 rows = rollout(self.model, prompt_ids, noise[batch], self.args.temperature, self.table, pad)
                 for i, row in zip(batch, rows):
                     samples[i] = Sample(positions[i], positions[i].prompt_ids, *row)
@@ -795,13 +791,13 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
     Next-token prediction: the most likely token. Next-token reasoning: the box of one sampled response.
     """
     start, tokenizer, budget = time.time(), rollouts.tokenizer, budget_at(update, args)
-    bos, ranks = bos_ids(tokenizer), run.ranks
-    _, predictions = score_texts(rollouts.model, texts, bos, args.micro_batch_tokens, ranks)
-    frame = prompt_frame(tokenizer, budget, args.chat_template)
-    positions = [rollouts.position(texts[k], t, level, frame) for k, t, level in chosen]
+    bos, max_tokens = bos_ids(tokenizer), args.micro_batch_tokens
+    _, predictions = score_texts(rollouts.model, texts, bos, max_tokens, run.ranks)
+    head, tail, opened = prompt_frame(tokenizer, budget, args.chat_template)
+    positions = [rollouts.position(texts[k], t, level, head, tail) for k, t, level in chosen]
     noise = uniforms([len(positions), args.max_new_tokens], args.seed, "evaluation")
-    samples, seconds = rollouts(positions, noise, budget, frame[2])
-    if ranks.main:
+    samples, seconds = rollouts(positions, noise, budget, opened)
+    if run.ranks.main:
         with open(run.path / "samples.md", "a") as file:
             for s in samples[:: max(1, len(samples) // 6)]:
                 verdict = "malformed" if s.thought_tokens < 0 else "right" if s.match else "wrong"
@@ -886,8 +882,7 @@ def main(args: Args) -> None:
     to_evaluate = heldout_positions(levels[len(train) :], args.eval_positions)
     fresh = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
     state = run.restore({"policy": model}, optimizer) if run.state else fresh
-    interrupt = Interrupt()
-    begun, first = time.time(), state.pop("update", 0)
+    interrupt, begun, first = Interrupt(), time.time(), state.pop("update", 0)
     if first == 0:
         metrics = evaluate(rollouts, heldout, to_evaluate, args, run, 0)
         run.log({"update": 0, **metrics})
@@ -901,14 +896,14 @@ def main(args: Args) -> None:
         drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
         state["cursor"] += len(drawn)
         texts, budget = [train[i] for i in drawn], budget_at(update - 1, args)
-        frame = prompt_frame(tokenizer, budget, args.chat_template)
+        head, tail, opened = prompt_frame(tokenizer, budget, args.chat_template)
         chosen = choose_positions([levels[i] for i in drawn], update, args)
         if not chosen:
             raise UserError(f"update {update}: no candidate in its texts; raise --prompts-per-update")
-        positions = [rollouts.position(texts[k], t, levels[drawn[k]][t], frame) for k, t in chosen]
+        positions = [rollouts.position(texts[k], t, levels[drawn[k]][t], head, tail) for k, t in chosen]
         positions = [position for position in positions for _ in range(args.group_size)]  # groups: G rows
         noise = uniforms([len(positions), args.max_new_tokens], args.seed, update, "rollout")
-        samples, seconds = rollouts(positions, noise, budget, frame[2])
+        samples, seconds = rollouts(positions, noise, budget, opened)
 
         # 3 advantage
         rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
@@ -925,11 +920,12 @@ def main(args: Args) -> None:
         taken = [{t for k, t in chosen if k == row} for row in range(len(texts))]  # C, text by text
         rows = sorted(range(len(texts)), key=lambda k: len(texts[k]))[ranks.rank :: ranks.world_size]
         ntp_tokens = sum(len(bos) + len(text) - 1 for text in texts) - len(chosen)
-        my_texts = [texts[k] for k in rows], [taken[k] for k in rows]
-        work = mine, len(samples), *my_texts, ntp_tokens
-        sums, norm = train_batch(model, optimizer, *work, bos, args, ranks)
+        my_texts, my_chosen = [texts[k] for k in rows], [taken[k] for k in rows]
+        sums, norm = train_batch(
+            model, optimizer, mine, len(samples), my_texts, my_chosen, ntp_tokens, bos, args, ranks
+        )
         bad = not math.isfinite(norm)
-        cause = culprits(model, tokenizer, mine, *my_texts, bos, args, ranks) if bad else ""
+        cause = culprits(model, tokenizer, mine, my_texts, my_chosen, bos, args, ranks) if bad else ""
         state["skipped"] += bad
         state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
         seconds["time/update_s"] = time.time() - begin

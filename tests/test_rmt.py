@@ -39,7 +39,10 @@ PIECES = [
     "<eos>",
 ]
 EOS = PIECES.index("<eos>")
-SHARED = ("Sampler", "rollout", "group_advantages", "completion_logprobs", "score", "padded", "draw_problems")
+SHARED = (
+    "draw_problems", "token_texts", "Sampler", "rollout", "group_advantages", "completion_logprobs", "score",
+    "padded",
+)  # fmt: skip
 torch.set_num_threads(1)
 
 
