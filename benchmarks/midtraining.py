@@ -104,6 +104,7 @@ def main():
     parser.add_argument("--length", type=int, default=0, help="of joined programs (tokens); 0: the corpus")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default=ra3.TINY_DEFAULTS.model)
+    parser.add_argument("--profile", action="store_true", help="also print which operations take the time")
     given = parser.parse_args()
     ranks = common.setup(0)
     args = dataclasses.replace(ra3.TINY_DEFAULTS, max_snippets=2000)
@@ -147,6 +148,13 @@ def main():
         print(f"{step:5} {metrics['rollout/think_rate']:10.2f} {text:5.2f} {1e6 * wall / tokens:12.0f} "
               f"{wall / ntp_wall:6.2f} {1e6 * cpu / tokens:10.0f} {cpu / ntp_cpu:6.2f} "
               f"{parts[0]:8.0%} {parts[1]:6.0%} {parts[2]:7.0%} {peaks[step, rate]:6.0f}")
+    for step, rate in cases if given.profile else []:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            wall, *_ = clock(update, step, rate)
+        found = sorted(profile.key_averages(), key=lambda one: one.self_cpu_time_total, reverse=True)
+        shares = {one.key.removeprefix("aten::"): one.self_cpu_time_total / 1e6 / wall for one in found}
+        first = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:8])
+        print(f"{step} {rate}: {first}; Python and others {1 - sum(list(shares.values())[:8]):.0%}")
 
 
 if __name__ == "__main__":

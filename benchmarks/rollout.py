@@ -1,7 +1,7 @@
 """RA3's rollout against simpler ways to sample the same thoughts, on the same snippets with the same noise.
 
     python benchmarks/rollout.py                                                # the embedded model
-    python benchmarks/rollout.py --rows 64 16 256 --lengths 96 48 384 --rates 0.1 0 0.4 --rounds 5
+    python benchmarks/rollout.py --rows 64 16 256 --lengths 96 48 384 --draft 8
 
   ours  ra3.rollout: all latents are drafted as act, several decisions share a forward pass
   (a)   one generate call a turn, the cache kept: all rows wait for the longest thought of the turn
@@ -36,7 +36,7 @@ from snippets import Vocabulary  # noqa: E402
 
 
 def forward_only(model, snippets, noise, v, args, result):
-    for batch in common.micro_batches([len(ids) for ids, _ in result], args.micro_batch_tokens):
+    for batch in common.micro_batches([len(ids) for ids, _ in result], 4096):
         where = [np.flatnonzero(result[i][1] != ra3.FORCED) for i in batch]  # what q decided about
         ids = common.pad_right([result[i][0] for i in batch], 0, model.device)
         common.token_logprobs(model, ids, *common.positions(where, model.device))
@@ -91,10 +91,10 @@ def turn_by_turn(model, snippets, noise, v, args, _, keep=True):
             else:
                 rows[i].targets[place] = ra3.EVENT
         if keep:
-            valid = torch.tensor([[fed[i] - place] for i, place in zip(going, places)], device=device)
-            valid = (torch.arange(drawn.shape[1] - 1, device=device) < valid).long()
-            cache, seen_ids = out.past_key_values, out.sequences[:, :-1]
-            seen_mask = torch.cat([mask, valid], 1)
+            sizes = torch.tensor([fed[i] - place for i, place in zip(going, places)], device=device)
+            valid = torch.arange(drawn.shape[1] - 1, device=device) < sizes[:, None]
+            seen_mask, seen_ids = torch.cat([mask, valid], 1), out.sequences[:, :-1]
+            cache = out.past_key_values
     return [(r.ids, r.targets) for r in rows]
 
 
@@ -102,8 +102,8 @@ class Forced:
     """(d)'s logits processor. A row's script is its snippet and a copy of each boundary's indentation."""
 
     def __init__(self, snippets, noise, v, args):
-        shape = 4, len(snippets), max(len(s.ids) + sum(map(len, s.indents)) for s in snippets)
-        script, follow, after, boundary = tables = np.zeros(shape, dtype=np.int64)
+        width = max(len(s.ids) + sum(map(len, s.indents)) for s in snippets)
+        script, follow, after, boundary = tables = np.zeros((4, len(snippets), width), dtype=np.int64)
         for r, s in enumerate(snippets):
             end = len(s.ids)
             script[r, :end], follow[r, 1 : end - 1], boundary[r, s.boundaries] = s.ids, np.arange(2, end), 1
@@ -158,8 +158,10 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[96, 48, 192], help="of the longest rows")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.0, 0.4], help="think rates")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--draft", type=int, default=ra3.DRAFT, help="of ours: decisions that share a pass")
     parser.add_argument("--model", default=ra3.TINY_DEFAULTS.model)
     given = parser.parse_args()
+    ra3.DRAFT = given.draft
     model = common.load_model(given.model, common.setup(0))
     v = Vocabulary(common.load_tokenizer(given.model), model.config.vocab_size, model.device)
     rows, length, rate = given.rows[0], given.lengths[0], given.rates[0]
@@ -169,11 +171,10 @@ def main():
         lambda module, inputs, named: passes.append(named["input_ids"].numel()), with_kwargs=True)
     print(f"{machine()}, median of {given.rounds} rounds")
     for rows, length, rate in cases:
-        args, first, result = ra3.Args(rollout_rows=rows, micro_batch_tokens=4096), {}, None
-        snippets = joined_snippets(rows, length, v)
+        args, snippets = ra3.Args(rollout_rows=rows), joined_snippets(rows, length, v)
         add_think_bias(model, snippets, v, rate)
         noise = common.uniforms((rows, max(s.width(args.max_latent_tokens) for s in snippets)), 0)
-        inputs = model, snippets, noise, v, args
+        inputs, first, result = (model, snippets, noise, v, args), {}, None
         for name, run in DESIGNS.items():
             passes.clear()
             mib, found = peak_mib(run, *inputs, result)
@@ -185,11 +186,10 @@ def main():
             for name, run in DESIGNS.items():
                 times[name].append(clock(run, *inputs, result)[:2])
         tokens, turns = sum(len(ids) for ids, _ in result), sum(len(s.boundaries) for s in snippets)
-        thoughts = sum(((k[1:] >= 0) & (k[:-1] < 0)).sum() for _, k in result)  # where one begins
+        thoughts = sum(((k[1:] >= 0) & (k[:-1] < 0)).sum() for _, k in result)  # places where one begins
         print(f"\n{rows} rows of {length // 2} to {length} tokens, {turns / rows:.0f} decisions each, think "
               f"rate {thoughts / turns:.2f}: {tokens} tokens")
-        print(f"{'':22} {'same':>4} {'passes':>6} {'run':>5} {'MiB':>5} {'CPU s':>7} {'x ours':>6} "
-              f"{'wall s':>7} {'x ours':>6} {'tokens/s':>8}")
+        print(" " * 23 + "same passes   run   MiB   CPU s x ours  wall s x ours tokens/s")
         wall_1, cpu_1 = map(statistics.median, zip(*times["ours"]))
         for name, (same, steps, ran, mib) in first.items():
             wall, cpu = map(statistics.median, zip(*times[name]))

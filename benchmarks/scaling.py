@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --ranks 1 2 4 --snippets 64 16 256 --rounds 5
 
 The first value of --snippets, --lengths and --groups is the base case; each other one replaces its part.
-Every rank has one thread. A run of torchrun goes through all cases, an E-step and an M-step each, after one to
-warm up; the global batch is the same on any number of ranks. Runs with one and with more ranks take turns, and
+Every rank has one thread. A run of torchrun goes through all cases, an E-step and an M-step each, after one
+to warm up; the global batch is the same on any number of ranks. Runs with one and with more ranks take turns;
 the median counts. Wall is from when all ranks begin until all have ended; CPU time is that of all ranks.
 `per token`: CPU time for a corpus token; the step's base case on one rank is 1. On a CPU one rank works
 without FSDP. A constant added to the logits of the tokens that open a thought sets the think rate to 0.1.
