@@ -498,7 +498,8 @@ class RowCache:
         places = torch.minimum(starts + torch.arange(ids.shape[1], device=device), ends)  # [B, C]
         mask = torch.arange(self.used, device=device) <= places.unsqueeze(-1)  # [B, C, used]
         self.where = rows, places
-        options = {"position_ids": places, "attention_mask": mask.unsqueeze(1), "cache": self}
+        position_ids = torch.minimum(places, ends - 1)  # padding may be beyond the model's context
+        options = {"position_ids": position_ids, "attention_mask": mask.unsqueeze(1), "cache": self}
         return self.model.last_hidden_state(ids, **options)
 
     def update(self, keys, values, layer: int, *_):

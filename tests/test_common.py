@@ -4,9 +4,12 @@ import dataclasses
 import gzip
 import json
 import os
+import random
+import types
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
@@ -209,3 +212,34 @@ def test_no_model_no_tokenizer_no_eos(folder, tmp_path):
         common.load_model(str(tmp_path), RANKS)
     with pytest.raises(UserError, match="no tokenizer at"):
         common.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2"])
+def test_row_cache_equals_a_plain_forward(kind):
+    """Rows that grow, and go back, each at its own pace; Llama and Qwen2 with fewer key heads than heads."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    if kind != "GPT2":
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 48}
+    config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=24, initializer_range=0.3)
+    name = {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM")
+    model = getattr(transformers, name)(config).eval()
+    model.last_hidden_state = types.MethodType(common._last_hidden_state, model)
+    cache, texts, chance = common.RowCache(model, 3), [[], [], []], random.Random(0)
+    with torch.no_grad():
+        for _ in range(30):
+            rows = sorted(chance.sample(range(3), chance.choice((1, 2, 3))))
+            starts = [chance.randint(max(0, min(len(texts[r]), 20) - 3), min(len(texts[r]), 20)) for r in rows]
+            new = [[chance.randrange(50) for _ in range(chance.randint(1, 24 - s))] for s in starts]
+            new = [tokens[: chance.choice((1, 4, 24))] for tokens in new]
+            hidden = cache.feed(rows, starts, new)
+            for r, start, tokens, found in zip(rows, starts, new, hidden):
+                texts[r] = texts[r][:start] + tokens
+                whole = model.get_decoder()(torch.tensor([texts[r]])).last_hidden_state[0]
+                torch.testing.assert_close(found[: len(tokens)], whole[start:], atol=2e-5, rtol=1e-4)
+
+
+def test_row_cache_refuses_a_recurrent_state():
+    with pytest.raises(UserError, match="recurrent state"):
+        common.RowCache(types.SimpleNamespace(_is_stateful=True), 3)
