@@ -539,9 +539,10 @@ class Rollouts:
 
 
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
-    """eq. (2.2): rewards [N, G] -> advantages [N, G] within each group; ddof 1 and eps as in TRL."""
+    """Rewards [N, G] -> advantages [N, G] within each group (RA3's eq. (2.2), RMT's (6)); eps as in TRL."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True) + eps) if normalize_std else centred
+    std = rewards.std(dim=1, keepdim=True)  # ddof 1, as in TRL
+    return centred / (std + eps) if normalize_std else centred  # eq. (2.2), (6)
 
 
 # ---------------------------------------------------------------- 4 update
@@ -581,7 +582,7 @@ def grpo_loss(
         normalizer = loss_normalizer(mask.sum(-1), loss_type, max_length)
     if loss_type == "grpo":
         token_loss = token_loss / mask.sum(-1, keepdim=True).clamp(min=1)
-    loss = (token_loss * mask).sum() / normalizer
+    loss = (token_loss * mask).sum() / normalizer  # -J_GRPO, section 2
     clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
     sums = {"loss": loss, "tokens": mask.sum(), "kl": (kl * mask).sum(), "clip_frac": (clipped * mask).sum()}
     return loss, {key: value.item() for key, value in sums.items()}

@@ -626,9 +626,10 @@ class Rollouts:
 
 
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
-    """eq. (2.2): rewards [N, G] -> advantages [N, G] within each group; ddof 1 and eps as in TRL."""
+    """Rewards [N, G] -> advantages [N, G] within each group (RA3's eq. (2.2), RMT's (6)); eps as in TRL."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True) + eps) if normalize_std else centred
+    std = rewards.std(dim=1, keepdim=True)  # ddof 1, as in TRL
+    return centred / (std + eps) if normalize_std else centred  # eq. (2.2), (6)
 
 
 # ---------------------------------------------------------------- 4 update
