@@ -1,7 +1,7 @@
 """RA3's rollout against simpler ways to sample the same thoughts, on the same snippets with the same noise.
 
-    python benchmarks/rollout.py                                                # the embedded model
-    python benchmarks/rollout.py --rows 64 16 256 --lengths 96 48 384 --draft 8
+    python benchmarks/rollout.py                                                        # the embedded model
+    python benchmarks/rollout.py --rows 64 16 256 --lengths 96 48 384 --designs d --draft 8
 
   ours  ra3.rollout: all latents are drafted as act, several decisions share a forward pass
   (a)   one generate call a turn, the cache kept: all rows wait for the longest thought of the turn
@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from midtraining import add_think_bias, clock, joined_snippets, machine, peak_mib
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -77,9 +76,8 @@ def turn_by_turn(model, snippets, noise, v, args, _, keep=True):
         turn = Turn(noise[going], torch.tensor(places, device=device), v, args)
         out = model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=args.max_latent_tokens,
-            do_sample=False, pad_token_id=0, return_dict_in_generate=True,
-            logits_processor=LogitsProcessorList([turn]),
-            stopping_criteria=StoppingCriteriaList([lambda *_, turn=turn: turn.over]))
+            do_sample=False, pad_token_id=0, return_dict_in_generate=True, logits_processor=[turn],
+            stopping_criteria=[lambda *_, turn=turn: turn.over])
         drawn = torch.stack(turn.drawn, 1)  # [B, up to max_latent_tokens]
         last = (v.ends | v.breaks)[drawn].int()
         lengths = torch.where(last.any(1), last.argmax(1) + 1, drawn.shape[1]).tolist()
@@ -139,10 +137,9 @@ def token_a_step(model, snippets, noise, v, args, _):
     first = torch.full((len(snippets), 1), v.separator, device=model.device)
     ids = model.generate(
         first, attention_mask=torch.ones_like(first), max_new_tokens=noise.shape[1], do_sample=False,
-        pad_token_id=0, logits_processor=LogitsProcessorList([forced]),
-        stopping_criteria=StoppingCriteriaList([lambda *_: forced.pointer == 0])).cpu().numpy()
+        pad_token_id=0, logits_processor=[forced], stopping_criteria=[lambda *_: forced.pointer == 0])
     targets = np.insert(forced.targets.cpu().numpy(), 0, ra3.FORCED, axis=1)[:, : ids.shape[1]]
-    return [(row[kinds > -3], kinds[kinds > -3]) for row, kinds in zip(ids, targets)]
+    return [(row[kinds > -3], kinds[kinds > -3]) for row, kinds in zip(ids.cpu().numpy(), targets)]
 
 
 DESIGNS = {"ours": lambda *given: [(r.ids, r.targets) for r in ra3.rollout(*given[:-1])],
@@ -158,10 +155,12 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[96, 48, 192], help="of the longest rows")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.0, 0.4], help="think rates")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--designs", default="abcd", help="those to compare with ours")
     parser.add_argument("--draft", type=int, default=ra3.DRAFT, help="of ours: decisions that share a pass")
     parser.add_argument("--model", default=ra3.TINY_DEFAULTS.model)
     given = parser.parse_args()
     ra3.DRAFT = given.draft
+    designs = {name: run for name, run in DESIGNS.items() if name == "ours" or name[1] in given.designs}
     model = common.load_model(given.model, common.setup(0))
     v = Vocabulary(common.load_tokenizer(given.model), model.config.vocab_size, model.device)
     rows, length, rate = given.rows[0], given.lengths[0], given.rates[0]
@@ -175,15 +174,15 @@ def main():
         add_think_bias(model, snippets, v, rate)
         noise = common.uniforms((rows, max(s.width(args.max_latent_tokens) for s in snippets)), 0)
         inputs, first, result = (model, snippets, noise, v, args), {}, None
-        for name, run in DESIGNS.items():
+        for name, run in designs.items():
             passes.clear()
             mib, found = peak_mib(run, *inputs, result)
             result = result or found  # ours, by whose tokens the others are judged
             same = sum(all(map(np.array_equal, *pair)) for pair in zip(result, found))
             first[name] = same, len(passes), sum(passes), mib
-        times = {name: [] for name in DESIGNS}
+        times = {name: [] for name in designs}
         for _ in range(given.rounds):
-            for name, run in DESIGNS.items():
+            for name, run in designs.items():
                 times[name].append(clock(run, *inputs, result)[:2])
         tokens, turns = sum(len(ids) for ids, _ in result), sum(len(s.boundaries) for s in snippets)
         thoughts = sum(((k[1:] >= 0) & (k[:-1] < 0)).sum() for _, k in result)  # places where one begins
