@@ -74,8 +74,9 @@ def joined_snippets(count, length, vocabulary, seed=0):
     generator, snippets = random.Random(seed), []
     for _ in range(count):
         limit = generator.randint(length // 2, length)
-        text = "".join(generator.choices(texts, k=1 + limit // 40))  # a program has about 47 tokens
-        snippets.append(segment(text, vocabulary, limit, 10**9, 16))
+        text = "".join(generator.choices(texts, k=2 + limit // 40))  # a program has about 47 tokens, 7 lines
+        lines = text.splitlines(keepends=True)[generator.randrange(7) :]  # or all rows' asserts are in step
+        snippets.append(segment("".join(lines), vocabulary, limit, 10**9, 16))
     return snippets
 
 
