@@ -51,9 +51,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import (
-    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_context, check_sizes, column,
-    gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer, micro_batches, not_finite,
-    pad_right, read_rows, setup, together, token_logprobs, uniforms,
+    LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_context,
+    check_sizes, column, gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer,
+    micro_batches, not_finite, pad_right, read_rows, setup, together, token_logprobs, uniforms,
 )
 
 
@@ -282,11 +282,13 @@ def score_texts(model, texts: list[list[int]], bos: list[int], max_tokens: int, 
     mine = texts[ranks.share(len(texts))]
     entropies, predictions = [None] * len(mine), [None] * len(mine)
     batches, skip = micro_batches([len(bos) + len(text) for text in mine], max_tokens), 1 - len(bos)
+    chunk = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)  # positions
     with gathered(model):
         for batch in tqdm(batches, title, disable=not (title and ranks.main), leave=False):
             input_ids = pad_right([bos + mine[i] for i in batch], 0, ranks.device)  # [B, L]
-            logits = model(input_ids=input_ids, use_cache=False).logits  # [B, L, V]
-            found = top_entropy(logits).cpu().numpy(), logits.argmax(-1).cpu().numpy()  # [B, L]
+            parts = model.last_hidden_state(input_ids).flatten(0, 1).split(chunk)  # [up to chunk, D] each
+            parts = [(top_entropy(logits), logits.argmax(-1)) for logits in map(model.lm_head, parts)]
+            found = [torch.cat(x).view(input_ids.shape).cpu().numpy() for x in zip(*parts)]  # [B, L] both
             for row, i in enumerate(batch):  # the shift by one: column t is about token t + 1
                 kept = slice(0, len(mine[i]) - skip)
                 entropies[i], predictions[i] = (np.pad(x[row, kept], (skip, 0)) for x in found)
