@@ -481,20 +481,31 @@ class RowCache:
 
     The token at place p of a row is in column p and sees the columns up to its own. So a row can go back:
     what is fed later writes over what came after, and until then nothing looks at it. UserError for a model
-    with a recurrent state, which cannot go back.
+    with a recurrent state, which cannot go back, and for rows longer than a sliding window.
     """
 
     def __init__(self, model, rows: int) -> None:
-        if getattr(model, "_is_stateful", False):
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        if kinds or getattr(model, "_is_stateful", False):
             raise UserError(f"{type(model).__name__} has a recurrent state, which cannot go back")
         self.model, self.rows, self.stored = model, rows, {}
+        self.window = getattr(config, "sliding_window", None) or math.inf  # the mask of `feed` has none
 
     def feed(self, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
         """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`."""
-        ends, device = [start + len(ids) for start, ids in zip(starts, tokens)], self.model.device
-        self.used = max(ends) + 1
-        rows, starts, ends = torch.tensor([rows, starts, ends], device=device).unsqueeze(-1)  # [B, 1] each
-        ids = pad_right(tokens, 0, device)  # [B, C]; padding goes to the column behind the row's tokens
+        lengths, device = [len(ids) for ids in tokens], self.model.device
+        last = max(start + length for start, length in zip(starts, lengths))
+        rows, starts, lengths = torch.tensor([rows, starts, lengths], device=device)
+        return self.feed_tensors(rows, starts, pad_right(tokens, 0, device), lengths, last)
+
+    def feed_tensors(self, rows, starts, ids, lengths, last: int) -> torch.Tensor:
+        """The same for tensors: rows, starts, lengths [B], ids [B, C]; no row ends behind place `last`."""
+        if last > self.window:
+            raise UserError(f"rows of {last} tokens are longer than the model's sliding window {self.window}")
+        self.used, device = last + 1, ids.device
+        rows, starts, ends = rows.unsqueeze(1), starts.unsqueeze(1), (starts + lengths).unsqueeze(1)  # [B, 1]
+        # padding goes to the column behind the row's tokens
         places = torch.minimum(starts + torch.arange(ids.shape[1], device=device), ends)  # [B, C]
         mask = torch.arange(self.used, device=device) <= places.unsqueeze(-1)  # [B, C, used]
         self.where = rows, places

@@ -233,20 +233,23 @@ def think(cache: RowCache, rows: list[int], places: list[int], token, logq, nois
     A thought ends with its newline, with a token that breaks the source, or after max_latent_tokens; rows
     that have ended leave the batch. noise [R, W]. Returns lists, one of each row: tokens drawn, their log q.
     """
-    tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
-    going = list(range(len(rows)))
-    while going:
-        ended = (vocabulary.ends[token] | vocabulary.breaks[token]).tolist()
-        for k, drawn, lq in zip(going, token.tolist(), logq.tolist()):
-            tokens[k].append(drawn)
-            logprobs[k].append(lq)
-        size = len(tokens[going[0]])
-        going = [k for k, end in zip(going, ended) if not end and size < args.max_latent_tokens]
-        if going:
-            at, where = [rows[k] for k in going], [places[k] + size - 1 for k in going]
-            hidden = cache.feed(at, where, [tokens[k][-1:] for k in going])[:, 0]
-            token, logq, _ = draw(cache.model, hidden, noise[at, where], vocabulary, args)
-    return tokens, logprobs
+    last, longest, device = max(places), args.max_latent_tokens, token.device
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long, device=device)  # [B, M]
+    logprobs = torch.zeros(len(rows), longest, device=device)  # [B, M]
+    lengths = torch.zeros_like(token)
+    going = torch.arange(len(rows), device=device)  # the rows of the B that still write
+    rows, places = torch.tensor([rows, places], device=device)
+    for size in range(longest):
+        tokens[going, size], logprobs[going, size], lengths[going] = token, logq, size + 1
+        goes_on = ~(vocabulary.ends[token] | vocabulary.breaks[token])
+        going, token = going[goes_on], token[goes_on]  # the only wait for the device
+        if size + 1 == longest or not len(going):
+            break
+        at, where, one = rows[going], places[going] + size, torch.ones_like(going)
+        hidden = cache.feed_tensors(at, where, token.unsqueeze(1), one, last + size + 1)[:, 0]
+        token, logq, _ = draw(cache.model, hidden, noise[at, where], vocabulary, args)
+    lengths = lengths.tolist()
+    return [[row[:n] for row, n in zip(x.tolist(), lengths)] for x in (tokens, logprobs)]
 
 
 def insert_thought(r: Rollout, place: int, t: int, tokens: list[int], logq: list[float], v) -> int:
@@ -311,6 +314,8 @@ def rollout_batch(model, snippets: list[Snippet], noise, vocabulary: Vocabulary,
                 rows[i].targets[place], rows[i].logq[place] = EVENT, act[m]
                 turn[i] += 1
             n += len(row_places)
+        if not thinking:
+            continue
         starts, token, logq = [seen[i] for i in thinking], drawn[opening], logq[opening]
         thoughts = think(cache, thinking, starts, token, logq, noise, vocabulary, args)
         for i, tokens, logprobs in zip(thinking, *thoughts):

@@ -240,6 +240,14 @@ def test_row_cache_equals_a_plain_forward(kind):
                 torch.testing.assert_close(found[: len(tokens)], whole[start:], atol=2e-5, rtol=1e-4)
 
 
-def test_row_cache_refuses_a_recurrent_state():
-    with pytest.raises(UserError, match="recurrent state"):
-        common.RowCache(types.SimpleNamespace(_is_stateful=True), 3)
+def test_row_cache_refuses_what_it_cannot_do():
+    def model(stateful=False, **fields):
+        config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(**fields))
+        return types.SimpleNamespace(config=config, _is_stateful=stateful, device=torch.device("cpu"))
+
+    for config in ({"stateful": True}, {"layer_types": ["full_attention", "linear_attention"]}):
+        with pytest.raises(UserError, match="recurrent state"):
+            common.RowCache(model(**config), 3)
+    cache = common.RowCache(model(sliding_window=8, layer_types=["sliding_attention"]), 3)
+    with pytest.raises(UserError, match="longer than the model's sliding window 8"):
+        cache.feed([0], [4], [[1, 2, 3, 4, 5]])

@@ -315,6 +315,7 @@ def test_indentation_is_forced_again_after_a_thought(tokenizer):
     scores[:, vocabulary.newline] = 6.0
     stand_in = types.SimpleNamespace(
         device=torch.device("cpu"),
+        config=LlamaConfig(),
         last_hidden_state=lambda ids, **_: torch.zeros(*ids.shape, 1),
         lm_head=lambda hidden: scores.expand(len(hidden), -1),
     )
