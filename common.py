@@ -5,9 +5,9 @@ stands here once and is pinned by tests. In the order of use:
 
     1 errors and signals      UserError, launch, Interrupt
     2 processes               setup, Ranks, all_sum
-    3 data                    read_rows, column
-    4 model                   load_tokenizer, load_model, shard, gathered, copy_weights
-    5 batches                 pad_right, micro_batches
+    3 data                    read_rows, column, draw_problems
+    4 model                   load_tokenizer, token_texts, load_model, shard, gathered, copy_weights
+    5 batches                 pad_right, padded, micro_batches
     6 sampling                uniforms, inverse_cdf, RowCache
     7 log-probabilities       token_logprobs
     8 run folder              Run: args, metrics, curves, checkpoints, resume
@@ -47,7 +47,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sandbox import run_tests  # noqa: F401  (section 9; the scripts import it from here)
 
@@ -310,6 +311,13 @@ def column(row: dict, name: str, source: str):
     return row[name]
 
 
+def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
+    """Indices of the `count` problems after the first `cursor`; each epoch of `size` has a seeded order."""
+    positions = [divmod(position, size) for position in range(cursor, cursor + count)]
+    orders = {epoch: np.random.default_rng([seed, 1, epoch]).permutation(size) for epoch, _ in positions}
+    return [int(orders[epoch][place]) for epoch, place in positions]
+
+
 # ---------------------------------------------------------------- 4 model
 
 
@@ -328,6 +336,24 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
+def eos_ids(tokenizer, name: str) -> set[int]:
+    """Tokens that end what the model `name` writes: the tokenizer's eos, and a chat model's end of a turn."""
+    with contextlib.suppress(OSError):
+        more = GenerationConfig.from_pretrained(name).eos_token_id
+        return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    return {tokenizer.eos_token_id}
+
+
+def token_texts(tokenizer, vocab_size: int) -> list[str]:
+    """What each token adds to a text; a part of a character is U+FFFD.
+
+    Decoded behind a letter, because some tokenizers strip the space of a first token.
+    """
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1]
+    texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
+    return [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * (vocab_size - len(tokenizer))
+
+
 def load_model(name: str, ranks: Ranks, train: bool = True):
     """The causal language model `name` (hub id or folder) in float32 on this rank's device.
 
@@ -342,7 +368,7 @@ def load_model(name: str, ranks: Ranks, train: bool = True):
     except Exception as error:  # as for the tokenizer
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
     model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
-    model.generation_config = transformers.GenerationConfig()  # the model's own may add top-k or a penalty
+    model.generation_config = GenerationConfig()  # the model's own may add top-k or a penalty
     model.requires_grad_(train)
     model.token_logprobs = types.MethodType(_token_logprobs, model)
     model.last_hidden_state = types.MethodType(_last_hidden_state, model)
@@ -429,6 +455,11 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device=None) -> torch.Ten
     return torch.from_numpy(padded).to(device)
 
 
+def padded(rows: list[list[float]], device) -> torch.Tensor:
+    """Rows of numbers -> [B, T] float32, zero on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+
 def positions(where: Sequence[np.ndarray], device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns wanted in each row -> (rows [N], cols [N]), row by row, as token_logprobs takes them."""
     rows = np.repeat(np.arange(len(where)), [len(columns) for columns in where])
@@ -481,16 +512,18 @@ class RowCache:
 
     The token at place p of a row is in column p and sees the columns up to its own. So a row can go back:
     what is fed later writes over what came after, and until then nothing looks at it. UserError for a model
-    with a recurrent state, which cannot go back, and for rows longer than a sliding window.
+    with a recurrent state, which cannot go back.
     """
 
     def __init__(self, model, rows: int) -> None:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
         if kinds or getattr(model, "_is_stateful", False):
-            raise UserError(f"{type(model).__name__} has a recurrent state, which cannot go back")
+            what = ", ".join(sorted(kinds)) or "a recurrent state"
+            raise UserError(f"rollouts need a model with attention only; {type(model).__name__} has {what}")
         self.model, self.rows, self.stored = model, rows, {}
-        self.window = getattr(config, "sliding_window", None) or math.inf  # the mask of `feed` has none
+        self.window = getattr(config, "sliding_window", None) or math.inf
+        self.mixed = hasattr(config, "layer_types")  # the model takes a mask for each kind of layer
 
     def feed(self, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
         """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`."""
@@ -501,17 +534,21 @@ class RowCache:
 
     def feed_tensors(self, rows, starts, ids, lengths, last: int) -> torch.Tensor:
         """The same for tensors: rows, starts, lengths [B], ids [B, C]; no row ends behind place `last`."""
-        if last > self.window:
-            raise UserError(f"rows of {last} tokens are longer than the model's sliding window {self.window}")
         self.used, device = last + 1, ids.device
         rows, starts, ends = rows.unsqueeze(1), starts.unsqueeze(1), (starts + lengths).unsqueeze(1)  # [B, 1]
         # padding goes to the column behind the row's tokens
         places = torch.minimum(starts + torch.arange(ids.shape[1], device=device), ends)  # [B, C]
-        mask = torch.arange(self.used, device=device) <= places.unsqueeze(-1)  # [B, C, used]
+        back = places.unsqueeze(-1) - torch.arange(self.used, device=device)  # [B, C, used]
+        mask, local = (back >= 0).unsqueeze(1), ((back >= 0) & (back < self.window)).unsqueeze(1)
+        mask = {"full_attention": mask, "sliding_attention": local} if self.mixed else local
         self.where = rows, places
         position_ids = torch.minimum(places, ends - 1)  # padding may be beyond the model's context
-        options = {"position_ids": position_ids, "attention_mask": mask.unsqueeze(1), "cache": self}
+        options = {"position_ids": position_ids, "attention_mask": mask, "cache": self}
         return self.model.last_hidden_state(ids, **options)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows [B] alone, in this order; a row may come several times."""
+        self.rows, self.stored = len(rows), {name: stored[rows] for name, stored in self.stored.items()}
 
     def update(self, keys, values, layer: int, *_):
         """Attention layers give their new keys and values [B, H, C, D] and get all [B, H, used, D]."""

@@ -30,7 +30,6 @@ Deviations from the paper, and what it leaves open (docs/rmt.md has all, with bo
 """
 
 import bisect
-import contextlib
 import hashlib
 import itertools
 import math
@@ -46,14 +45,14 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import (
-    LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_context,
-    check_sizes, column, gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer,
-    micro_batches, not_finite, pad_right, read_rows, setup, together, token_logprobs, uniforms,
+    LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum,
+    check_context, check_sizes, column, draw_problems, eos_ids, gathered, grad_norm, inverse_cdf, launch,
+    load_model, load_tokenizer, micro_batches, not_finite, pad_right, padded, read_rows, setup, together,
+    token_logprobs, token_texts, uniforms,
 )
 
 
@@ -244,23 +243,6 @@ def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]]]
     return train, heldout
 
 
-def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
-    """Indices of the `count` problems after the first `cursor`; each epoch of `size` has a seeded order."""
-    positions = [divmod(position, size) for position in range(cursor, cursor + count)]
-    orders = {epoch: np.random.default_rng([seed, 1, epoch]).permutation(size) for epoch, _ in positions}
-    return [int(orders[epoch][place]) for epoch, place in positions]
-
-
-def token_texts(tokenizer, vocab_size: int) -> list[str]:
-    """What each token adds to a text; a part of a character is U+FFFD.
-
-    Decoded behind a letter, because some tokenizers strip the space of a first token.
-    """
-    letter = tokenizer.encode("a", add_special_tokens=False)[-1]
-    texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
-    return [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * (vocab_size - len(tokenizer))
-
-
 # ---------------------------------------------------------------- 0 prepare
 
 TOP_TOKENS = 16  # the entropy is that of the 16 most likely next tokens (RPT), renormalised
@@ -377,7 +359,7 @@ def prepare(model, tokenizer, texts: list, boxable: np.ndarray, args: Args, run:
 
 # ---------------------------------------------------------------- 1 sample
 
-DROP_EVERY = 32  # tokens after which the rows that have ended leave the batch
+DROP_EVERY = 16  # tokens after which the rows that have ended leave the batch
 
 
 def token_budget(step: int, total_steps: int, initial: int, minimum: int, decay: float) -> int:
@@ -456,10 +438,10 @@ class Sample:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def end_table(texts: list[str], eos_ids: set[int]) -> torch.Tensor:
+def end_table(texts: list[str], eos: set[int]) -> torch.Tensor:
     """What is_end must know of every token: bool [6, V]."""
     return torch.tensor([
-        [token in eos_ids for token in range(len(texts))],
+        [token in eos for token in range(len(texts))],
         ["</think>" in text for text in texts],
         [text.endswith("</") for text in texts],  # a tag may be several tokens
         [text.startswith("think") for text in texts],
@@ -479,61 +461,46 @@ def is_end(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return (eos | (brace & boxing))[:, 1:]
 
 
-class Sampler:
-    """Draws every row's next token from noise that was drawn before, and notes the token's log-probability.
-
-    `generate(do_sample=False)` calls `draw` as a logits processor and `ended` as a stopping criterion.
-    """
-
-    def __init__(self, noise: torch.Tensor, temperature: float, table: torch.Tensor, width: int) -> None:
-        self.noise, self.temperature, self.table, self.width = noise, temperature, table, width
-        self.rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
-        self.logprobs = torch.zeros_like(noise)  # [B, T]
-
-    def draw(self, input_ids, scores):
-        step = input_ids.shape[1] - self.width
-        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
-        noise = self.noise[self.rows, step]  # [B]
-        tokens = inverse_cdf(logprobs.exp(), noise) if self.temperature else logprobs.argmax(-1)
-        self.logprobs[self.rows, step] = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        return torch.full_like(scores, -math.inf).scatter_(-1, tokens.unsqueeze(-1), 0.0)
-
-    def ended(self, input_ids, scores):
-        return is_end(self.table, input_ids[:, self.width - 1 :])[:, -1]
-
-
 @torch.no_grad()
-def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table, pad: int) -> list[tuple]:
+def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table) -> list[tuple]:
     """Complete every prompt once: a list of (completion ids, their log-probabilities, whether it ended).
 
-    noise [B, T], T the longest completion; temperature 0 is greedy. Prompts are padded on the left, so those
-    of similar length should come together.
+    noise [B, T], T the longest completion; temperature 0 is greedy. A prompt that rows share is read once.
     """
-    width, steps, device = max(map(len, prompt_ids)), noise.shape[1], model.device
-    pads = [width - len(ids) for ids in prompt_ids]
-    input_ids = torch.tensor([[pad] * n + ids for n, ids in zip(pads, prompt_ids)], device=device)  # [B, L]
-    attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=device)
-    sampler = Sampler(noise.to(device), temperature, table, width)
-    tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)  # [B, T]
-    previous, cache, start = input_ids[:, -1:], None, width
-    while len(input_ids) and start < width + steps:
-        out = model.generate(
-            input_ids, attention_mask=attention_mask, past_key_values=cache, pad_token_id=pad,
-            max_new_tokens=min(DROP_EVERY, width + steps - start), do_sample=False,
-            logits_processor=[sampler.draw], stopping_criteria=[sampler.ended], return_dict_in_generate=True,
-            synced_gpus=False,  # the weights are whole on every rank: no collective per token
-        )
-        new, cache = out.sequences[:, start:], out.past_key_values  # [rows, up to DROP_EVERY]
-        tokens[sampler.rows, start - width : start - width + new.shape[1]] = new
-        going = (~is_end(table, out.sequences[:, width - 1 :]).any(1)).nonzero().squeeze(1)
-        cache.batch_select_indices(going)
-        input_ids, sampler.rows, start = out.sequences[going], sampler.rows[going], start + new.shape[1]
-        attention_mask = torch.cat([attention_mask[going], torch.ones_like(new[going])], dim=1)
-    # the first end, never the pads: pad may be eos, and the eos that ends a completion belongs to it
-    ends = is_end(table, torch.cat([previous, tokens], dim=1))  # [B, T]
+    (size, steps), device, noise = noise.shape, model.device, noise.to(model.device)
+    prompts = {tuple(ids): n for n, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}  # N, and number
+    which = torch.tensor([prompts[tuple(ids)] for ids in prompt_ids], device=device)  # [B]
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)  # [N]
+    cache, longest = RowCache(model, len(prompts)), max(map(len, prompts))
+    hidden = cache.feed(range(len(prompts)), [0] * len(prompts), list(prompts))  # [N, L, D]
+    hidden = hidden[which, lengths[which] - 1]  # [B, D], of every prompt's last token
+    cache.keep(which)
+    tokens = torch.zeros(size, 1 + steps, dtype=torch.long, device=device)  # [B, 1 + T]
+    tokens[:, 0] = torch.tensor([ids[-1] for ids in prompt_ids])  # is_end looks at the token before
+    logprobs = torch.zeros_like(noise)  # [B, T]
+    rows, places = torch.arange(size, device=device), lengths[which]  # still going; of a row's next token
+    for step in range(steps):
+        all_logprobs = (model.lm_head(hidden).float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
+        noise_now = noise[rows, step]
+        token = inverse_cdf(all_logprobs.exp(), noise_now) if temperature else all_logprobs.argmax(-1)
+        tokens[rows, step + 1] = token
+        logprobs[rows, step] = all_logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        if step + 1 == steps:
+            break
+        if (step + 1) % DROP_EVERY == 0:  # the only wait for the device
+            going = (~is_end(table, tokens[rows, : step + 2]).any(1)).nonzero().squeeze(1)
+            if not len(going):
+                break
+            cache.keep(going)
+            rows, places, token = rows[going], places[going], token[going]
+        every, one = torch.arange(len(rows), device=device), torch.ones_like(rows)
+        last = longest + step + 1
+        hidden = cache.feed_tensors(every, places + step, token.unsqueeze(1), one, last)[:, 0]  # [B, D]
+    # the eos that ends a completion belongs to it; masks come from these lengths, never from ids
+    ends = is_end(table, tokens)  # [B, T]
     ended = ends.any(1)
     lengths = torch.where(ended, ends.int().argmax(1) + 1, steps).tolist()
-    rows = zip(tokens.tolist(), sampler.logprobs.tolist(), lengths, ended.tolist())
+    rows = zip(tokens[:, 1:].tolist(), logprobs.tolist(), lengths, ended.tolist())
     return [(ids[:length], logprobs[:length], end) for ids, logprobs, length, end in rows]
 
 
@@ -583,12 +550,8 @@ class Rollouts:
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        eos_ids = {tokenizer.eos_token_id}
-        with contextlib.suppress(OSError):  # a chat model ends its turn with another token
-            more = GenerationConfig.from_pretrained(args.model).eos_token_id
-            eos_ids |= set(more if isinstance(more, list) else [more]) - {None}
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
-        self.table = end_table(self.texts, eos_ids).to(model.device)
+        self.table = end_table(self.texts, eos_ids(tokenizer, args.model)).to(model.device)
 
     def position(self, text: list[int], index: int, level: int, head: list[int], tail: list[int]) -> Position:
         truth = [self.texts[token] for token in text[index : index + 32]]
@@ -607,14 +570,14 @@ class Rollouts:
 
     def __call__(self, positions: list[Position], noise: torch.Tensor, budget: int, opened: bool):
         """(a Sample for every entry of the global list `positions`, seconds); noise [len(positions), T]."""
-        start, samples, pad = time.time(), {}, self.tokenizer.pad_token_id
+        start, samples = time.time(), {}
         share = range(len(positions))[self.ranks.share(len(positions))]
         mine = sorted(share, key=lambda i: len(positions[i].prompt_ids))
         with gathered(self.model):
             for first in range(0, len(mine), self.args.rollout_rows):
                 batch = mine[first : first + self.args.rollout_rows]
                 prompt_ids = [positions[i].prompt_ids for i in batch]
-                rows = rollout(self.model, prompt_ids, noise[batch], self.args.temperature, self.table, pad)
+                rows = rollout(self.model, prompt_ids, noise[batch], self.args.temperature, self.table)
                 for i, row in zip(batch, rows):
                     samples[i] = Sample(positions[i], positions[i].prompt_ids, *row)
         generated = time.time()
@@ -693,11 +656,6 @@ def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
             for i, row in zip(batch, logprobs.tolist()):
                 scores[i] = row[: len(samples[i].completion_ids)]
     return scores
-
-
-def padded(rows: list[list[float]], device) -> torch.Tensor:
-    """Rows of numbers -> [B, T] float32, zero on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
 def train_batch(model, optimizer, samples, responses: int, texts, chosen, tokens: int, bos, args, ranks):

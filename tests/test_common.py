@@ -214,21 +214,35 @@ def test_no_model_no_tokenizer_no_eos(folder, tmp_path):
         common.load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2"])
+SLIDING = {"sliding_window": 8}  # the rows have up to 24 tokens
+MODELS = {
+    "Llama": {},
+    "GPT2": {},
+    "Qwen2": {"use_sliding_window": True, "max_window_layers": 1, **SLIDING},  # one layer of each kind
+    "Gemma3Text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], **SLIDING},
+    "Mistral": SLIDING,  # all layers
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_row_cache_equals_a_plain_forward(kind):
-    """Rows that grow, and go back, each at its own pace; Llama and Qwen2 with fewer key heads than heads."""
+    """Rows that grow, and go back, each at its own pace, and are kept or copied; with fewer key heads than
+    heads, and with sliding windows."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **MODELS[kind]}
     if kind != "GPT2":
         sizes |= {"num_key_value_heads": 2, "intermediate_size": 48}
     config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=24, initializer_range=0.3)
-    name = {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM")
-    model = getattr(transformers, name)(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.last_hidden_state = types.MethodType(common._last_hidden_state, model)
     cache, texts, chance = common.RowCache(model, 3), [[], [], []], random.Random(0)
     with torch.no_grad():
-        for _ in range(30):
+        for step in range(30):
+            if step in (10, 20) and all(texts):
+                kept = [2, 0, 2]
+                cache.keep(torch.tensor(kept))
+                texts = [texts[r] for r in kept]
             rows = sorted(chance.sample(range(3), chance.choice((1, 2, 3))))
             starts = [chance.randint(max(0, min(len(texts[r]), 20) - 3), min(len(texts[r]), 20)) for r in rows]
             new = [[chance.randrange(50) for _ in range(chance.randint(1, 24 - s))] for s in starts]
@@ -246,8 +260,5 @@ def test_row_cache_refuses_what_it_cannot_do():
         return types.SimpleNamespace(config=config, _is_stateful=stateful, device=torch.device("cpu"))
 
     for config in ({"stateful": True}, {"layer_types": ["full_attention", "linear_attention"]}):
-        with pytest.raises(UserError, match="recurrent state"):
+        with pytest.raises(UserError, match="recurrent state|linear_attention"):
             common.RowCache(model(**config), 3)
-    cache = common.RowCache(model(sliding_window=8, layer_types=["sliding_attention"]), 3)
-    with pytest.raises(UserError, match="longer than the model's sliding window 8"):
-        cache.feed([0], [4], [[1, 2, 3, 4, 5]])

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+import common
 import grpo_rlvr
 from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, uniforms
 from grpo_rlvr import Args, Problem, Sample, group_advantages, grpo_loss, loss_normalizer
@@ -181,7 +183,7 @@ def test_sampler_draws_from_the_models_distribution():
     )
     config.initializer_range = 0.5
     model = LlamaForCausalLM(config).eval()
-    model.generation_config = GenerationConfig()  # as load_model does
+    model.last_hidden_state = types.MethodType(common._last_hidden_state, model)  # as load_model does
     table = torch.zeros(3, 7, dtype=torch.bool)
     table[0, 3] = True  # token 3 ends a completion
     prompt, rows = [1, 2, 4], 20_000
@@ -193,7 +195,7 @@ def test_sampler_draws_from_the_models_distribution():
             {(3,): first[3].item()} if a == 3 else {(a, b): (first[a] * then[b]).item() for b in range(7)}
         )
     noise = uniforms([rows, 2], "enumeration")
-    sampled = grpo_rlvr.rollout(model, [prompt] * rows, noise, 0.7, table, pad=3)
+    sampled = grpo_rlvr.rollout(model, [prompt] * rows, noise, 0.7, table)
     counts = dict.fromkeys(expected, 0)
     for ids, logprobs, ended in sampled:
         counts[tuple(ids)] += 1
@@ -204,18 +206,19 @@ def test_sampler_draws_from_the_models_distribution():
 
 
 def test_rollout_equals_the_plain_forward(model_dir, monkeypatch):
-    """Left-padded, cached, ended rows dropped: log-probabilities are those of a forward pass per row."""
+    """A shared prompt read once, ended rows dropped: log-probabilities are those of a forward pass per row."""
     model = load_model(model_dir, ONE)
     table = torch.zeros(3, 2048, dtype=torch.bool)
     table[0, :200] = True
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, 2048, size).tolist() for size in (3, 9, 5, 14, 1, 9)]
     prompts[1][4] = 0  # the pad token inside a prompt is a token
-    noise = uniforms([6, 20], "plain")
+    prompts.append(prompts[3])  # a group
+    noise = uniforms([7, 20], "plain")
     monkeypatch.setattr(grpo_rlvr, "DROP_EVERY", 4)
-    sampled = grpo_rlvr.rollout(model, prompts, noise, 0.7, table, pad=0)
+    sampled = grpo_rlvr.rollout(model, prompts, noise, 0.7, table)
     monkeypatch.setattr(grpo_rlvr, "DROP_EVERY", 100)
-    assert [row[0] for row in grpo_rlvr.rollout(model, prompts, noise, 0.7, table, pad=0)] == [
+    assert [row[0] for row in grpo_rlvr.rollout(model, prompts, noise, 0.7, table)] == [
         r[0] for r in sampled
     ]
     assert len({len(ids) for ids, _, _ in sampled}) > 2
@@ -236,7 +239,7 @@ def test_rollout_equals_the_plain_forward(model_dir, monkeypatch):
 def test_greedy_is_temperature_zero(model_dir):
     model = load_model(model_dir, ONE)
     table = torch.zeros(3, 2048, dtype=torch.bool)
-    ((ids, _, ended),) = grpo_rlvr.rollout(model, [[5, 6, 7]], torch.rand(1, 8), 0.0, table, pad=0)
+    ((ids, _, ended),) = grpo_rlvr.rollout(model, [[5, 6, 7]], torch.rand(1, 8), 0.0, table)
     plain = model.generate(
         torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
     )

@@ -42,8 +42,7 @@ PIECES = [
 ]
 EOS = PIECES.index("<eos>")
 SHARED = (
-    "draw_problems", "token_texts", "Sampler", "rollout", "group_advantages", "completion_logprobs", "score",
-    "padded",
+    "rollout", "group_advantages", "completion_logprobs", "score",
 )  # fmt: skip
 torch.set_num_threads(1)
 
@@ -289,17 +288,15 @@ def test_rollout_stops_there_and_nowhere_else(tokenizer):
         "<think>never ends",
     ]
     encoded = [tokenizer.encode(script + " more" * 70)[:64] for script in scripts]
-    model = tiny_llama(len(tokenizer))
-    draws = iter(range(64))
+    noise = torch.arange(3)[:, None] + torch.arange(64) / 64  # says which row and step it is
 
-    def draw(self, input_ids, scores):
-        step = next(draws)
-        tokens = torch.tensor([encoded[row][step] for row in self.rows.tolist()])
-        return torch.full_like(scores, -math.inf).scatter_(-1, tokens.unsqueeze(-1), 0.0)
+    def scripted(probs, noise):
+        return torch.tensor([encoded[int(u)][round(u % 1 * 64)] for u in noise.tolist()])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rmt.Sampler, "draw", draw)
-        rows = rmt.rollout(model, [[5, 6], [5, 6, 7], [8]], torch.zeros(3, 64), 1.0, table, 0)
+        patch.setattr(rmt, "inverse_cdf", scripted)
+        model = load_model("tiny/model", Ranks(0, 1, torch.device("cpu")))
+        rows = rmt.rollout(model, [[5, 6], [5, 6, 7], [8]], noise, 1.0, table)
     responses = [tokenizer.decode(completion) for completion, _, _ in rows]
     assert responses[0] == "<think>{a} \\boxed{b}</think>\\boxed{ is}"
     assert responses[1] == "<think>x</think>\\boxed{s}" and [row[2] for row in rows] == [True, True, False]
