@@ -14,7 +14,7 @@ names again:
       3 advantage  returns over the next 5 rewards, minus their mean over the G rollouts
       4 update     policy gradient on log q(z_t), plus a small entropy bonus
     M-step, ntp_updates times; q is frozen, pi starts again from pi_i:
-      1 sample     one rollout of each snippet: the bootstrapped text
+      1 sample     one rollout of each snippet, of several updates at once: the bootstrapped text
       4 update     next-token prediction on it  (4.2); the result is pi_{i+1}
     5 log, evaluate, save
 
@@ -38,6 +38,7 @@ Deviations from the paper, and what it leaves open (docs/ra3.md has all, with bo
 
 import dataclasses
 import html
+import itertools
 import json
 import math
 import resource
@@ -50,6 +51,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 
 from common import (
     EVENT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum,
@@ -123,7 +125,7 @@ class Args:
     temperature: float = 1.0
     """temperature of q, in sampling and in log q alike"""
     rollout_rows: int = 512
-    """rows of a rollout batch on a rank; memory and speed only"""
+    """rows of a rollout batch on a rank, in the M-step of several updates; memory and speed only"""
     # ---- optimisation
     rl_updates: int = 40
     """E-step updates of an EM iteration"""
@@ -535,17 +537,31 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     }
 
 
-def m_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
-    """One M-step update: pi = policy; q = frozen samples the thoughts; None: every latent is act."""
-    mine = ranks.share(len(snippets))
-    clock = [time.perf_counter()]
-    if frozen is None:  # NTP
-        rollouts = [all_act(s) for s in snippets[mine]]
-    else:
+def sample_ahead(frozen, batches: list[list[Snippet]], first: int, vocabulary, args, ranks) -> list[tuple]:
+    """Step 1 of the M-step updates `first`, first + 1, ..: (this rank's rollouts, seconds) of each.
+
+    batches: the snippets of each, global. q = frozen stays as it is, so many updates can be sampled at once:
+    a GPU takes about as long for many rows as for a few. None for q: every latent is act.
+    """
+    start, rows, noise = time.perf_counter(), [], []
+    for index, snippets in enumerate(batches, start=first):
+        mine = ranks.share(len(snippets))
         width = max(s.width(args.max_latent_tokens) for s in snippets)
-        noise = uniforms((len(snippets), width), args.seed, "M", update_index)[mine]
+        rows.append(snippets[mine])
+        noise += uniforms((len(snippets), width), args.seed, "M", index)[mine]
+    everything = [snippet for part in rows for snippet in part]
+    if frozen is None:  # NTP
+        rollouts = [all_act(s) for s in everything]
+    else:
         with gathered(frozen):
-            rollouts = rollout(frozen, snippets[mine], noise, vocabulary, args)
+            rollouts = rollout(frozen, everything, pad_sequence(noise, batch_first=True), vocabulary, args)
+    rollouts, seconds = iter(rollouts), (time.perf_counter() - start) / len(batches)
+    return [(list(itertools.islice(rollouts, len(part))), seconds) for part in rows]
+
+
+def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabulary, args, ranks) -> dict:
+    """One M-step update of pi = policy on this rank's rollouts. Returns its metrics."""
+    clock = [time.perf_counter() - sampling_s]
     sums = rollout_sums(rollouts)
     rollouts = [r.without_malformed() for r in rollouts]
     sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
@@ -557,7 +573,7 @@ def m_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
         return ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"])
 
     loss, expert_loss, norm = update(policy, optimizer, batches, loss_of, ranks, args)
-    texts = [s.text for s in snippets[mine]]
+    texts = [r.snippet.text for r in rollouts]
     cause = culprits(policy, rollouts, texts, loss_of, ranks, args) if math.isnan(norm) else ""
     clock.append(time.perf_counter())
     return {
@@ -783,10 +799,13 @@ def main(args: Args) -> None:
         return torch.optim.AdamW(policy.parameters(), lr=learning_rate, **options)
 
     models = {"policy": policy} | ({"frozen": frozen} if learns_q else {})
+    # M-step updates that are sampled at once; their rollouts; how many have been done since cursors["M"]
+    ahead = 1 if frozen is None else max(1, args.rollout_rows * ranks.world_size // args.ntp_batch_size)
+    sampled, used = [], 0
     optimizer, start, bad_updates = None, 0, 0
     cursors = {"E": 0, "M": 0}
     if run.state is not None:
-        start, cursors = run.state["update"], run.state["cursors"]
+        start, cursors, used = run.state["update"], run.state["cursors"], run.state["used"]
         in_e_step = (start - 1) % per_iteration < rl_updates  # of the last update done
         optimizer = new_optimizer(args.rl_learning_rate if in_e_step else args.ntp_learning_rate)
         run.restore(models, optimizer)
@@ -817,11 +836,19 @@ def main(args: Args) -> None:
                 policy, frozen = frozen, policy
                 models = {"policy": policy, "frozen": frozen}
             optimizer = new_optimizer(args.ntp_learning_rate)
-        size = args.rl_batch_size if phase == "E" else args.ntp_batch_size
-        snippets = streams[phase].batch(size)
-        step = e_step if phase == "E" else m_step
-        rl_update = iteration * rl_updates + k if phase == "E" else done
-        metrics = step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, rl_update)
+        if phase == "E":
+            snippets, index = streams["E"].batch(args.rl_batch_size), iteration * rl_updates + k
+            metrics = e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, index)
+            cursors["E"] = streams["E"].cursor
+        else:
+            if not sampled:  # a resumed run samples the same updates again, and skips those done
+                count = min(max(ahead, used + 1), per_iteration - k + used)
+                batches = [streams["M"].batch(args.ntp_batch_size) for _ in range(count)]
+                sampled = sample_ahead(frozen, batches, done - used, vocabulary, args, ranks)[used:]
+            metrics = m_step(policy, optimizer, *sampled.pop(0), vocabulary, args, ranks)
+            used += 1
+            if not sampled:
+                cursors["M"], used = streams["M"].cursor, 0
         update_number = done + 1
         # 5 log, evaluate, save
         bad_updates = bad_updates + 1 if math.isnan(metrics["optim/grad_norm"]) else 0
@@ -849,8 +876,8 @@ def main(args: Args) -> None:
             run.export(policy, tokenizer, f"em_{iteration + 1:03d}")
         stop = interrupt.requested(ranks)
         if stop or update_number % args.save_every == 0 or last_of_phase:
-            cursors |= {part: stream.cursor for part, stream in streams.items()}
-            run.save(update_number, {"cursors": cursors, "stages": stages}, models, optimizer)
+            state = {"cursors": cursors, "used": used, "stages": stages}
+            run.save(update_number, state, models, optimizer)
         if last_of_phase or stop:
             run.curves(CURVES)
         if stop:

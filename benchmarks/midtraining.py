@@ -3,7 +3,7 @@
     python benchmarks/midtraining.py                                          # the embedded model and corpus
     python benchmarks/midtraining.py --length 384 --rates 0.1                 # longer snippets
 
-All are ra3.py's own steps (`e_step`, `m_step`; NTP is `m_step` without a sampler) with the sizes of --tiny,
+All are ra3.py's own steps (`e_step`, `sample_ahead`, `m_step`; NTP has no sampler) with the sizes of --tiny,
 and learning rate 0, so that every round does the same work. A constant added to the logits of the tokens that
 open a thought sets the think rate of the sampler q. The steps take turns in every round; the median counts.
 A corpus token is one of the snippets; an E-step rolls each snippet out G = 3 times. `text` is how many tokens
@@ -95,6 +95,12 @@ def add_think_bias(model, snippets, vocabulary, rate):
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias * vocabulary.opens)
 
 
+def m_step(pi, q, optimizer, snippets, vocabulary, args, ranks):
+    """An M-step update with its rollouts, alone; without q an NTP update."""
+    ((rollouts, seconds),) = ra3.sample_ahead(q, [snippets], 0, vocabulary, args, ranks)
+    return ra3.m_step(pi, optimizer, rollouts, seconds, vocabulary, args, ranks)
+
+
 # ---- this one
 
 
@@ -122,10 +128,9 @@ def main():
     def update(step, rate):
         """(seconds on the clock, CPU seconds, metrics) of one update."""
         add_think_bias(q, snippets, v, rate)
-        run, policy, frozen = {
-            "NTP": (ra3.m_step, pi, None), "M": (ra3.m_step, pi, q), "E": (ra3.e_step, q, pi)
-        }[step]
-        return clock(run, policy, frozen, still[policy], snippets, v, args, ranks, 20)
+        if step == "E":
+            return clock(ra3.e_step, q, pi, still[q], snippets, v, args, ranks, 20)
+        return clock(m_step, pi, None if step == "NTP" else q, still[pi], snippets, v, args, ranks)
 
     cases = [("NTP", 0.0), *[("M", rate) for rate in given.rates], *[("E", rate) for rate in given.rates]]
     peaks = {case: peak_mib(update, *case)[0] for case in cases}

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from midtraining import add_think_bias, joined_snippets, machine
+from midtraining import add_think_bias, joined_snippets, m_step, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -50,10 +50,12 @@ def worker(given):
         args = dataclasses.replace(ra3.TINY_DEFAULTS, group_size=group)
         snippets = joined_snippets(count, length, v)
         add_think_bias(q, snippets, v, 0.1)
-        run, policy, frozen = (ra3.m_step, pi, q) if step == "M" else (ra3.e_step, q, pi)
         common.all_sum(0.0, ranks)  # all ranks are here
         wall, cpu = time.perf_counter(), time.process_time()
-        run(policy, frozen, still[policy], snippets, v, args, ranks, 20)
+        if step == "M":
+            m_step(pi, q, still[pi], snippets, v, args, ranks)
+        else:
+            ra3.e_step(q, pi, still[q], snippets, v, args, ranks, 20)
         cpu = common.all_sum(time.process_time() - cpu, ranks)
         if turn:
             found.append((time.perf_counter() - wall, cpu, sum(len(s.ids) - 1 for s in snippets)))

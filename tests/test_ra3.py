@@ -306,6 +306,22 @@ def test_noise_belongs_to_a_row_not_to_a_batch():
         assert (a.ids == b.ids).all()
 
 
+def test_updates_sampled_at_once_equal_those_sampled_one_by_one():
+    model, vocabulary, snippet, args = small_world(max_latent_tokens=4)
+    longer = segment("a\n" * 9, vocabulary, 64, 1024, 4)
+    assert longer.width(4) > snippet.width(4)  # the noise of an update is as wide as its longest snippet
+    batches, ranks = [[snippet] * 4, [snippet, longer] * 2, [snippet] * 2], Ranks(1, 2, None)
+    at_once = ra3.sample_ahead(model, batches, 7, vocabulary, args, ranks)
+    assert [len(rollouts) for rollouts, _ in at_once] == [2, 2, 1]
+    thoughts = 0
+    for index, (batch, (rollouts, _)) in enumerate(zip(batches, at_once), start=7):
+        ((alone, _),) = ra3.sample_ahead(model, [batch], index, vocabulary, args, ranks)
+        for a, b in zip(rollouts, alone, strict=True):
+            assert (a.ids == b.ids).all()
+            thoughts += len(a.thoughts())
+    assert thoughts
+
+
 def test_indentation_is_forced_again_after_a_thought(tokenizer):
     vocabulary = ra3.Vocabulary(tokenizer[1], len(tokenizer[1]), "cpu")
     text = "if a:\n        b = 1\n        c = 2\n"

@@ -84,7 +84,7 @@ def sizes(model_dir, tmp_path_factory):
             "dataset": (str(folder / "ra3.jsonl"),), "em_iterations": 2, "rl_updates": 1, "ntp_updates": 2,
             "rl_batch_size": 8, "ntp_batch_size": 12, "group_size": 2, "max_latent_tokens": 4,
             "max_snippet_tokens": 48, "eval_snippets": 4, "rl_learning_rate": 1e-3,
-            "ntp_learning_rate": 1e-3, "penalty_warmup": 0,
+            "ntp_learning_rate": 1e-3, "penalty_warmup": 0, "rollout_rows": 24,  # both M-steps are sampled at once
         },
         "rmt": shared | {
             "dataset": (str(folder / "rmt.jsonl"),), "text_column": ("text",), "chat_template": False,
