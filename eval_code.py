@@ -10,11 +10,11 @@ arXiv 2509.25810v2), which evaluates with the BigCode harness:
 
 A sample's noise depends on (seed, benchmark, task, sample) alone, not on ranks or batches. A killed run goes
 on with what is missing when the same command is given again with the same --output-dir.
-Shapes: B rows, T tokens of the padded prompt, V vocabulary.
+Shapes: B rows, T tokens of the padded prompt, M = max_new_tokens, V vocabulary.
 
 Deviations from BigCode (docs/eval_code.md has all):
   D1 An RA3 model may think at column 0, where HumanEval's stop word "\\n#" would end it. With --thoughts it
-     is no stop word, and both counts are reported: `humaneval`, and `humaneval_cut` with the stop word.
+     is none, and every sample is judged a second time, cut there: `humaneval_cut` beside `humaneval`.
   D2 512 is the number of new tokens, as in the authors' scripts; BigCode's default counts the prompt, too.
   D3 MBPP's `test_setup_code` (one test task has it) runs before the tests; BigCode leaves it out.
 
@@ -24,20 +24,20 @@ Deviations from BigCode (docs/eval_code.md has all):
 """
 
 import base64
-import collections
+import bisect
 import contextlib
-import io
 import itertools
 import json
 import math
 import os
-import pickle
+import pickletools
 import re
 import sys
 import time
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -45,6 +45,7 @@ from typing import Literal
 import torch
 import tyro
 from tqdm import tqdm
+from transformers import TopPLogitsWarper
 
 import common
 from common import UserError
@@ -94,35 +95,28 @@ class Args:
     """programs that run at once on a rank; 0: the machine's cores over its ranks"""
 
 
-TINY_PROBLEMS = (f"humaneval={common.TINY / 'code_problems.jsonl'}",)
-TINY_DEFAULTS = replace(Args(), tiny=True, model=str(common.TINY / "model"), benchmarks=TINY_PROBLEMS)
-TINY_DEFAULTS = replace(TINY_DEFAULTS, n_samples=5, max_new_tokens=64)
-SPEED_ONLY = ("output_dir", "batch_size", "workers")  # these may change when an evaluation is continued
+TINY_DEFAULTS = Args(
+    tiny=True, model=str(common.TINY / "model"), n_samples=5, max_new_tokens=64,
+    benchmarks=(f"humaneval={common.TINY / 'code_problems.jsonl'}",),
+)
 
 # ---------------------------------------------------------------- 1 problems
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
-THOUGHT_STOP = "\n#"
-# LiveCodeBench's checker imports these before every program, first their names and then the modules
-MODULES = (
-    "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools, "
-    "operator, io, sys, json, builtins, typing"
-)
-CONTEST_IMPORTS = "".join(f"from {name} import *\n" for name in MODULES.split(", ")) + f"import {MODULES}\n"
+THOUGHT_STOP = "\n#"  # D1
 
 
 @dataclass
 class Problem:
-    """A program is imports + opening + completion + closing, or imports + a whole solution."""
+    """A program is opening + completion + closing."""
 
     task_id: str
     prompt: str
-    opening: str  # what the prompt holds of the program's beginning
+    opening: str  # of the program: what the prompt holds of it
     stop_words: tuple[str, ...]
     checks: dict  # what run_tests needs beside the code
     closing: str = ""
-    imports: str = ""
     benchmark: str = ""
 
 
@@ -136,10 +130,11 @@ def mbpp_problem(row: dict, args: Args) -> Problem:
     """MBPP, and MBPP+, which calls the description `prompt` and has a `test` instead of the examples."""
     examples, description = row["test_list"], row["prompt"] if "prompt" in row else row["text"]
     functions = re.findall(r"^def\s+((\w+)\s*\(.*\))", row["code"], re.MULTILINE)  # [("f(a, b)", "f"), ...]
-    head, name = next((f for f in functions if re.search(rf"\b{f[1]}\b", examples[0])), (None, None))
-    if name is None:
+    tested = [(head, name) for head, name in functions if re.search(rf"\b{name}\b", examples[0])]
+    if not tested:
         raise ValueError("the first test calls no function of `code`")
-    tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])
+    head, name = tested[0]
+    tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])  # D3
     checks = {"tests": tests, "entry_point": name}
     if args.mbpp_prompt == "bigcode":
         return Problem(row["task_id"], f'"""\n{description}\n{examples[0]}\n"""\n', "", MBPP_STOPS, checks)
@@ -154,22 +149,15 @@ def contest_problem(task_id, question: str, signature: str, checks: dict) -> Pro
     """
     opening, closing = (signature.rstrip() + "\n", "") if signature else ("def main():\n", "\nmain()\n")
     stop_words = (*MBPP_STOPS, "\ndef", "\nmain(")
-    prompt = f'"""\n{question}\n"""\n{opening}'
-    return Problem(task_id, prompt, opening, stop_words, checks, closing, CONTEST_IMPORTS)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Makes strings, numbers and lists. A pickle that runs code must look up a name, and none is given."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"refused: {module}.{name}")
+    return Problem(task_id, f'"""\n{question}\n"""\n{opening}', opening, stop_words, checks, closing)
 
 
 def livecodebench_problem(row: dict, args: Args) -> Problem:
     """All public and private tests must pass. Functional: one JSON argument per line, and the JSON result."""
     private = row["private_test_cases"]
-    if not private.startswith("["):  # else: a pickled string of JSON, compressed, in base 64
-        private = PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(private)))).load()
+    if not private.startswith("["):  # JSON, pickled, compressed, in base 64. Unpickling could run code, so
+        pickled = zlib.decompress(base64.b64decode(private))  # the pickle is read, not loaded: for its string
+        [private] = [value for _, value, _ in pickletools.genops(pickled) if isinstance(value, str)]
     cases = json.loads(row["public_test_cases"]) + json.loads(private)
     checks = {"cases": [{"input": case["input"], "output": case["output"]} for case in cases]}
     if cases[0]["testtype"] == "functional":
@@ -206,38 +194,34 @@ def load_problems(args: Args) -> list[Problem]:
         name = name.lower().replace("+", "plus")
         if name not in BENCHMARKS:
             raise UserError(f"unknown benchmark {name}; there are {', '.join(BENCHMARKS)}")
-        _, source, split, timeout_s, read = BENCHMARKS[name]
-        rows = common.read_rows(file or source, split)
-        if not file and name == "livecodebench":
-            dated = ((str(common.column(row, "contest_date", source))[:10], row) for row in rows)
-            rows = (row for date, row in dated if LCB_WINDOW[0] <= date <= LCB_WINDOW[1])
-        index = -1
+        _, hub, split, timeout_s, read = BENCHMARKS[name]
+        source, earlier = file or hub, len(problems)
+        rows = common.read_rows(source, split)
+        if source == LCB_FILES:
+            rows = (row for row in rows if LCB_WINDOW[0] <= str(row["contest_date"])[:10] <= LCB_WINDOW[1])
         for index, row in enumerate(itertools.islice(rows, args.limit or None)):
-            where = f"{file or source}, row {index}"
+            where = f"{source}, row {index}"
             try:
                 problem = read(row, args)
             except KeyError as missing:
                 raise UserError(f"{where}: no column {missing}; it has: {', '.join(row)}") from None
-            except (ValueError, TypeError, AttributeError, IndexError, pickle.PickleError, zlib.error) as e:
-                raise UserError(f"{where}: not a problem of {name}: {e}") from None
+            except Exception as error:  # a row can be wrong in as many ways as it can be read
+                raise UserError(f"{where}: not a problem of {name}: {error}") from None
             problem.benchmark, problem.checks["timeout_s"] = name, timeout_s
             problem.task_id = str(index if problem.task_id is None else problem.task_id)
             if (name, problem.task_id) in problems:
                 raise UserError(f"{where}: task {problem.task_id} of {name} is there twice")
             problems[name, problem.task_id] = problem
-            if args.thoughts and THOUGHT_STOP in problem.stop_words:  # D1
-                problems[f"{name}_cut", problem.task_id] = replace(problem, benchmark=f"{name}_cut")
-                problem.stop_words = tuple(word for word in problem.stop_words if word != THOUGHT_STOP)
-        if index < 0:
-            raise UserError(f"{file or source} holds no problem")
+        if len(problems) == earlier:
+            raise UserError(f"{source} holds no problem")
     return list(problems.values())
 
 
 # ---------------------------------------------------------------- 2 sample
 
-# A sample is a dict, in the end a line of samples.jsonl: benchmark, task_id, sample (a number), temperature,
-# prompt, completion (or solution), truncated; then passed, reason, seconds, tests_passed, tests_total.
-Job = tuple[Problem, dict]  # a sample and what it is to solve
+# A sample is a dict, in the end a line of samples.jsonl: benchmark, task_id, temperature, sample (a number),
+# prompt; `complete` adds completion and truncated, `judge` passed, reason, seconds and more.
+Job = tuple[Problem, dict]  # a sample and the problem that it is to solve
 
 
 def key(sample: dict) -> tuple:
@@ -250,29 +234,27 @@ def plan_samples(args: Args, problems: list[Problem]) -> list[Job]:
     jobs = []
     for problem in problems:
         known = {"benchmark": problem.benchmark, "task_id": problem.task_id, "prompt": problem.prompt}
-        for temperature, count in ((0.0, 1), (args.temperature, args.n_samples)):
-            for number in range(count):
-                jobs.append((problem, {**known, "temperature": temperature, "sample": number}))
+        jobs.append((problem, {**known, "temperature": 0.0, "sample": 0}))
+        for number in range(args.n_samples):
+            jobs.append((problem, {**known, "temperature": args.temperature, "sample": number}))
     return jobs
 
 
 def read_samples(args: Args, problems: list[Problem]) -> list[Job]:
     """What to judge: a human-eval or evalplus file, or a samples.jsonl. "Mbpp/2" is the same task as 2."""
-    found, jobs = collections.defaultdict(list), []
+    found, jobs = defaultdict(list), []
     for row in common.read_rows(args.samples):
         task = str(common.column(row, "task_id", args.samples)).removeprefix("Mbpp/")
         kind = "solution" if "solution" in row else "completion"
         text = common.column(row, kind, args.samples)
-        found[row.get("benchmark"), task].append((kind, text, row.get("temperature")))
+        found[row.get("benchmark"), task].append({kind: text, "temperature": row.get("temperature")})
     for problem in problems:
-        benchmark, known = problem.benchmark, {"benchmark": problem.benchmark, "task_id": problem.task_id}
-        rows = [found[b, problem.task_id] for b in (benchmark.removesuffix("_cut"), None)]
-        if not any(rows):
-            raise UserError(f"{args.samples} has no sample of task {problem.task_id} of {benchmark}")
-        for number, (kind, text, temperature) in enumerate(rows[0] or rows[1]):
-            if kind == "completion" and benchmark.endswith("_cut"):
-                text = cut(text, [THOUGHT_STOP])
-            jobs.append((problem, {**known, "temperature": temperature, "sample": number, kind: text}))
+        known = {"benchmark": problem.benchmark, "task_id": problem.task_id}
+        # lines that name no benchmark count for every one that has the task
+        rows = found[problem.benchmark, problem.task_id] or found[None, problem.task_id]
+        if not rows:
+            raise UserError(f"{args.samples} has no sample of task {problem.task_id} of {problem.benchmark}")
+        jobs += [(problem, {**known, "sample": number, **row}) for number, row in enumerate(rows)]
     return jobs
 
 
@@ -287,70 +269,83 @@ def choose_tokens(logits, noise, temperatures, top_p: float) -> torch.Tensor:
     logits [B, V], noise [B] in [0, 1). Drawn in the vocabulary's order, not in that of the probabilities: so
     a rounding error that swaps two nearly equal tokens changes nothing, whatever the batch.
     """
-    probs = (logits.float() / temperatures.clamp(min=1e-6).unsqueeze(1)).softmax(-1)  # [B, V]
-    ordered = probs.sort(descending=True).values
-    inside = ordered.cumsum(-1) - ordered < top_p  # what lies before a token; the first is always inside
-    smallest = ordered.masked_fill(~inside, math.inf).amin(-1, keepdim=True)  # [B, 1]
-    drawn = common.inverse_cdf(probs.masked_fill(probs < smallest, 0.0), noise)
+    scaled = logits.float() / temperatures.clamp(min=1e-6).unsqueeze(1)  # [B, V]
+    drawn = common.inverse_cdf(TopPLogitsWarper(top_p)(None, scaled).softmax(-1), noise)
     return torch.where(temperatures > 0, drawn, logits.argmax(-1))
 
 
 @torch.no_grad()
 def complete(model, tokenizer, batch: list[Job], args: Args) -> None:
-    """Generate `completion` and `truncated` of each sample of the batch."""
+    """Generate `completion` and `truncated` of each sample of the batch. Call it inside `gathered(model)`."""
     problems, samples = zip(*batch)
-    prompts = [tokenizer(problem.prompt).input_ids for problem in problems]
-    width, device = max(map(len, prompts)), model.device
-    room = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
-    if width > room:
-        raise UserError(f"a prompt has {width} tokens; beside --max-new-tokens the model has room for {room}")
-    input_ids = common.pad_right([p[::-1] for p in prompts], tokenizer.pad_token_id, device).flip(1)  # [B, T]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    mask = torch.arange(width, device=device) >= width - lengths.unsqueeze(1)  # [B, T], left padding
-    # one source of noise per sample, and the same with and without the stop word of D1
-    names = [(sample["benchmark"].removesuffix("_cut"), *key(sample)[1:]) for sample in samples]
-    noise = [common.uniforms([args.max_new_tokens], args.seed, *name) for name in names]
-    noise = torch.stack(noise).to(device)  # [B, max_new_tokens]
-    temperatures = torch.tensor([sample["temperature"] for sample in samples], device=device)  # [B]
+    prompts = [problem.prompt for problem in problems]
+    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    width = inputs.input_ids.shape[1]  # T
+    common.check_context(model, width + args.max_new_tokens, "the longest prompt and --max-new-tokens")
+    noise = [common.uniforms([args.max_new_tokens], args.seed, *key(sample)) for sample in samples]
+    noise = torch.stack(noise).to(model.device)  # [B, M]
+    temperatures = torch.tensor([sample["temperature"] for sample in samples], device=model.device)  # [B]
+    unstopped = {THOUGHT_STOP} if args.thoughts else set()  # D1
+    stop_words = [set(problem.stop_words) - unstopped for problem in problems]
     eos = model.config.eos_token_id  # an id, a list, or None
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
-    def choose(ids, logits):
+    def draw(ids, logits):  # leaves greedy search one token to choose
         tokens = choose_tokens(logits, noise[:, ids.shape[1] - width], temperatures, args.top_p)
         return torch.full_like(logits, -math.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
-    def ended(ids, logits, **_):  # decoding is slow: every 16 tokens, search the text of the last 32
+    def ended(ids, scores):  # decoding is slow: every 16 tokens, search the text of the last 32
         if (ids.shape[1] - width) % 16:
-            return torch.zeros(len(ids), dtype=torch.bool, device=device)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - 32) :])
-        found = [cut(tail, problem.stop_words) != tail for tail, problem in zip(tails, problems)]
-        return torch.tensor(found, device=device)
+        found = [cut(tail, words) != tail for tail, words in zip(tails, stop_words)]
+        return torch.tensor(found, device=ids.device)
 
-    # generate counts the positions by the mask. `choose` has drawn already: the largest logit is the token.
-    # The weights are gathered, so no rank waits for the longest row of another
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "synced_gpus": False}
-    options |= {"eos_token_id": sorted(eos), "pad_token_id": tokenizer.pad_token_id}
-    options |= {"logits_processor": [choose], "stopping_criteria": [ended]}
-    output = model.generate(input_ids, attention_mask=mask.long(), **options)
-    for problem, sample, prompt, new in zip(problems, samples, prompts, output[:, width:].tolist()):
-        end = next((i for i, token in enumerate(new) if token in eos), None)
-        both = [prompt, prompt + new[:end]]  # decoded alone, a completion may lose its first space
+    output = model.generate(  # which counts the positions by the mask
+        inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=args.max_new_tokens,
+        do_sample=False, logits_processor=[draw], stopping_criteria=[ended],
+        eos_token_id=sorted(eos), pad_token_id=tokenizer.pad_token_id,
+        synced_gpus=False,  # the weights are whole on every rank: none waits for the longest row of another
+    ).tolist()
+    for sample, words, ids in zip(samples, stop_words, output):
+        end = next((i for i in range(width, len(ids)) if ids[i] in eos), None)
+        both = [ids[:width], ids[:end]]  # decoded alone, a completion may lose its first space
         before, text = tokenizer.batch_decode(both, clean_up_tokenization_spaces=False)
-        sample["completion"] = cut(text[len(before) :], problem.stop_words)
+        sample["completion"] = cut(text[len(before) :], words)
         sample["truncated"] = end is None and before + sample["completion"] == text
 
 
 # ---------------------------------------------------------------- 3 judge
 
+# LiveCodeBench's checker imports these before every program, first their names and then the modules
+MODULES = (
+    "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools, "
+    "operator, io, sys, json, builtins, typing"
+)
+CONTEST_IMPORTS = "".join(f"from {name} import *\n" for name in MODULES.split(", ")) + f"import {MODULES}\n"
+
+
+def programs(jobs: list[Job], stop_words=()) -> list[dict]:
+    """What run_tests takes, with completions cut at the stop words."""
+    found = []
+    for problem, sample in jobs:
+        body = cut(sample.get("completion", ""), stop_words)
+        code = sample.get("solution") or problem.opening + body + problem.closing
+        imports = CONTEST_IMPORTS if "cases" in problem.checks else ""
+        found.append({"code": imports + code, **problem.checks})
+    return found
+
 
 def judge(jobs: list[Job], write, args: Args) -> None:
     """Run the programs in the sandbox; each sample goes to `write` as soon as it has its verdict."""
-    programs = []
-    for problem, sample in jobs:
-        code = sample.get("solution") or problem.opening + sample.get("completion", "") + problem.closing
-        programs.append({"code": problem.imports + code, **problem.checks})
     workers = args.workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    common.run_tests(programs, workers=workers, on_result=lambda i, verdict: write({**jobs[i][1], **verdict}))
+    thinking = [job for job in jobs if args.thoughts and THOUGHT_STOP in job[0].stop_words]  # D1
+    verdicts = common.run_tests(programs(thinking, [THOUGHT_STOP]), workers=workers)
+    for (_, sample), verdict in zip(thinking, verdicts):
+        sample["passed_cut"] = verdict["passed"]
+    common.run_tests(
+        programs(jobs), workers=workers, on_result=lambda i, verdict: write({**jobs[i][1], **verdict})
+    )
 
 
 # ---------------------------------------------------------------- 4 report
@@ -361,23 +356,23 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 if n - c < k else 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
-def summarise(samples: list[dict], ks: tuple[int, ...]) -> dict:
+def summarise(samples: list[dict], ks: tuple[int, ...], contests: dict) -> dict:
     """Shares in [0, 1] of one benchmark. pass@1 is that of the greedy samples if there are any."""
-    greedy = [sample for sample in samples if sample["temperature"] == 0]
-    verdicts = collections.defaultdict(list)  # task -> verdicts of its sampled completions
+    greedy, drawn = defaultdict(list), defaultdict(list)  # task -> verdicts
     for sample in samples:
-        if sample["temperature"] != 0:
-            verdicts[sample["task_id"]].append(sample["passed"])
-    summary = {"problems": len({sample["task_id"] for sample in samples})}
+        (greedy if sample["temperature"] == 0 else drawn)[sample["task_id"]].append(sample["passed"])
+    summary = {"problems": len(greedy.keys() | drawn.keys())}
     for k in ks:
-        if k == 1 and greedy:
-            summary["pass@1"] = fmean(sample["passed"] for sample in greedy)
-        elif k <= min(map(len, verdicts.values()), default=0):
-            summary[f"pass@{k}"] = fmean(pass_at_k(len(v), sum(v), k) for v in verdicts.values())
+        tasks = (greedy if k == 1 and greedy else drawn).values()
+        if k <= min(map(len, tasks), default=0):
+            summary[f"pass@{k}"] = fmean(pass_at_k(len(passed), sum(passed), k) for passed in tasks)
     if "truncated" in samples[0]:
         summary["truncated"] = fmean(sample["truncated"] for sample in samples)
     if samples[0]["benchmark"] == "codeforces":
-        summary["tests_passed"] = fmean(s["tests_passed"] / s["tests_total"] for s in greedy or samples)
+        counted = [sample for sample in samples if sample["temperature"] == 0] or samples
+        summary["tests_passed"] = fmean(sample["tests_passed"] / sample["tests_total"] for sample in counted)
+        if contests:
+            summary["rating"] = codeforces_rating(drawn or greedy, contests)
     return summary
 
 
@@ -394,7 +389,9 @@ def codeforces_rating(attempts: dict[str, list[bool]], contests: dict) -> float:
         standings, changes = (contests[contest][name]["result"] for name in ("standings", "rating_changes"))
         old = {change["handle"]: change["oldRating"] for change in changes}
         rows = {row["party"]["members"][0]["handle"]: row for row in standings["rows"]}
-        rated = [(old[name], row["points"], row["penalty"]) for name, row in rows.items() if name in old]
+        rated = old.keys() & rows.keys()
+        if len(rated) <= 200:
+            continue
         points = penalty = 0
         for problem in standings["problems"]:
             verdicts = attempts.get(f"{contest}{problem['index']}", [])
@@ -402,47 +399,46 @@ def codeforces_rating(attempts: dict[str, list[bool]], contests: dict) -> float:
                 failed = verdicts.index(True)
                 points += max(0, problem["points"] - 50 * failed) if "points" in problem else 1
                 penalty += 0 if "points" in problem else 10 * failed
-        better = sum((theirs, -late) >= (points, -penalty) for _, theirs, late in rated)
-        low, high = 0.0, max([rating for rating, _, _ in rated], default=0) + 100.0
-        while high - low > 0.5:
-            middle = (low + high) / 2
-            expected = sum(1 / (1 + 10 ** ((middle - rating) / 400)) for rating, _, _ in rated)
-            low, high = (low, middle) if expected < better else (middle, high)
-        ratings += [low] if len(rated) > 200 else []
+        better = sum((rows[h]["points"], -rows[h]["penalty"]) >= (points, -penalty) for h in rated)
+
+        def expected_better(rating: int) -> float:
+            return sum(1 / (1 + 10 ** ((rating - old[h]) / 400)) for h in rated)
+
+        possible = range(max(old[h] for h in rated) + 100)  # expected_better falls; bisect wants it to rise
+        ratings.append(bisect.bisect(possible, -better, key=lambda rating: -expected_better(rating)))
     return fmean(ratings) if ratings else math.nan
 
 
 def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
     """Table 1 of the paper, in percent; with --thoughts a second row: completions cut at a thought (D1)."""
     names = [name for name in BENCHMARKS if name in results]
-    width = max(7 * len(ks), 13) + 1
-    lines = [" " * 24 + "".join(f"{title:{width}}" for title in [*(BENCHMARKS[n][0] for n in names), "Avg."])]
-    lines.append(" " * 24 + "".join(f"{f'p@{k}':7}" for k in ks).ljust(width) * (len(names) + 1))
-    for suffix, title in (("", label), ("_cut", "  cut at \\n#")):
+    lines = [["", *(BENCHMARKS[name][0] for name in names), "Avg."]]
+    lines.append(["", *["".join(f"{f'p@{k}':7}" for k in ks)] * (len(names) + 1)])
+    for title, suffix in ((label, ""), ("  cut at \\n#", "_cut")):
         if any(name + suffix in results for name in names):
             rows = [results.get(name + suffix, results[name]) for name in names]
-            cells = [[row.get(f"pass@{k}", math.nan) for k in ks] for row in rows]
-            cells.append([fmean(shares) for shares in zip(*cells)])
-            shown = ["".join(f"{100 * share:<7.1f}" for share in cell).ljust(width) for cell in cells]
-            lines.append(f"{title[-23:]:24}" + "".join(shown).replace("nan", "-  "))
-    return "\n".join(lines)
+            shares = [[100 * row.get(f"pass@{k}", math.nan) for k in ks] for row in rows]
+            shares.append([fmean(of_one_k) for of_one_k in zip(*shares)])
+            cells = ["".join(f"{share:<7.1f}" for share in of_one) for of_one in shares]
+            lines.append([title[-23:], *(cell.replace("nan", "-  ") for cell in cells)])
+    width = max(7 * len(ks), len("LiveCodeBench")) + 1
+    return "\n".join(f"{title:24}" + "".join(f"{cell:{width}}" for cell in cells) for title, *cells in lines)
 
 
 def report(folder: Path, jobs: list[Job], label: str, args: Args) -> None:
-    """Write results.json and print the table."""
-    judged, samples = read_judged(folder / "samples.jsonl"), collections.defaultdict(list)
+    """Write results.json and print the table. UserError if a verdict is missing."""
+    judged, samples = read_judged(folder / "samples.jsonl"), defaultdict(list)
     for _, sample in jobs:
         if key(sample) not in judged:
             raise UserError(f"{folder} lacks the verdict of {key(sample)}: run the same command again")
         samples[sample["benchmark"]].append(judged[key(sample)])
-    results = {name: summarise(found, args.k) for name, found in samples.items()}
-    if args.contests and "codeforces" in samples:
-        attempts = collections.defaultdict(list)
-        for sample in samples["codeforces"]:
-            if sample["temperature"] != 0 or not args.n_samples:
-                attempts[sample["task_id"]].append(sample["passed"])
-        contests = json.loads(Path(args.contests).read_text())
-        results["codeforces"]["rating"] = codeforces_rating(attempts, contests)
+    contests = json.loads(Path(args.contests).read_text()) if args.contests else {}
+    results = {}
+    for name, found in samples.items():
+        results[name] = summarise(found, args.k, contests)
+        if "passed_cut" in found[0]:  # D1
+            found = [{**sample, "passed": sample["passed_cut"]} for sample in found]
+            results[f"{name}_cut"] = summarise(found, args.k, contests)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{table(results, label, args.k)}\n\n{folder / 'results.json'}")
 
@@ -452,7 +448,8 @@ def report(folder: Path, jobs: list[Job], label: str, args: Args) -> None:
 
 def open_folder(folder: Path, args: Args, ranks: common.Ranks) -> set:
     """Begin or continue an evaluation -> keys of what is judged. UserError if its arguments were others."""
-    now = json.loads(json.dumps({k: v for k, v in asdict(args).items() if k not in SPEED_ONLY}))
+    speed_only = ("output_dir", "batch_size", "workers")  # may change when an evaluation is continued
+    now = json.loads(json.dumps({name: v for name, v in asdict(args).items() if name not in speed_only}))
     if (folder / "samples.jsonl").exists():
         before = json.loads((folder / "args.json").read_text())
         differ = [f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if v != before.get(name)]
@@ -475,8 +472,9 @@ def read_judged(file: Path) -> dict[tuple, dict]:
 
 def main(args: Args) -> None:
     ranks = common.setup(args.seed)
-    if min(args.max_new_tokens, args.batch_size, args.temperature, args.top_p, *args.k) <= 0:
-        raise UserError("--max-new-tokens, --batch-size, --temperature, --top-p and --k must be positive")
+    common.check_sizes(args, "max_new_tokens batch_size temperature top_p", "limit n_samples workers")
+    if args.top_p > 1 or min(args.k) < 1:
+        raise UserError("--top-p is at most 1, and every --k at least 1")
     if not args.samples and max(args.k) > max(1, args.n_samples):  # pass@1 is greedy
         raise UserError(f"pass@{max(args.k)} needs --n-samples {max(args.k)} or more; or choose another --k")
     if args.contests and not Path(args.contests).is_file():
@@ -491,16 +489,17 @@ def main(args: Args) -> None:
     jobs = read_samples(args, problems) if args.samples else plan_samples(args, problems)
     done = common.together(lambda: open_folder(folder, args, ranks) if ranks.main else None, ranks)
     done = common.all_gather_list([done], ranks)[0]
+
     longest = sorted(jobs, key=lambda job: -len(job[0].prompt))
     batches = [longest[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
     batches = [batch for batch in batches if any(key(sample) not in done for _, sample in batch)]
+    mine = batches[ranks.rank :: ranks.world_size]
     model = None
     if batches and not args.samples:
         tokenizer = common.load_tokenizer(args.model)
         model = common.load_model(args.model, ranks, train=False)
 
     # 2 sample and 3 judge, at the same time. One unbuffered append per line: the ranks share the file
-    mine = batches[ranks.rank :: ranks.world_size]
     bar = tqdm(total=sum(map(len, mine)), unit="sample", disable=not ranks.main)
     samples_file = open(folder / "samples.jsonl", "ab", buffering=0)  # noqa: SIM115
 
@@ -508,16 +507,16 @@ def main(args: Args) -> None:
         samples_file.write((json.dumps(sample) + "\n").encode())
         bar.update()
 
-    background, judged = ThreadPoolExecutor(1), []
+    background, verdicts = ThreadPoolExecutor(1), []
     with common.gathered(model) if model else contextlib.nullcontext():
         for batch in mine:
             if model:
                 complete(model, tokenizer, batch, args)
             missing = [(problem, sample) for problem, sample in batch if key(sample) not in done]
-            judged.append(background.submit(judge, missing, write, args))
-            if judged[0].done():
-                judged.pop(0).result()  # raises what went wrong in the background
-    common.together(lambda: [future.result() for future in judged], ranks)
+            verdicts.append(background.submit(judge, missing, write, args))
+            if verdicts[0].done():
+                verdicts.pop(0).result()  # raises what went wrong in the background
+    common.together(lambda: [verdict.result() for verdict in verdicts], ranks)
     bar.close()
 
     # 4 report

@@ -220,7 +220,7 @@ def test_setup_code_of_mbpp_runs_before_the_tests(tmp_path):
     assert score(tmp_path, "mbpp", [row], samples, workers=1)["mbpp"]["pass@1"] == 1.0
 
 
-def test_unpickler_refuses_code(tmp_path):
+def test_no_pickle_is_loaded(tmp_path):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
@@ -228,7 +228,7 @@ def test_unpickler_refuses_code(tmp_path):
     row = lcb_row(False, True)
     row["private_test_cases"] = base64.b64encode(zlib.compress(pickle.dumps(Malicious()))).decode()
     path = write_rows(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(common.UserError, match="refused: (posix|nt|os)[.]mkdir"):
+    with pytest.raises(common.UserError, match="row 0: not a problem of livecodebench"):
         eval_code.load_problems(Args(benchmarks=(f"livecodebench={path}",)))
     assert not (tmp_path / "made").exists()
 
@@ -274,8 +274,8 @@ def test_summary_keeps_greedy_and_sampled_apart():
     records = [record("a", 0.0, True), record("b", 0.0, False)]
     records += [record("a", 0.6, False)] * 2 + [record("b", 0.6, True), record("b", 0.6, False)]
     expected = {"problems": 2, "pass@1": 0.5, "pass@2": 0.5, "truncated": 2 / 6}
-    assert eval_code.summarise(records, (1, 2, 5)) == pytest.approx(expected)
-    assert eval_code.summarise(records[2:], (1,))["pass@1"] == 0.25  # no greedy sample: the estimate
+    assert eval_code.summarise(records, (1, 2, 5), {}) == pytest.approx(expected)
+    assert eval_code.summarise(records[2:], (1,), {})["pass@1"] == 0.25  # no greedy sample: the estimate
 
 
 def test_table_has_the_shape_of_table_1():
@@ -478,24 +478,29 @@ def test_thoughts_leave_the_stop_word_out(tiny, monkeypatch):
     monkeypatch.setattr(
         eval_code, "choose_tokens", lambda logits, step, *_: torch.tensor(script)[step.long()]
     )
-    thinking, cut = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=1, thoughts=True))
-    assert (thinking.benchmark, cut.benchmark) == ("humaneval", "humaneval_cut")
-    [plain] = prompts_of_all_lengths(1)
-    found = [generate(tiny, [problem], temperatures=(0.0,)).popitem()[1][0] for problem in (thinking, cut, plain)]
-    assert found == ["    x = 1\n# so\n    return x", "    x = 1", "    x = 1"]
+    [problem] = prompts_of_all_lengths(1)
+    for thoughts, expected in ((True, "    x = 1\n# so\n    return x"), (False, "    x = 1")):
+        [(completion, _)] = generate(tiny, [problem], temperatures=(0.0,), thoughts=thoughts).values()
+        assert completion == expected
 
 
-def test_both_counts_are_of_the_same_samples(tiny, tmp_path):
-    """With --thoughts a sample and its twin, which stops at a thought, are drawn with the same noise."""
-    eval_code.main(Args(**SMALL, thoughts=True, output_dir=str(tmp_path)))
-    samples, pairs = read_lines(tmp_path), 0
-    for (benchmark, *name), sample in samples.items():
-        if benchmark == "humaneval":
-            shorter = samples[("humaneval_cut", *name)]["completion"]
-            assert shorter == eval_code.cut(sample["completion"], [eval_code.THOUGHT_STOP])
-            pairs += 1
-    assert pairs == len(samples) / 2 == 5 * 4
-    assert {"humaneval", "humaneval_cut"} == json.loads((tmp_path / "results.json").read_text()).keys()
+def test_the_cut_count_is_that_of_an_evaluation_without_thoughts(tmp_path, monkeypatch):
+    """The embedded model writes no thought at column 0, so a line that it does write stands for one."""
+    monkeypatch.setattr(eval_code, "THOUGHT_STOP", "\n    return")
+    monkeypatch.setattr(eval_code, "HUMANEVAL_STOPS", (*eval_code.HUMANEVAL_STOPS, "\n    return"))
+    folders = {thoughts: tmp_path / str(thoughts) for thoughts in (False, True)}
+    for thoughts, folder in folders.items():
+        eval_code.main(Args(**SMALL, thoughts=thoughts, output_dir=str(folder)))
+    plain, thinking = (read_lines(folder) for folder in folders.values())
+    assert plain.keys() == thinking.keys() and len(plain) == 5 * 4
+    for name, sample in thinking.items():
+        shorter = eval_code.cut(sample["completion"], [eval_code.THOUGHT_STOP])
+        assert (shorter, sample["passed_cut"]) == (plain[name]["completion"], plain[name]["passed"])
+    assert any(sample["passed"] and not sample["passed_cut"] for sample in thinking.values())
+    expected, results = (json.loads((folder / "results.json").read_text()) for folder in folders.values())
+    assert results.keys() == {"humaneval", "humaneval_cut"}
+    for name in ("pass@1", "pass@2"):
+        assert results["humaneval_cut"][name] == expected["humaneval"][name]
 
 
 # ---------------------------------------------------------------- the program
@@ -594,9 +599,12 @@ def test_other_arguments_are_refused(finished):
         ({"benchmarks": ("humaneval={rows}", "humaneval={rows}")}, "task HumanEval/0 of humaneval is there twice"),
         ({"benchmarks": ("humaneval={broken}",)}, "{broken}, row 0: not a problem of humaneval"),
         ({"model": "{empty}"}, "cannot load the model|no tokenizer at"),
-        ({"max_new_tokens": 1020}, "a prompt has .* tokens"),
+        ({"max_new_tokens": 1020}, "the longest prompt and --max-new-tokens take .* the model's context is 1024"),
         ({"n_samples": 1}, "pass@2 needs --n-samples 2"),
-        ({"top_p": 0.0}, "--top-p and --k must be positive"),
+        ({"top_p": 0.0}, "--top-p must be positive"),
+        ({"top_p": 1.5}, "--top-p is at most 1"),
+        ({"k": (0, 1)}, "every --k at least 1"),
+        ({"n_samples": -1}, "--n-samples must not be negative"),
         ({"samples": "{rows}"}, "{rows} has no column `completion`"),
         ({"samples": "{empty}"}, "{empty} has no sample of task HumanEval/0 of humaneval"),
         ({"samples": "{other}"}, "{other} has no sample of task HumanEval/0 of humaneval"),
