@@ -143,10 +143,7 @@ def mbpp_problem(row: dict, args: Args) -> Problem:
 
 
 def contest_problem(task_id, question: str, signature: str, checks: dict) -> Problem:
-    """The question as a docstring, then the signature to go on from, as in grpo_rlvr.py (RA3 v2, section 7).
-
-    A program that reads stdin is the body of `main`.
-    """
+    """The question, then the signature to go on from, else `def main():`; as in grpo_rlvr.py (RA3, section 7)."""
     opening, closing = (signature.rstrip() + "\n", "") if signature else ("def main():\n", "\nmain()\n")
     stop_words = (*MBPP_STOPS, "\ndef", "\nmain(")
     return Problem(task_id, f'"""\n{question}\n"""\n{opening}', opening, stop_words, checks, closing)
@@ -155,8 +152,9 @@ def contest_problem(task_id, question: str, signature: str, checks: dict) -> Pro
 def livecodebench_problem(row: dict, args: Args) -> Problem:
     """All public and private tests must pass. Functional: one JSON argument per line, and the JSON result."""
     private = row["private_test_cases"]
-    if not private.startswith("["):  # JSON, pickled, compressed, in base 64. Unpickling could run code, so
-        pickled = zlib.decompress(base64.b64decode(private))  # the pickle is read, not loaded: for its string
+    if not private.startswith("["):  # it is JSON as a pickled string, compressed, in base 64
+        pickled = zlib.decompress(base64.b64decode(private))
+        # to load a pickle can run code; this only reads what strings it holds
         [private] = [value for _, value, _ in pickletools.genops(pickled) if isinstance(value, str)]
     cases = json.loads(row["public_test_cases"]) + json.loads(private)
     checks = {"cases": [{"input": case["input"], "output": case["output"]} for case in cases]}
@@ -275,7 +273,7 @@ def choose_tokens(logits, noise, temperatures, top_p: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def complete(model, tokenizer, batch: list[Job], args: Args) -> None:
+def complete(model, tokenizer, eos: set[int], batch: list[Job], args: Args) -> None:
     """Generate `completion` and `truncated` of each sample of the batch. Call it inside `gathered(model)`."""
     problems, samples = zip(*batch)
     prompts = [problem.prompt for problem in problems]
@@ -287,8 +285,6 @@ def complete(model, tokenizer, batch: list[Job], args: Args) -> None:
     temperatures = torch.tensor([sample["temperature"] for sample in samples], device=model.device)  # [B]
     unstopped = {THOUGHT_STOP} if args.thoughts else set()  # D1
     stop_words = [set(problem.stop_words) - unstopped for problem in problems]
-    eos = model.config.eos_token_id  # an id, a list, or None
-    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
     def draw(ids, logits):  # leaves greedy search one token to choose
         tokens = choose_tokens(logits, noise[:, ids.shape[1] - width], temperatures, args.top_p)
@@ -497,6 +493,7 @@ def main(args: Args) -> None:
     model = None
     if batches and not args.samples:
         tokenizer = common.load_tokenizer(args.model)
+        eos = common.eos_ids(tokenizer, args.model)
         model = common.load_model(args.model, ranks, train=False)
 
     # 2 sample and 3 judge, at the same time. One unbuffered append per line: the ranks share the file
@@ -511,7 +508,7 @@ def main(args: Args) -> None:
     with common.gathered(model) if model else contextlib.nullcontext():
         for batch in mine:
             if model:
-                complete(model, tokenizer, batch, args)
+                complete(model, tokenizer, eos, batch, args)
             missing = [(problem, sample) for problem, sample in batch if key(sample) not in done]
             verdicts.append(background.submit(judge, missing, write, args))
             if verdicts[0].done():

@@ -403,7 +403,8 @@ def generate(tiny, problems: list[Problem], temperatures=(0.0, 0.7), batch_size=
             known = {"benchmark": "humaneval", "task_id": problem.task_id}
             jobs.append((problem, known | {"temperature": temperature, "sample": number}))
     for start in range(0, len(jobs), batch_size):
-        eval_code.complete(model, tokenizer, jobs[start : start + batch_size], args)
+        eos = common.eos_ids(tokenizer, MODEL)
+        eval_code.complete(model, tokenizer, eos, jobs[start : start + batch_size], args)
     return {eval_code.key(sample): (sample["completion"], sample["truncated"]) for _, sample in jobs}
 
 
