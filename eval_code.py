@@ -143,7 +143,7 @@ def mbpp_problem(row: dict, args: Args) -> Problem:
 
 
 def contest_problem(task_id, question: str, signature: str, checks: dict) -> Problem:
-    """The question, then the signature to go on from, else `def main():`; as in grpo_rlvr.py (RA3, section 7)."""
+    """The question, then the signature to go on from; without one, `main` reads stdin. As in grpo_rlvr.py."""
     opening, closing = (signature.rstrip() + "\n", "") if signature else ("def main():\n", "\nmain()\n")
     stop_words = (*MBPP_STOPS, "\ndef", "\nmain(")
     return Problem(task_id, f'"""\n{question}\n"""\n{opening}', opening, stop_words, checks, closing)
