@@ -13,6 +13,7 @@ line.
 """
 
 import ast
+import contextlib
 import io
 import itertools
 import keyword
@@ -22,7 +23,7 @@ import tokenize
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,47 +37,32 @@ from common import UserError, column, read_rows
 def legal_lines(text: str) -> list[tuple[int, str, str]]:
     """(offset, line, kind) of the lines before which a comment line is legal and changes nothing, in order.
 
-    kind: `blank`, `comment`, `doc` (a string that is a statement of its own) or `code`. Left out are lines
-    inside a multi-line string, lines after a backslash continuation, and all that follows a place `tokenize`
-    cannot read.
+    kind: `blank`, `comment`, `doc` (a string that is a statement of its own) or `code`. A comment is legal
+    after every end of line that `tokenize` says is one: not one inside a multi-line string, not one after a
+    backslash, none behind a place that `tokenize` cannot read.
     """
     lines = io.StringIO(text, newline="").readlines()
     if any(line.endswith("\r") for line in lines):
         return []  # a lone carriage return ends a line for the parser, but not for tokenize
     kinds = ["code" if line.strip(" \t\f\r\n") else "blank" for line in lines]
-    illegal, commented, read = set(), set(), 0  # line numbers from 1
-    strings: list[int] = []  # first lines of the f-strings that are open (Python 3.12 gives them in parts)
+    legal, fstrings = {0}, 0  # Python 3.12 gives f-strings in parts, with ends of line among them
     statement: list[tokenize.TokenInfo] = []
-    try:
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
         for token in tokenize.generate_tokens(iter(lines).__next__):
-            name, first, last = tokenize.tok_name[token.type], token.start[0], token.end[0]
-            if name.endswith("STRING_START"):
-                strings.append(first)
-            elif name.endswith("STRING_END"):
-                first = strings.pop()
-            if name not in ("NEWLINE", "NL"):
-                illegal.update(range(first + 1, last + 1))  # the later lines of a token that spans several
-            if name == "COMMENT":
-                commented.add(first)
-                if not token.line[: token.start[1]].strip(" \t\f"):
-                    kinds[first - 1] = "comment"
-            elif name == "NEWLINE":
-                if statement and all(t.type == tokenize.STRING for t in statement):
+            name, line = tokenize.tok_name[token.type], token.start[0] - 1
+            fstrings += name.endswith("STRING_START") - name.endswith("STRING_END")
+            if name in ("NEWLINE", "NL") and not fstrings:
+                legal.add(line + 1)
+            if name == "COMMENT" and not lines[line][: token.start[1]].strip(" \t\f"):
+                kinds[line] = "comment"
+            if name == "NEWLINE":
+                if statement and all(part.type == tokenize.STRING for part in statement):
                     kinds[statement[0].start[0] - 1] = "doc"
                 statement = []
-            elif name not in ("NL", "INDENT", "DEDENT"):
+            elif name not in ("NL", "COMMENT", "INDENT", "DEDENT"):
                 statement.append(token)
-            read = max(read, last)
-    except (tokenize.TokenError, SyntaxError):
-        pass
-    if strings:
-        read = min(read, strings[0])
-    for number, line in enumerate(lines, start=1):
-        if line.rstrip("\r\n").endswith("\\") and number not in commented:
-            illegal.add(number + 1)
     offsets = [0, *accumulate(map(len, lines))]
-    legal = [i for i in range(min(len(lines), read)) if i + 1 not in illegal]
-    return [(offsets[i], lines[i], kinds[i]) for i in legal]
+    return [(offsets[i], lines[i], kinds[i]) for i in sorted(legal) if i < len(lines)]
 
 
 def action_starts(text: str, granularity: str) -> list[tuple[int, str]]:
@@ -116,31 +102,21 @@ def line_kind(line: str) -> str:
 
 def cut_file(text: str, max_chars: int) -> Iterator[str]:
     """A text longer than max_chars in pieces of whole top-level statements; whole if it does not parse."""
-    if len(text) <= max_chars:
-        yield text
-        return
     try:
-        body = ast.parse(text).body
+        body = ast.parse(text).body if len(text) > max_chars else []
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        yield text
-        return
+        body = []
     lines = io.StringIO(text, newline="").readlines()
-    # a statement's lines begin at its first decorator, and take the comments before it along
-    firsts = [min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", []))]) - 1 for n in body]
-    lasts = [0] + [n.end_lineno for n in body]
+    # a cut is behind a statement, so the next one has the comments before it; never inside a line
+    cuts = [one.end_lineno for one, following in pairwise(body) if one.end_lineno < following.lineno]
     piece = ""
-    for first, last, end in zip(firsts, lasts, lasts[1:] + [len(lines)]):
-        if first < last:  # two statements on one line
-            piece += "".join(lines[last:end])
-            continue
-        part = "".join(lines[last:end])
+    for start, end in pairwise([0, *cuts, len(lines)]):
+        part = "".join(lines[start:end])
         if piece and len(piece) + len(part) > max_chars:
             yield piece
             piece = ""
         piece += part
-    piece += "".join(lines[lasts[-1] :])
-    if piece.strip():
-        yield piece
+    yield piece
 
 
 # ---------------------------------------------------------------- tokens
