@@ -156,22 +156,12 @@ class Args:
     """write the corpus with thoughts of --q-model, else --model, to bootstrapped.jsonl, and stop"""
 
 
-TINY_DEFAULTS = Args(
-    tiny=True,
-    model=str(TINY / "model"),
-    dataset=(str(TINY / "programs.jsonl"), "stdlib"),
-    dataset_weights=(0.9, 0.1),
-    max_snippet_tokens=96,
-    return_horizon=1,  # a thought in these programs serves the next line only; a longer horizon adds noise
-    rl_updates=80,
-    rl_batch_size=32,
-    rl_learning_rate=4e-5,
-    ntp_updates=40,
-    ntp_batch_size=64,
-    ntp_learning_rate=3e-4,
-    rollout_rows=128,
+TINY_DEFAULTS = Args(  # a thought in these programs serves the next line only; a longer horizon adds noise
+    tiny=True, model=f"{TINY}/model", dataset=(f"{TINY}/programs.jsonl", "stdlib"),
+    dataset_weights=(0.9, 0.1), max_snippet_tokens=96, return_horizon=1, rl_updates=80, rl_batch_size=32,
+    rl_learning_rate=4e-5, ntp_updates=40, ntp_batch_size=64, ntp_learning_rate=3e-4, rollout_rows=128,
     micro_batch_tokens=4096,
-)
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- 1 sample: draft, decide, insert thoughts

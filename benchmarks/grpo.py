@@ -5,9 +5,10 @@
     python benchmarks/grpo.py --completions ended              # completions end with eos, as the model ends
     python benchmarks/grpo.py --vocab 32768 --same-allocator   # random weights, a larger vocabulary
 
-Both sample N x G completions with `generate` (no vLLM), score them with the same trivial function, and take
-one AdamW step on the `dapo` loss with beta 0 (TRL's defaults) in fp32. `full`: eos is made impossible, so
-that all completions have --tokens tokens. A third row is TRL as it comes: bf16 and gradient checkpointing.
+All sample N x G completions (no vLLM), score them with the same trivial function, and take one AdamW step on
+the `dapo` loss with beta 0 (TRL's defaults) in fp32. `full`: eos is made impossible, so that all completions
+have --tokens tokens. Two more rows: ours if it sampled by transformers' `generate`, as TRL does; and TRL as
+it comes, with bf16 and gradient checkpointing. The micro-batches of ours are those of --tiny.
 Each measurement is a fresh process: one update to warm up, then the median of some. They take turns, and the
 median round counts. MiB: the peak of the process, and what the updates added to it with the model loaded.
 A part of the time on a CPU is page faults; --same-allocator makes malloc keep its pages, for all alike.
@@ -36,7 +37,8 @@ try:
 except ImportError:
     trl = None
 
-SIDES = {"ours": "grpo_rlvr.py", "trl": "TRL, fp32", "trl-defaults": "TRL, its defaults"}
+SIDES = {"ours": "grpo_rlvr.py", "generate": "ours, by generate"}
+SIDES |= {"trl": "TRL, fp32", "trl-defaults": "TRL, its defaults"}
 SEED, TEMPERATURE, LEARNING_RATE = 0, 1.0, 1e-6
 
 
@@ -54,6 +56,26 @@ class Clock:
     def stop(self):
         self.wall.append(time.perf_counter() - self.begun[0])
         self.cpu.append(time.process_time() - self.begun[1])
+
+
+def by_generate(model, prompt_ids, noise, temperature, table):
+    """grpo_rlvr.rollout by transformers, as simple as it can be; the noise is that of torch's generator."""
+    width = max(map(len, prompt_ids))
+    pads = [width - len(ids) for ids in prompt_ids]
+    out = model.generate(
+        torch.tensor([[0] * n + ids for n, ids in zip(pads, prompt_ids)], device=model.device),
+        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device),
+        max_new_tokens=noise.shape[1], do_sample=True, temperature=temperature, top_k=0, pad_token_id=0,
+        stopping_criteria=[lambda ids, _: grpo_rlvr.is_end(table, ids[:, width - 1 :])[:, -1]],
+        return_dict_in_generate=True, output_scores=True,
+    )
+    logprobs = torch.stack(out.scores, 1).log_softmax(-1)  # [B, T, V]
+    tokens = out.sequences[:, width:]
+    logprobs = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    ends = grpo_rlvr.is_end(table, out.sequences[:, width - 1 :])  # [B, T]
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1]).tolist()
+    rows = zip(tokens.tolist(), logprobs.tolist(), lengths, ends.any(1).tolist())
+    return [(ids[:n], values[:n], ended) for ids, values, n, ended in rows]
 
 
 def ours(model, tokenizer, problems, given):
@@ -118,7 +140,10 @@ def measure(given):
     tokenizer = load_tokenizer(given.model)
     args = grpo_rlvr.Args(task="math", model=given.model)
     problems = grpo_rlvr.read_problems(f"{TINY}/math_train.jsonl", args, tokenizer)[: given.prompts]
-    if given.one == "ours":
+    if given.one == "generate":
+        grpo_rlvr.rollout = torch.no_grad()(by_generate)
+    mine = given.one in ("ours", "generate")
+    if mine:
         model = load_model(given.model, setup(SEED))
     else:
         model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
@@ -126,7 +151,7 @@ def measure(given):
         never = torch.zeros(model.config.vocab_size, device=model.device)
         never[tokenizer.eos_token_id] = -1e4
         model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + never.to(logits))
-    clock, length = (ours if given.one == "ours" else theirs)(model, tokenizer, problems, given)
+    clock, length = (ours if mine else theirs)(model, tokenizer, problems, given)
     wall, cpu = statistics.median(clock.wall[1:]), statistics.median(clock.cpu[1:])
     peak = kib("VmHWM") / 1024
     print(json.dumps([wall, cpu, peak, peak - clock.loaded / 1024, length]))
@@ -140,7 +165,7 @@ def main():
     parser.add_argument("--completions", choices=["full", "ended"], default="full")
     parser.add_argument("--vocab", type=int, default=0, help="of a model with random weights; 0: as it is")
     parser.add_argument("--model", default=f"{TINY}/model")
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="of ours")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
     parser.add_argument("--accumulation", type=int, default=1, help="of TRL: micro-batches of an update")
     parser.add_argument("--same-allocator", action="store_true", help="malloc keeps its pages")
     parser.add_argument("--updates", type=int, default=3)
@@ -150,7 +175,7 @@ def main():
     if given.one:
         measure(given)
         return
-    sides = {side: [] for side in SIDES if side == "ours" or trl}
+    sides = {side: [] for side in SIDES if trl or not side.startswith("trl")}
     if not trl:
         print("TRL is not installed: pip install trl")
     variables = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore")
