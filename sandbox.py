@@ -11,7 +11,7 @@ inside that process can print, return or exit with too: program and test never s
 
 **Processes**, for each worker (a worker is one thread of the caller):
 
-    caller --- code, limits ---> Z  zygote: a fresh `python -I -S sandbox.py`, confined; forks per program
+    caller --- code, limits ---> Z  zygote: a fresh `python -I -S`, confined; forks per program
       |                          |- C  candidate: a fork of Z that runs one program and dies
       '--- tests / verdict ----- '- T  tester: a fork of Z that runs trusted tests, job after job
                               C <---> T  calls and their results, as plain data
@@ -65,7 +65,7 @@ import sys
 import time
 import types
 
-if __name__ != "__main__":  # only the caller needs these, and threading would make every fork of Z slower
+if "zygote" not in sys._xoptions:  # only the caller needs these; threading would make each fork of Z slower
     import atexit
     import queue
     import shutil
@@ -74,6 +74,7 @@ if __name__ != "__main__":  # only the caller needs these, and threading would m
     import threading
 
 MIB = 1 << 20
+LIMITS = ("timeout_s", "memory_mb", "file_mb", "disk_mb", "threads")  # what Z is told, in this order
 RESULT_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # of one result as JSON; of T's address space
 TICK_S = 0.05  # how often the threads, files and CPU time of a running program are looked at
 OPEN_FILES, SCRATCH_FILES = 64, 1000
@@ -86,7 +87,7 @@ PRELOADED = "array bisect cmath copy dataclasses enum heapq itertools random sta
 
 def send(sock, value, fds=()):
     payload = json.dumps(value).encode()
-    message = struct.pack("=Q", len(payload)) + payload
+    message = len(payload).to_bytes(8, "little") + payload
     sent = socket.send_fds(sock, [message], fds) if fds else 0
     sock.sendall(message[sent:])
 
@@ -94,10 +95,10 @@ def send(sock, value, fds=()):
 def receive(sock, max_fds=0, limit=None):
     """-> (value, fds). EOFError when the other side is gone. Both sides wait for an answer before they send
     again, so what is read at once belongs to one message."""
-    message, fds, *_ = socket.recv_fds(sock, 1 << 16, max_fds) if max_fds else (sock.recv(1 << 16), [])
+    message, fds, *_ = socket.recv_fds(sock, 4096, max_fds) if max_fds else (sock.recv(4096), [])
     if len(message) < 8:
         raise EOFError
-    (size,) = struct.unpack_from("=Q", message)
+    size = int.from_bytes(message[:8], "little")
     if limit and size > limit:
         raise ValueError("result too large")
     payload = bytearray(message[8:])  # grows by what has come, not by what the other side announced
@@ -106,7 +107,7 @@ def receive(sock, max_fds=0, limit=None):
         if not part:
             raise EOFError
         payload += part
-    return json.loads(payload), fds
+    return json.loads(payload.decode()), fds
 
 
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ..
@@ -215,19 +216,25 @@ def serve(source, channel):
             raise NameError(f"name '{name}' is not defined")
         return names[name]
 
-    requests = {
-        "load": lambda: exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__),
-        "find": find, "call": lambda function, args, named: function(*args, **named), "getattr": getattr,
-        "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "str": str, "repr": repr,
-        "iter": iter, "next": next, "eq": operator.eq}
-    while True:
-        (request, args), _ = receive(channel)
+    def load():
+        exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__)
+
+    def answer(request, args):
         try:
-            value = requests[request](*unpack(args, kept.__getitem__))
-            send(channel, ["value", pack(value, number_of)])
+            function = REQUESTS.get(request) or {"load": load, "find": find}[request]
+            send(channel, ["value", pack(function(*unpack(args, kept.__getitem__)), number_of)])
         except BaseException as error:
             names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
             send(channel, ["raise", names, type(error).__name__, str(error)[:500]])
+
+    answer("load", ["tuple"])  # unasked: T prepares its tests meanwhile
+    while True:
+        answer(*receive(channel)[0])
+
+
+REQUESTS = {"call": lambda function, args, named: function(*args, **named), "getattr": getattr,
+            "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "str": str,
+            "repr": repr, "iter": iter, "next": next, "eq": operator.eq}
 
 
 # ---- T, the tester ---------------------------------------------------------------------------------------
@@ -250,7 +257,8 @@ class Program:
     def ask(self, request, *args):
         message = [request, pack(args, handle_number)]
         try:
-            send(self.channel, message)
+            if request != "load":  # C does that unasked
+                send(self.channel, message)
             (kind, *values), _ = receive(self.channel, limit=RESULT_LIMIT)
             if kind == "value":
                 return unpack(values[0], self.handle)
@@ -340,7 +348,7 @@ class TestNamespace(dict):
 def compile_tests(source):
     """-> (code, numbers of the lines that begin with `assert`, names that are called)"""
     lines = enumerate(source.split("\n"), 1)
-    asserts = [number for number, line in lines if re.match(r"assert\b", line)]
+    asserts = [number for number, line in lines if line.startswith("assert") and re.match(r"assert\b", line)]
     called = set(re.findall(r"(?<![\w.])(\w+) *\(", source))
     return compile(source, "tests", "exec", dont_inherit=True), asserts, called
 
@@ -505,12 +513,17 @@ def bpf_filter(arguments, otherwise):
     return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
 
 
-class SockFprog(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
+class Filter(ctypes.Structure):
+    """The kernel's `struct sock_fprog`."""
 
+    _fields_ = [("length", ctypes.c_ushort), ("address", ctypes.c_void_p)]
 
-def apply_filter(program):
-    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(SockFprog(len(program) // 8, program)), 0, 0) == 0
+    def __init__(self, program):
+        self.code = ctypes.create_string_buffer(program, len(program))
+        super().__init__(len(program) // 8, ctypes.addressof(self.code))
+
+    def apply(self):
+        return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(self), 0, 0) == 0
 
 
 def candidate_filter(pid):
@@ -552,13 +565,13 @@ def confine(folder, readable, without):
     landlock = "Landlock" not in without and restrict_files(folder, readable)
     arguments = {name: [] for name in NUMBER if landlock or name not in CHANGE_FOLDERS}
     arguments |= ARGUMENTS if landlock else ARGUMENTS | WITHOUT_LANDLOCK
-    seccomp = "seccomp" not in without and COLUMN and apply_filter(bpf_filter(arguments, "deny"))
+    seccomp = "seccomp" not in without and COLUMN and Filter(bpf_filter(arguments, "deny")).apply()
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
 # ---- Z, the zygote ---------------------------------------------------------------------------------------
 
-ANY_PID = 0x7FFFFFFF  # stands for C's pid in a filter that is made before C is
+ANY_PID = b"\xff\xff\xff\x7f"  # stands for C's pid in a filter that is made before C is
 
 
 def die_with(parent):
@@ -567,28 +580,30 @@ def die_with(parent):
         os._exit(1)
 
 
-def candidate(fds, lifeline, limits, folder, zygote, filter_template):
+def candidate(fds, lifeline, limits, folder, zygote, own_filter):
     """Runs in the fork, never returns. fds: the code, then either a socket to T or stdin, stdout, stderr."""
     try:
         die_with(zygote)
-        source = b""
-        while part := os.pread(fds[0], MIB, len(source)):
-            source += part
+        source = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
         # Received descriptors are the lowest free ones, ascending: none is overwritten before its turn.
         for fd, place in zip(fds[1:], (0, 1, 2) if len(fds) == 4 else (3,)):
             os.dup2(fd, place)
         os.dup2(lifeline, 4)
         os.closerange(5, 256)
         os.chdir(folder)
-        for kind, value in limits:
-            resource.setrlimit(kind, (value, value))
-        own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
-        if own_filter and not apply_filter(own_filter):
-            os._exit(1)
+        rlimits = {resource.RLIMIT_AS: limits["memory_mb"] * MIB, resource.RLIMIT_NOFILE: OPEN_FILES,
+                   resource.RLIMIT_FSIZE: limits["file_mb"] * MIB,
+                   resource.RLIMIT_CPU: 3 * limits["timeout_s"] + 2}  # should `supervise` ever fail
+        for kind, value in rlimits.items():
+            resource.setrlimit(kind, (int(value), int(value)))
+        if own_filter:
+            own_filter.code.raw = own_filter.code.raw.replace(ANY_PID, struct.pack("I", os.getpid()))
+            if not own_filter.apply():
+                os._exit(1)
         if len(fds) == 4:
             os.closerange(3, 4)
             os._exit(run_script(source) & 0xFF)
-        serve(source, socket.socket(fileno=3))
+        serve(source, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=3))
     finally:
         os._exit(1)
 
@@ -597,15 +612,10 @@ def cpu_seconds(pid):
     return time.clock_gettime((~pid << 3) | 2)  # the number of another process's CPU clock
 
 
-def supervise(pid, tester_pid, lifeline, control, caller, limits, folder):
-    """Waits for the end of C or puts an end to it. -> [why it had to be ended, exit status]"""
-    start, spent = time.monotonic(), None
-    poll = select.poll()
-    poll.register(lifeline, 0)  # C alone holds its other end
-    poll.register(control, select.POLLIN)
-    poll.register(caller, select.POLLIN)
-    why = None
-    while not why and not poll.poll(1000 * TICK_S):  # until C has ended, or the caller has
+def supervise(events, pid, tester_pid, limits, folder):
+    """Waits for the end of C or puts an end to it. -> (why it had to be ended, exit status)"""
+    start, spent, why = time.monotonic(), None, ""
+    while not why and not events.poll(1000 * TICK_S):  # until C has ended, or the caller has
         wall_s, used = time.monotonic() - start, (cpu_seconds(pid), cpu_seconds(tester_pid))
         # On a busy machine, as long as C or T computes, three times as much by the clock on the wall.
         allowed_s = limits["timeout_s"] * (1 if used == spent else 3)
@@ -617,7 +627,7 @@ def supervise(pid, tester_pid, lifeline, control, caller, limits, folder):
         elif folder_size(folder) > limits["disk_mb"] * MIB:
             why = "disk"
     os.kill(pid, signal.SIGKILL)
-    return [why, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+    return why, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def folder_size(folder):
@@ -629,17 +639,16 @@ def folder_size(folder):
     return sum(sizes) if len(sizes) <= SCRATCH_FILES else math.inf
 
 
-def run_candidate(control, caller, tester_pid, limits, fds, folder, filter_template):
-    rlimits = [(resource.RLIMIT_AS, limits["memory_mb"] * MIB), (resource.RLIMIT_NOFILE, OPEN_FILES),
-               (resource.RLIMIT_FSIZE, limits["file_mb"] * MIB),
-               (resource.RLIMIT_CPU, 3 * math.ceil(limits["timeout_s"]) + 1)]  # should `supervise` ever fail
+def run_candidate(events, tester_pid, limits, fds, folder, own_filter):
     lifeline, far_end = os.pipe()
     zygote_pid, pid = os.getpid(), os.fork()
     if not pid:
-        candidate(fds, far_end, rlimits, folder, zygote_pid, filter_template)
+        candidate(fds, far_end, limits, folder, zygote_pid, own_filter)
     for fd in (far_end, *fds):
         os.close(fd)
-    report = supervise(pid, tester_pid, lifeline, control, caller, limits, folder)
+    events.register(lifeline, 0)  # C alone holds its other end
+    report = supervise(events, pid, tester_pid, limits, folder)
+    events.unregister(lifeline)
     os.close(lifeline)
     for name in os.listdir(folder):
         os.unlink(os.path.join(folder, name))
@@ -664,7 +673,7 @@ def zygote(config):
         importlib.import_module(name)
     importlib.import_module("_thread").stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     missing = confine(config["folder"], config["readable"], config["without"])
-    filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
+    own_filter = None if "seccomp" in missing else Filter(candidate_filter(*struct.unpack("I", ANY_PID)))
     die_with(shell)
     pid, tester_pid = os.getpid(), os.fork()
     if not tester_pid:
@@ -677,14 +686,18 @@ def zygote(config):
     send(control, missing)
     gc.collect()
     gc.freeze()  # so that a collection in C does not write to, and thereby copy, the zygote's pages
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
-    poll.register(caller, select.POLLIN)
-    with contextlib.suppress(EOFError, OSError):
-        while caller not in dict(poll.poll()):
-            limits, fds = receive(control, max_fds=4)
-            send(control, run_candidate(control, caller, tester_pid, limits, fds, config["folder"],
-                                        filter_template))
+    events = select.poll()
+    events.register(control, select.POLLIN)
+    events.register(caller, select.POLLIN)
+    with contextlib.suppress(OSError):
+        while caller not in dict(events.poll()):
+            # Not JSON: every page that Z writes to is copied once per program, and JSON writes to many.
+            message, fds, *_ = socket.recv_fds(control, 256, 4)
+            if not message:
+                break
+            limits = dict(zip(LIMITS, struct.unpack("5d", message)))
+            why, status = run_candidate(events, tester_pid, limits, fds, config["folder"], own_filter)
+            control.send(f"{status} {why}".encode())
     os.kill(tester_pid, signal.SIGKILL)
     os.waitpid(tester_pid, 0)
 
@@ -693,6 +706,9 @@ def zygote(config):
 
 LIBRARIES = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib",
              "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
+# Imported, not run: to compile this file takes time, and leaves a larger heap for each fork to copy.
+ZYGOTE = """import json, sys; config = json.loads(sys.argv[1]); sys.path.append(config["home"])
+from sandbox import zygote; sys.path.pop(); zygote(config)"""
 WITHOUT = []  # protections to do without, for tests: "Landlock", "seccomp"
 
 
@@ -709,14 +725,15 @@ class Worker:
         Worker.live.add(self)
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         config = {"caller": self.owner, "fds": [zygote_end.fileno(), tester_end.fileno()],
-                  "folder": self.folder, "packages": packages, "readable": LIBRARIES + packages,
-                  "without": WITHOUT}
+                  "home": os.path.dirname(os.path.abspath(__file__)), "folder": self.folder,
+                  "packages": packages, "readable": LIBRARIES + packages, "without": WITHOUT}
         environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
+                       "LD_BIND_NOW": "1",  # or each C would look up the same symbols again
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         # 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
         shell = ["/bin/sh", "-c", 'ulimit -S -s 524288 2>/dev/null; "$@"; rm -rf "$0"', self.folder]
-        python = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), json.dumps(config)]
+        python = [sys.executable, "-I", "-S", "-X", "utf8", "-X", "zygote", "-c", ZYGOTE, json.dumps(config)]
         try:
             with zygote_end, tester_end:
                 self.process = subprocess.Popen(
@@ -776,11 +793,15 @@ class Worker:
                 "seconds": time.monotonic() - start, "tests_passed": passed, "tests_total": total}
 
     def start(self, limits, *files):
-        send(self.control, limits, [file.fileno() for file in files])
+        message = struct.pack("5d", *(limits[name] for name in LIMITS))
+        socket.send_fds(self.control, [message], [file.fileno() for file in files])
 
     def report(self, limits):
         self.control.settimeout(3 * limits["timeout_s"] + GRACE_S)
-        return receive(self.control)[0]
+        status, _, why = self.control.recv(256).decode().partition(" ")
+        if not status:
+            raise EOFError
+        return why, int(status)
 
     def run_script(self, code, program, limits):
         """A stdin program: one run per case."""
@@ -822,9 +843,8 @@ class Worker:
 
 @contextlib.contextmanager
 def memory_file(text=""):
-    with open(os.memfd_create("sandbox"), "w+b") as file:
-        file.write(text.encode("utf-8", "surrogatepass"))
-        file.seek(0)
+    with open(os.memfd_create("sandbox"), "w+b", buffering=0) as file:
+        os.pwrite(file.fileno(), text.encode("utf-8", "surrogatepass"), 0)
         yield file
 
 
@@ -956,7 +976,5 @@ def close_workers():
         worker.close()
 
 
-if __name__ == "__main__":
-    zygote(json.loads(sys.argv[1]))
-else:
+if "zygote" not in sys._xoptions:
     atexit.register(close_workers)
