@@ -182,6 +182,10 @@ class Rollout:
     expert: np.ndarray  # bool: a token of the expert's code
     malformed: np.ndarray  # bool: the thought was closed here
 
+    def thinks(self) -> set[int]:
+        """The actions before which q thought, well-formed or not."""
+        return set(self.actions[self.targets >= 0].tolist())
+
     def thoughts(self) -> dict[int, list[int]]:
         """action -> token ids of its thought, for the well-formed ones."""
         latents, bad = defaultdict(list), set(self.actions[self.malformed].tolist())
@@ -317,6 +321,17 @@ def rollout_batch(model, snippets: list[Snippet], noise, vocabulary: Vocabulary,
     return rows
 
 
+def sample(model, snippets: list[Snippet], vocabulary, args: Args, ranks: Ranks, *key) -> list[Rollout]:
+    """A rollout of each snippet of this rank's share of a global batch.
+
+    The noise of all of them is drawn from (seed, *key): every rank draws the same and takes its rows.
+    """
+    mine, width = ranks.share(len(snippets)), max(s.width(args.max_latent_tokens) for s in snippets)
+    noise = uniforms((len(snippets), width), args.seed, *key)[mine]
+    with gathered(model):
+        return rollout(model, snippets[mine], noise, vocabulary, args)
+
+
 # ---------------------------------------------------------------- 2 score: the expert line's log-likelihood
 
 
@@ -365,7 +380,7 @@ def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float, args: A
     logprobs: of the rollout's expert tokens under the frozen anchor.
     """
     actions = rollout.actions[rollout.expert]
-    thought = set(rollout.actions[rollout.targets >= 0].tolist())
+    thought = rollout.thinks()
     malformed = set(rollout.actions[rollout.malformed].tolist())
     rewards = np.zeros(len(rollout.snippet.boundaries))
     for t in range(len(rewards)):
@@ -480,27 +495,23 @@ def culprits(model, rows: list, texts: list[str], loss_of, ranks: Ranks, args: A
 
 def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
     """One E-step update: q = policy, pi_i = frozen; snippets: the global batch. Returns its metrics."""
-    G, mine = args.group_size, ranks.share(len(snippets))
-    clock = [time.perf_counter()]
-    # 1 sample: every rank draws the same noise for the whole batch and takes its rows
-    width = max(s.width(args.max_latent_tokens) for s in snippets)
-    noise = uniforms((len(snippets), G, width), args.seed, "E", update_index)[mine].flatten(0, 1)  # [R, W]
-    rows = [s for s in snippets[mine] for _ in range(G)]
-    with gathered(policy):
-        rollouts = rollout(policy, rows, noise, vocabulary, args)
+    G, clock = args.group_size, [time.perf_counter()]
+    # 1 sample
+    rows = [s for s in snippets for _ in range(G)]  # groups: G rows
+    rollouts = sample(policy, rows, vocabulary, args, ranks, "E", update_index)  # R of them on this rank
     clock.append(time.perf_counter())
     # 2 score
     with gathered(frozen):
         logprobs = expert_logprobs(frozen, rollouts, vocabulary, args, given_act=True)
     penalty = 0.0 if update_index < args.penalty_warmup else args.penalty  # D4
-    longest = max(len(s.boundaries) for s in rows)
-    rewards = torch.zeros(len(rows), longest, dtype=torch.float64)
+    longest = max(len(r.snippet.boundaries) for r in rollouts)
+    rewards = torch.zeros(len(rollouts), longest, dtype=torch.float64)  # [R, T]
     for r, (one, lp) in enumerate(zip(rollouts, logprobs)):
         rewards[r, : len(one.snippet.boundaries)] = torch.from_numpy(step_rewards(one, lp, penalty, args))
     clock.append(time.perf_counter())
     # 3 advantage
     returns = truncated_returns(rewards.view(-1, G, longest), args.return_horizon)  # [S, G, T]
-    advantages = group_baseline_advantages(returns, args.normalize_std).view(len(rows), longest).numpy()
+    advantages = group_baseline_advantages(returns, args.normalize_std).flatten(0, 1).numpy()  # [R, T]
     # 4 update
     sums = rollout_sums(rollouts)
     sums["reward"] = rewards.sum().item()
@@ -513,7 +524,7 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
         return policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"])
 
     _, entropy, norm = update(policy, optimizer, batches, loss_of, ranks, args)
-    texts = [s.text for s in rows]
+    texts = [r.snippet.text for r in rollouts]
     cause = culprits(policy, pairs, texts, loss_of, ranks, args) if math.isnan(norm) else ""
     clock.append(time.perf_counter())
     return {
@@ -591,7 +602,7 @@ def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
     for kind in ("first", "assert", "assign", "control", "def", "import", "other", "return"):
         sums[f"of/{kind}"] = sums[f"at/{kind}"] = 0
     for r in rollouts:
-        thought = set(r.actions[r.targets >= 0].tolist())
+        thought = r.thinks()
         sums["decisions"] += len(r.snippet.kinds)
         sums["thoughts"] += len(thought)
         sums["malformed"] += int(r.malformed.sum())
@@ -638,22 +649,19 @@ def evaluate(model, snippets, vocabulary, args, ranks) -> tuple[dict[str, float]
     """
     if not snippets:
         return {}, []
-    mine = ranks.share(len(snippets))
-    width = max(s.width(args.max_latent_tokens) for s in snippets)
-    noise = uniforms((len(snippets), width), args.seed, "eval")[mine]
     keys = [f"{n}/{s.source}" for s in snippets for n in ("ce_code", "ce_code_act", "tokens")]
     keys += [f"{n}/{s.source}/{k}" for s in snippets for k in s.kinds for n in ("at", "of")]
     sums = dict.fromkeys(keys, 0.0)  # the same keys on every rank
+    rollouts = sample(model, snippets, vocabulary, args, ranks, "eval")
     with gathered(model):
-        rollouts = rollout(model, snippets[mine], noise, vocabulary, args)
         thinking = expert_logprobs(model, [r.without_malformed() for r in rollouts], vocabulary, args)
-        acting = expert_logprobs(model, [all_act(s) for s in snippets[mine]], vocabulary, args)
+        acting = expert_logprobs(model, [all_act(r.snippet) for r in rollouts], vocabulary, args)
     for r, with_thoughts, without in zip(rollouts, thinking, acting):
         source = r.snippet.source
         sums[f"ce_code/{source}"] -= with_thoughts.sum()
         sums[f"ce_code_act/{source}"] -= without.sum()
         sums[f"tokens/{source}"] += len(without)
-        thought = set(r.actions[r.targets >= 0].tolist())
+        thought = r.thinks()
         for t, kind in enumerate(r.snippet.kinds):
             sums[f"of/{source}/{kind}"] += 1
             sums[f"at/{source}/{kind}"] += t in thought
@@ -725,13 +733,8 @@ def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args,
     for _ in range(count):
         next(stream)
     while snippets := [snippet for _, snippet in zip(range(size), stream)]:
-        mine = ranks.share(len(snippets))
-        width = max(s.width(args.max_latent_tokens) for s in snippets)
-        noise = uniforms((len(snippets), width), args.seed, "bootstrap", count)[mine]
-        with gathered(model):
-            rollouts = rollout(model, snippets[mine], noise, vocabulary, args)
         lines = []
-        for r in rollouts:
+        for r in sample(model, snippets, vocabulary, args, ranks, "bootstrap", count):
             latents = {t: vocabulary.decode([ids])[0] for t, ids in r.thoughts().items()}
             starts = {t: r.snippet.starts[r.snippet.boundaries[t]] for t in sorted(latents)}
             text, bootstrapped = r.snippet.text, bootstrap_text(r.snippet, latents)
@@ -900,10 +903,8 @@ def console(done: int, total: int, start: int, started: float, phase: str, metri
 
 def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
     """Print the plan, one bootstrapped snippet and a memory estimate."""
-    snippet = next(iter(SnippetStream(args, "M", vocabulary, context)))
-    noise = uniforms((1, snippet.width(args.max_latent_tokens)), args.seed, "dry run")
-    with gathered(policy):
-        rollouts = rollout(policy, [snippet], noise, vocabulary, args)
+    snippets = SnippetStream(args, "M", vocabulary, context).batch(ranks.world_size)
+    rollouts = sample(policy, snippets, vocabulary, args, ranks, "dry run")
     text = rendered(rollouts, vocabulary, "\033[32m", "\033[0m")[0]
     parameters = sum(p.numel() for p in policy.parameters())
     copies = (1 if args.algo == "ntp" else 2) * 4 + 4 + 8  # fp32 weights, gradient, AdamW (bytes)
