@@ -89,14 +89,15 @@ def action_starts(text: str, granularity: str) -> list[tuple[int, str]]:
     return starts
 
 
+LINE_KINDS = {"def": "def", "class": "def", "async": "def", "import": "import", "from": "import"}
+LINE_KINDS |= {"return": "return", "assert": "assert"}
+
+
 def line_kind(line: str) -> str:
     """A word for what a line of code does, by which the metrics split the think rate: assert, def, ..."""
-    words = line.replace("(", " ").replace(":", " ").split()
-    first = words[0] if words else ""
-    if first in ("def", "class", "async", "return", "import", "from", "assert"):
-        return {"class": "def", "async": "def", "from": "import"}.get(first, first)
+    first = re.match(r"\s*(\w*)", line)[1]
     if keyword.iskeyword(first):
-        return "control"
+        return LINE_KINDS.get(first, "control")
     return "assign" if "=" in line.replace("==", "") else "other"
 
 
@@ -137,24 +138,20 @@ class Vocabulary:
         known = min(size, len(tokenizer))
         self.text = self.decode([[i] for i in range(known)])
         self.special = set(tokenizer.all_special_ids)
-        opens = [text.lstrip(" \t").startswith("#") for text in self.text]
-        # a byte-fallback decoder (SentencePiece) turns a newline into U+FFFD if it follows half a character
         names = tokenizer.convert_ids_to_tokens(list(range(known)))
-        half = [bool(re.fullmatch("<0x[89A-F][0-9A-F]>", name or "")) for name in names]
-        breaks = [
-            i in self.special or half[i] or "\r" in text or "\0" in text or "\n" in text[:-1]
-            for i, text in enumerate(self.text)
-        ]
-        ends = ["\n" in text and not broken for text, broken in zip(self.text, breaks)]
-        padding = size - known  # a model's embedding may have more rows than the tokenizer has tokens
-        self.opens = torch.tensor(opens + [False] * padding, device=device)
-        self.breaks = torch.tensor(breaks + [True] * padding, device=device)
-        self.ends = torch.tensor(ends + [False] * padding, device=device)
-        newlines = [i for i, text in enumerate(self.text) if text == "\n" and i not in self.special]
+        flags = []  # [V, 3]
+        for i, (text, name) in enumerate(zip(self.text, names)):
+            # behind half a character, a byte-fallback decoder (SentencePiece) turns a newline into U+FFFD
+            half = bool(re.fullmatch("<0x[89A-F][0-9A-F]>", name or ""))
+            breaks = i in self.special or half or "\r" in text or "\0" in text or "\n" in text[:-1]
+            flags.append((text.lstrip(" \t").startswith("#"), "\n" in text and not breaks, breaks))
+        flags += [(False, False, True)] * (size - known)  # rows of the embedding that are no token
+        self.opens, self.ends, self.breaks = torch.tensor(flags, device=device).T.contiguous()
         canonical = tokenizer("a\n", add_special_tokens=False).input_ids[-1]
-        self.newline = canonical if canonical in newlines else next(iter(newlines), None)
-        if self.newline is None or not any(opens):
+        newlines = [i for i in (canonical, *range(known)) if self.text[i] == "\n" and i not in self.special]
+        if not newlines or not self.opens.any():
             raise UserError("this tokenizer has no token for a newline or for '#': it cannot write a comment")
+        self.newline = newlines[0]  # the one that the tokenizer itself would write, if that is a token alone
         has_bos = tokenizer.bos_token_id is not None
         self.separator = tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id
 
@@ -230,9 +227,9 @@ def segment(
     for offset, kind in action_starts(text, granularity):
         first = re.compile(r"[ \t\f]*").match(text, offset).end()  # the first character that is no space
         index = int(np.searchsorted(starts, first, side="right")) - 1  # the token that holds `first`
-        line_start = int(np.searchsorted(starts, offset))
         if starts[index] < offset:
             continue
+        line_start = int(np.searchsorted(starts, offset))
         if starts[line_start] == offset:  # the indentation is tokens of its own
             indent = ids[line_start:index]
         else:  # its beginning is in a token with the newline before
@@ -311,18 +308,18 @@ class SnippetStream:
         e_share = e_share / max(1, e_share + args.ntp_updates * args.ntp_batch_size)
         first_m = 50 + round(950 * min(0.5, max(0.1, e_share)))  # of 1000: 50 held out, then E, then M
         parts = {"eval": range(50), "E": range(50, first_m), "M": range(first_m, 1000), "all": range(1000)}
+        part = parts[self.part]
         for epoch in itertools.count():
-            wanted = parts[self.part]
-            mine = (item for item in interleaved(args) if zlib.crc32(item[0].encode()) % 1000 in wanted)
+            items = (item for item in interleaved(args) if zlib.crc32(item[0].encode()) % 1000 in part)
             if self.part != "all":
-                mine = shuffled(mine, random.Random(f"{args.seed} {self.part} {epoch}"))
-            count = 0
-            for item in mine:
-                count += 1
+                items = shuffled(items, random.Random(f"{args.seed} {self.part} {epoch}"))
+            empty = True
+            for item in items:
+                empty = False
                 yield item
             if self.part in ("eval", "all"):
                 return
-            if not count:
+            if empty:
                 sources = ", ".join(args.dataset)
                 raise UserError(f"{sources}: no text for the {self.part}-step; give more data")
 

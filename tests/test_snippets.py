@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from snippets import action_starts, cut_file, legal_lines
+from snippets import action_starts, cut_file, legal_lines, line_kind
 
 CASES = {  # text -> the lines (from 0) before which a comment line is legal
     "a = 1\nb = 2\n": [0, 1],
@@ -24,6 +24,9 @@ CASES = {  # text -> the lines (from 0) before which a comment line is legal
     "": [],
     "# only\n# comments\n": [0, 1],
     'a = f"""{\n1}\n"""\nb = 2\n': [0, 3],
+    'a = f"""{\nf(\n1)}\n"""\nb = 2\n': [0, 4],  # of which Python 3.12 reports the ends of line
+    "a = (1 +\n  2 + \\\n  3)\nb = 2\n": [0, 1, 3],
+    "a = 1 \\\n\nb = 2\n": [0, 2],  # a blank line can continue a statement
 }
 
 
@@ -57,3 +60,10 @@ def test_cut_file_gives_whole_statements_back():
         ast.parse(piece)
     assert list(cut_file("not python (", 5)) == ["not python ("]
     assert list(cut_file(text, 1000)) == [text]
+
+
+def test_kinds_of_lines():
+    lines = {"import a": "import", "from a import b": "import", "async def f():": "def", "return(1)": "return"}
+    lines |= {"assert a == b": "assert", "    class A: x = 1": "def", "except* E as e:": "control", "else:": "control"}
+    lines |= {"a[0] = b": "assign", "x: int = 1": "assign", "a == b": "other", "f(x)": "other", "@deco": "other"}
+    assert {line: line_kind(line) for line in lines} == lines
