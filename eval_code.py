@@ -408,14 +408,14 @@ def codeforces_rating(attempts: dict[str, list[bool]], contests: dict) -> float:
 def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
     """Table 1 of the paper, in percent; with --thoughts a second row: completions cut at a thought (D1)."""
     names = [name for name in BENCHMARKS if name in results]
+    shares = [f"pass@{k}" for k in ks]
     lines = [["", *(BENCHMARKS[name][0] for name in names), "Avg."]]
     lines.append(["", *["".join(f"{f'p@{k}':7}" for k in ks)] * (len(names) + 1)])
     for title, suffix in ((label, ""), ("  cut at \\n#", "_cut")):
         if any(name + suffix in results for name in names):
             rows = [results.get(name + suffix, results[name]) for name in names]
-            shares = [[100 * row.get(f"pass@{k}", math.nan) for k in ks] for row in rows]
-            shares.append([fmean(of_one_k) for of_one_k in zip(*shares)])
-            cells = ["".join(f"{share:<7.1f}" for share in of_one) for of_one in shares]
+            rows.append({share: fmean(row.get(share, math.nan) for row in rows) for share in shares})
+            cells = ["".join(f"{100 * row.get(share, math.nan):<7.1f}" for share in shares) for row in rows]
             lines.append([title[-23:], *(cell.replace("nan", "-  ") for cell in cells)])
     width = max(7 * len(ks), len("LiveCodeBench")) + 1
     return "\n".join(f"{title:24}" + "".join(f"{cell:{width}}" for cell in cells) for title, *cells in lines)
