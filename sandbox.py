@@ -79,7 +79,7 @@ RESULT_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # of one result as JSON; of 
 TICK_S = 0.05  # how often the threads, files and CPU time of a running program are looked at
 OPEN_FILES, SCRATCH_FILES = 64, 1000
 START_TIMEOUT_S, GRACE_S = 120, 20  # until a worker must be ready; until one must answer after a timeout
-PRELOADED = "array bisect cmath copy dataclasses enum heapq itertools random statistics string typing"
+PRELOADED = "array bisect copy enum heapq itertools random string typing"  # each makes the fork dearer, too
 
 
 # ---- Messages: a length, then JSON of that length. File descriptors travel with the length. --------------
@@ -219,17 +219,14 @@ def serve(source, channel):
     def load():
         exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__)
 
-    def answer(request, args):
+    while True:
+        (request, args), _ = receive(channel)
         try:
             function = REQUESTS.get(request) or {"load": load, "find": find}[request]
             send(channel, ["value", pack(function(*unpack(args, kept.__getitem__)), number_of)])
         except BaseException as error:
             names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
             send(channel, ["raise", names, type(error).__name__, str(error)[:500]])
-
-    answer("load", ["tuple"])  # unasked: T prepares its tests meanwhile
-    while True:
-        answer(*receive(channel)[0])
 
 
 REQUESTS = {"call": lambda function, args, named: function(*args, **named), "getattr": getattr,
@@ -257,8 +254,7 @@ class Program:
     def ask(self, request, *args):
         message = [request, pack(args, handle_number)]
         try:
-            if request != "load":  # C does that unasked
-                send(self.channel, message)
+            send(self.channel, message)
             (kind, *values), _ = receive(self.channel, limit=RESULT_LIMIT)
             if kind == "value":
                 return unpack(values[0], self.handle)
@@ -664,6 +660,24 @@ def death_of(pid):
         return os.pipe()[0]
 
 
+def warm_up():
+    """Runs a program here and its tests in a fork. What Python prepares at first use (specialised bytecode,
+    caches, the compiler's classes) is then there before C is forked, or each C would do it again."""
+    main, (channel, far_end) = sys.modules["__main__"], socket.socketpair()
+    pid = os.fork()
+    if not pid:
+        job = PROGRAM | {"tests": "assert f(1, b=[2.5, 'a', None]) == (1, {})\n" * 20, "call_timeout_s": None}
+        judge(job, far_end)
+        os._exit(0)
+    far_end.close()
+    with contextlib.suppress(EOFError):
+        serve(b"import math\ndef f(a: int, b=()):\n    'text'\n    return a, {x: b[x] for x in ()}", channel)
+    channel.close()
+    os.waitpid(pid, 0)
+    sys.modules["__main__"] = main
+    del sys.modules["solution"]
+
+
 def zygote(config):
     control, tests = (socket.socket(fileno=fd) for fd in config["fds"])
     caller, shell = death_of(config["caller"]), os.getppid()
@@ -674,6 +688,7 @@ def zygote(config):
     importlib.import_module("_thread").stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     missing = confine(config["folder"], config["readable"], config["without"])
     own_filter = None if "seccomp" in missing else Filter(candidate_filter(*struct.unpack("I", ANY_PID)))
+    warm_up()
     die_with(shell)
     pid, tester_pid = os.getpid(), os.fork()
     if not tester_pid:
