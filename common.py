@@ -332,6 +332,7 @@ def load_tokenizer(name: str):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: all masks come from lengths, never from ids
     tokenizer.padding_side = "right"
+    tokenizer.clean_up_tokenization_spaces = False  # decode(encode(text)) must be the text
     tokenizer.model_max_length = int(1e9)  # the scripts cut texts themselves; no warning for long ones
     return tokenizer
 
@@ -699,7 +700,7 @@ class Run:
         for torn in self.path.glob("checkpoints/.*.partial"):  # an earlier run was killed there
             shutil.rmtree(torn)
         write_whole(self.path / "args.json", json.dumps(now, indent=1))
-        write_whole(self.path / "env.txt", _environment(self.ranks))
+        write_whole(self.path / "env.txt", environment(self.ranks))
         for source in (self.script, Path(__file__)):
             shutil.copy(source, self.path / source.name)
         return state
@@ -855,7 +856,7 @@ def failures(error: dcp.CheckpointException) -> str:
     return first_line(next(iter(error.failures.values()))[0])
 
 
-def _environment(ranks: Ranks) -> str:
+def environment(ranks: Ranks) -> str:
     def git(*command: str) -> str:
         here = Path(__file__).parent
         return subprocess.run(["git", *command], capture_output=True, text=True, cwd=here).stdout.strip()

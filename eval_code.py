@@ -453,7 +453,7 @@ def open_folder(folder: Path, args: Args, ranks: common.Ranks) -> set:
             raise UserError(f"{folder} holds an evaluation with other arguments ({', '.join(differ)})")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(now, indent=1))
-    (folder / "env.txt").write_text(common._environment(ranks))
+    (folder / "env.txt").write_text(common.environment(ranks))
     return set(read_judged(folder / "samples.jsonl"))
 
 

@@ -79,7 +79,9 @@ class Args:
     proxy_model: str = ""
     """its entropies say how hard a position is; same tokenizer; empty: the model itself"""
     dataset: tuple[str, ...] = ("KbsdJames/Omni-MATH",)
-    """sources, see common.read_rows: hub ids, .jsonl, .parquet or .txt files, folders; used in equal parts"""
+    """sources, see common.read_rows: hub ids, .jsonl, .parquet or .txt files, folders, `stdlib`"""
+    dataset_weights: tuple[float, ...] = (1.0,)
+    """share of the texts that each source gives; equal if there is not one for each"""
     text_column: tuple[str, ...] = ("problem", "solution")
     """the columns that, joined by a newline, are the text"""
     chat_template: bool = True
@@ -159,10 +161,11 @@ class Args:
 
 
 TINY_RUN = {  # lengths and optimisation settings for two million parameters; the method is a large run's
-    "tiny": True, "model": f"{TINY}/model", "dataset": (f"{TINY}/text.jsonl",), "text_column": ("text",),
-    "train_texts": 600, "eval_texts": 100, "max_text_tokens": 64, "prompts_per_update": 16,
-    "max_new_tokens": 64, "initial_budget": 24, "updates": 50, "learning_rate": 1e-4, "max_grad_norm": 1.0,
-    "micro_batch_tokens": 8192, "eval_every": 25, "eval_positions": 128, "save_every": 0,
+    "tiny": True, "model": f"{TINY}/model", "dataset": (f"{TINY}/text.jsonl", "stdlib"),
+    "dataset_weights": (0.9, 0.1), "text_column": ("text",), "train_texts": 600, "eval_texts": 100,
+    "max_text_tokens": 64, "prompts_per_update": 16, "max_new_tokens": 64, "initial_budget": 24, "budget_decay": 0.4,
+    "ntp_weight": 1.0, "updates": 120, "learning_rate": 1e-4, "max_grad_norm": 1.0,
+    "micro_batch_tokens": 2048, "eval_every": 40, "eval_positions": 128, "save_every": 0,
 }
 
 
@@ -222,10 +225,13 @@ def prompt_frame(tokenizer, budget: int, chat_template: bool) -> tuple[list[int]
 
 
 def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
-    """(training texts, held-out texts) as token ids, both with equal parts of every source."""
+    """(training texts, held-out texts) as token ids, both with the same share of every source."""
     total, train, heldout = args.train_texts + args.eval_texts, [], []
-    for source in args.dataset:
-        texts, wanted = [], math.ceil(total / len(args.dataset))
+    weights = args.dataset_weights
+    if len(weights) != len(args.dataset):
+        weights = [1.0] * len(args.dataset)
+    for source, weight in zip(args.dataset, weights):
+        texts, wanted = [], math.ceil(total * weight / sum(weights))
         for row in read_rows(source, split="test" if "Omni-MATH" in source else "train"):  # it has no other
             text = "\n".join(str(column(row, name, source) or "") for name in args.text_column)
             ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
