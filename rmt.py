@@ -163,8 +163,8 @@ class Args:
 TINY_RUN = {  # lengths and optimisation settings for two million parameters; the method is a large run's
     "tiny": True, "model": f"{TINY}/model", "dataset": (f"{TINY}/text.jsonl", "stdlib"),
     "dataset_weights": (0.9, 0.1), "text_column": ("text",), "train_texts": 600, "eval_texts": 100,
-    "max_text_tokens": 64, "prompts_per_update": 16, "max_new_tokens": 64, "initial_budget": 24, "budget_decay": 0.4,
-    "ntp_weight": 1.0, "updates": 120, "learning_rate": 1e-4, "max_grad_norm": 1.0,
+    "max_text_tokens": 64, "prompts_per_update": 16, "max_new_tokens": 64, "initial_budget": 24,
+    "budget_decay": 0.4, "ntp_weight": 1.0, "updates": 120, "learning_rate": 1e-4, "max_grad_norm": 1.0,
     "micro_batch_tokens": 2048, "eval_every": 40, "eval_positions": 128, "save_every": 0,
 }
 
