@@ -509,17 +509,12 @@ def bpf_filter(arguments, otherwise):
     return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
 
 
-class Filter(ctypes.Structure):
-    """The kernel's `struct sock_fprog`."""
+class SockFprog(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
 
-    _fields_ = [("length", ctypes.c_ushort), ("address", ctypes.c_void_p)]
 
-    def __init__(self, program):
-        self.code = ctypes.create_string_buffer(program, len(program))
-        super().__init__(len(program) // 8, ctypes.addressof(self.code))
-
-    def apply(self):
-        return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(self), 0, 0) == 0
+def apply_filter(program):
+    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(SockFprog(len(program) // 8, program)), 0, 0) == 0
 
 
 def candidate_filter(pid):
@@ -561,13 +556,13 @@ def confine(folder, readable, without):
     landlock = "Landlock" not in without and restrict_files(folder, readable)
     arguments = {name: [] for name in NUMBER if landlock or name not in CHANGE_FOLDERS}
     arguments |= ARGUMENTS if landlock else ARGUMENTS | WITHOUT_LANDLOCK
-    seccomp = "seccomp" not in without and COLUMN and Filter(bpf_filter(arguments, "deny")).apply()
+    seccomp = "seccomp" not in without and COLUMN and apply_filter(bpf_filter(arguments, "deny"))
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
 # ---- Z, the zygote ---------------------------------------------------------------------------------------
 
-ANY_PID = b"\xff\xff\xff\x7f"  # stands for C's pid in a filter that is made before C is
+ANY_PID = 0x7FFFFFFF  # stands for C's pid in a filter that is made before C is
 
 
 def die_with(parent):
@@ -576,7 +571,7 @@ def die_with(parent):
         os._exit(1)
 
 
-def candidate(fds, lifeline, limits, folder, zygote, own_filter):
+def candidate(fds, lifeline, limits, folder, zygote, filter_template):
     """Runs in the fork, never returns. fds: the code, then either a socket to T or stdin, stdout, stderr."""
     try:
         die_with(zygote)
@@ -589,13 +584,12 @@ def candidate(fds, lifeline, limits, folder, zygote, own_filter):
         os.chdir(folder)
         rlimits = {resource.RLIMIT_AS: limits["memory_mb"] * MIB, resource.RLIMIT_NOFILE: OPEN_FILES,
                    resource.RLIMIT_FSIZE: limits["file_mb"] * MIB,
-                   resource.RLIMIT_CPU: 3 * limits["timeout_s"] + 2}  # should `supervise` ever fail
+                   resource.RLIMIT_CPU: 3 * limits["timeout_s"] + 2}  # should Z ever fail
         for kind, value in rlimits.items():
             resource.setrlimit(kind, (int(value), int(value)))
-        if own_filter:
-            own_filter.code.raw = own_filter.code.raw.replace(ANY_PID, struct.pack("I", os.getpid()))
-            if not own_filter.apply():
-                os._exit(1)
+        own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
+        if own_filter and not apply_filter(own_filter):
+            os._exit(1)
         if len(fds) == 4:
             os.closerange(3, 4)
             os._exit(run_script(source) & 0xFF)
@@ -608,8 +602,24 @@ def cpu_seconds(pid):
     return time.clock_gettime((~pid << 3) | 2)  # the number of another process's CPU clock
 
 
-def supervise(events, pid, tester_pid, limits, folder):
+def folder_size(folder):
+    sizes = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # the program has just deleted it
+                sizes.append(entry.stat(follow_symlinks=False).st_blocks * 512)
+    return sum(sizes) if len(sizes) <= SCRATCH_FILES else math.inf
+
+
+def run_candidate(events, tester_pid, limits, fds, folder, filter_template):
     """Waits for the end of C or puts an end to it. -> (why it had to be ended, exit status)"""
+    lifeline, far_end = os.pipe()
+    zygote_pid, pid = os.getpid(), os.fork()
+    if not pid:
+        candidate(fds, far_end, limits, folder, zygote_pid, filter_template)
+    for fd in (far_end, *fds):
+        os.close(fd)
+    events.register(lifeline, 0)  # C alone holds its other end
     start, spent, why = time.monotonic(), None, ""
     while not why and not events.poll(1000 * TICK_S):  # until C has ended, or the caller has
         wall_s, used = time.monotonic() - start, (cpu_seconds(pid), cpu_seconds(tester_pid))
@@ -622,33 +632,13 @@ def supervise(events, pid, tester_pid, limits, folder):
             why = "threads"
         elif folder_size(folder) > limits["disk_mb"] * MIB:
             why = "disk"
-    os.kill(pid, signal.SIGKILL)
-    return why, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def folder_size(folder):
-    sizes = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # the program has just deleted it
-                sizes.append(entry.stat(follow_symlinks=False).st_blocks * 512)
-    return sum(sizes) if len(sizes) <= SCRATCH_FILES else math.inf
-
-
-def run_candidate(events, tester_pid, limits, fds, folder, own_filter):
-    lifeline, far_end = os.pipe()
-    zygote_pid, pid = os.getpid(), os.fork()
-    if not pid:
-        candidate(fds, far_end, limits, folder, zygote_pid, own_filter)
-    for fd in (far_end, *fds):
-        os.close(fd)
-    events.register(lifeline, 0)  # C alone holds its other end
-    report = supervise(events, pid, tester_pid, limits, folder)
     events.unregister(lifeline)
     os.close(lifeline)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     for name in os.listdir(folder):
         os.unlink(os.path.join(folder, name))
-    return report
+    return why, status
 
 
 def death_of(pid):
@@ -687,7 +677,7 @@ def zygote(config):
         importlib.import_module(name)
     importlib.import_module("_thread").stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     missing = confine(config["folder"], config["readable"], config["without"])
-    own_filter = None if "seccomp" in missing else Filter(candidate_filter(*struct.unpack("I", ANY_PID)))
+    filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
     warm_up()
     die_with(shell)
     pid, tester_pid = os.getpid(), os.fork()
@@ -711,7 +701,7 @@ def zygote(config):
             if not message:
                 break
             limits = dict(zip(LIMITS, struct.unpack("5d", message)))
-            why, status = run_candidate(events, tester_pid, limits, fds, config["folder"], own_filter)
+            why, status = run_candidate(events, tester_pid, limits, fds, config["folder"], filter_template)
             control.send(f"{status} {why}".encode())
     os.kill(tester_pid, signal.SIGKILL)
     os.waitpid(tester_pid, 0)

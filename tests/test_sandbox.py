@@ -842,6 +842,14 @@ def test_every_limit_is_an_option():
     assert reason(printing, stdin=True, file_mb=4) == "passed"
 
 
+def test_zygote_shows_nothing_of_itself():
+    """Not the folder that it was imported from, nor the program that it warms up with."""
+    code = f"import sys\nprint({str(ROOT)!r} in sys.path, 'solution' in sys.modules, vars().get('config'))"
+    assert run_tests([{"code": code, "cases": [{"input": "", "output": "False False None"}]}])[0]["passed"]
+    result = run_tests([{"code": "def f(*args, **named): return 1", "tests": "import solution"}])[0]
+    assert "No module named 'solution'" in result["reason"]
+
+
 def test_results_come_in_order_and_equal_programs_run_once():
     code = "import time; time.sleep(0.4)\n" + ADD
     programs = [{"code": code, "tests": ASSERTS, "task_id": i} for i in range(8)] + [{"code": "", "tests": ASSERTS}]
