@@ -759,6 +759,8 @@ def check(args: Args, ranks: Ranks) -> None:
     not_negative = "rl_updates ntp_updates return_horizon penalty_warmup max_snippets eval_every"
     rates = "eval_snippets rl_learning_rate ntp_learning_rate weight_decay malformed_penalty entropy_coef"
     check_sizes(args, f"{positive} max_grad_norm save_every max_snippet_tokens", f"{not_negative} {rates}")
+    if min(args.dataset_weights, default=1) <= 0:
+        raise UserError(f"--dataset-weights must be positive, got {args.dataset_weights}")
     if args.max_snippet_tokens < 4:
         raise UserError(f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code")
 

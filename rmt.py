@@ -184,6 +184,8 @@ def check(args: Args) -> None:
     positive += " max_new_tokens max_grad_norm micro_batch_tokens max_skipped eval_positions keep_checkpoints"
     not_negative = "updates length_weight r_max beta ntp_weight learning_rate weight_decay"
     check_sizes(args, positive, f"{not_negative} eval_every save_every")
+    if min(args.dataset_weights, default=1) <= 0:
+        raise UserError(f"--dataset-weights must be positive, got {args.dataset_weights}")
     if not args.thresholds[0] < args.thresholds[1] < args.thresholds[2]:
         raise UserError("--thresholds must rise")
     if not 0 < args.t1 < args.t2 < 1:

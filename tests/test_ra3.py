@@ -668,6 +668,7 @@ def test_bootstrap_only(tmp_path):
         (["--dataset", "tiny/code_train.jsonl"], "no column `text`"),
         (["--rl-batch-size", "0"], "does not divide"),
         (["--max-snippet-tokens", "-3"], "must be positive"),
+        (["--dataset-weights", "0", "0"], "--dataset-weights must be positive"),
         (["--seed", "-1"], "seed"),
     ],
 )

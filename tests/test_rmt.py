@@ -438,6 +438,18 @@ def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
         rmt.read_texts(dataclasses.replace(args, text_column=("text",)), tokenizer)
 
 
+def test_sources_give_the_texts_that_their_weights_say(tokenizer, tmp_path):
+    for name in "ab":
+        rows = [json.dumps({"text": f"{name} {k}"}) for k in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    args = rmt.Args(dataset=sources, text_column=("text",), train_texts=80, eval_texts=20)
+    for weights, shares in (((0.9, 0.1), (72, 18)), ((3.0, 1.0), (60, 15)), ((1.0,), (40, 10))):
+        parts = rmt.read_texts(dataclasses.replace(args, dataset_weights=weights), tokenizer)
+        found = [sum(tokenizer.decode(text).startswith("a") for text in part) for part in parts]
+        assert tuple(found) == shares and [len(part) for part in parts] == [80, 20]
+
+
 # ---------------------------------------------------------------- runs
 
 SMALL = rmt.TINY_RUN | {
