@@ -489,10 +489,10 @@ def small_run(tmp_path_factory):
 def test_run_folder(small_run):
     metrics = run_metrics(small_run)
     assert [row["update"] for row in metrics] == [0, 1, 2, 3]
-    assert [row["rollout/budget"] for row in metrics[1:]] == [6, 3, 2]  # 6 x 0.2^(t/3), t = 0, 1, 2
+    assert [row["rollout/budget"] for row in metrics[1:]] == [6, 4, 3]  # 6 x 0.4^(t/3), t = 0, 1, 2
     for row in (metrics[0], metrics[3]):
         assert {f"eval/{kind}_{level}" for kind in ("ntp", "ntr") for level in rmt.LEVELS} <= row.keys()
-    assert [row["eval/budget"] for row in (metrics[0], metrics[3])] == [6, 1]
+    assert [row["eval/budget"] for row in (metrics[0], metrics[3])] == [6, 2]
     assert all(row["policy/rollout_ratio"] == pytest.approx(1, abs=1e-3) for row in metrics[1:])
     assert all(row["optim/skipped"] == 0 and math.isfinite(row["optim/grad_norm"]) for row in metrics[1:])
     for name in ("entropy.png", "curves.png", "samples.md", "args.json", "rmt.py"):
