@@ -539,8 +539,10 @@ class RowCache:
         rows, starts, ends = rows.unsqueeze(1), starts.unsqueeze(1), (starts + lengths).unsqueeze(1)  # [B, 1]
         # padding goes to the column behind the row's tokens
         places = torch.minimum(starts + torch.arange(ids.shape[1], device=device), ends)  # [B, C]
-        back = places.unsqueeze(-1) - torch.arange(self.used, device=device)  # [B, C, used]
-        mask, local = (back >= 0).unsqueeze(1), ((back >= 0) & (back < self.window)).unsqueeze(1)
+        columns, own = torch.arange(self.used, device=device), places.unsqueeze(1).unsqueeze(-1)
+        mask = local = columns <= own  # [B, 1, C, used]: a token sees the columns up to its own
+        if self.window < math.inf:
+            local = mask & (columns > own - self.window)
         mask = {"full_attention": mask, "sliding_attention": local} if self.mixed else local
         self.where = rows, places
         position_ids = torch.minimum(places, ends - 1)  # padding may be beyond the model's context

@@ -321,15 +321,17 @@ def rollout_batch(model, snippets: list[Snippet], noise, vocabulary: Vocabulary,
     return rows
 
 
-def sample(model, snippets: list[Snippet], vocabulary, args: Args, ranks: Ranks, *key) -> list[Rollout]:
-    """A rollout of each snippet of this rank's share of a global batch.
+def row_noise(snippets: list[Snippet], args: Args, ranks: Ranks, *key) -> torch.Tensor:
+    """Noise [R, W] of this rank's share of a global batch: every rank draws the whole and takes its rows."""
+    width = max(s.width(args.max_latent_tokens) for s in snippets)
+    return uniforms((len(snippets), width), args.seed, *key)[ranks.share(len(snippets))]
 
-    The noise of all of them is drawn from (seed, *key): every rank draws the same and takes its rows.
-    """
-    mine, width = ranks.share(len(snippets)), max(s.width(args.max_latent_tokens) for s in snippets)
-    noise = uniforms((len(snippets), width), args.seed, *key)[mine]
+
+def sample(model, snippets: list[Snippet], vocabulary, args: Args, ranks: Ranks, *key) -> list[Rollout]:
+    """A rollout of each snippet of this rank's share of a global batch."""
+    noise = row_noise(snippets, args, ranks, *key)
     with gathered(model):
-        return rollout(model, snippets[mine], noise, vocabulary, args)
+        return rollout(model, snippets[ranks.share(len(snippets))], noise, vocabulary, args)
 
 
 # ---------------------------------------------------------------- 2 score: the expert line's log-likelihood
@@ -544,20 +546,17 @@ def sample_ahead(frozen, batches: list[list[Snippet]], first: int, vocabulary, a
     batches: the snippets of each, global. q = frozen stays as it is, so many updates can be sampled at once:
     a GPU takes about as long for many rows as for a few. None for q: every latent is act.
     """
-    start, rows, noise = time.perf_counter(), [], []
-    for index, snippets in enumerate(batches, start=first):
-        mine = ranks.share(len(snippets))
-        width = max(s.width(args.max_latent_tokens) for s in snippets)
-        rows.append(snippets[mine])
-        noise += uniforms((len(snippets), width), args.seed, "M", index)[mine]
-    everything = [snippet for part in rows for snippet in part]
+    start, mine = time.perf_counter(), [snippets[ranks.share(len(snippets))] for snippets in batches]
+    rows = [snippet for part in mine for snippet in part]
     if frozen is None:  # NTP
-        rollouts = [all_act(s) for s in everything]
+        rollouts = [all_act(s) for s in rows]
     else:
+        noise = [row_noise(snippets, args, ranks, "M", i) for i, snippets in enumerate(batches, start=first)]
+        noise = pad_sequence([row for part in noise for row in part], batch_first=True)  # [R, W]
         with gathered(frozen):
-            rollouts = rollout(frozen, everything, pad_sequence(noise, batch_first=True), vocabulary, args)
+            rollouts = rollout(frozen, rows, noise, vocabulary, args)
     rollouts, seconds = iter(rollouts), (time.perf_counter() - start) / len(batches)
-    return [(list(itertools.islice(rollouts, len(part))), seconds) for part in rows]
+    return [(list(itertools.islice(rollouts, len(part))), seconds) for part in mine]
 
 
 def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabulary, args, ranks) -> dict:

@@ -476,7 +476,7 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     noise [B, T], T the longest completion; temperature 0 is greedy. A prompt that rows share is read once.
     """
     (size, steps), device, noise = noise.shape, model.device, noise.to(model.device)
-    prompts = {tuple(ids): n for n, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}  # N, and number
+    prompts = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}  # the N different ones
     which = torch.tensor([prompts[tuple(ids)] for ids in prompt_ids], device=device)  # [B]
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)  # [N]
     cache, longest = RowCache(model, len(prompts)), max(map(len, prompts))
