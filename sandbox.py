@@ -953,6 +953,8 @@ def work(jobs, finished, busy, stopped):
                 key, program, limits = jobs.popleft()
                 worker = worker or Worker.take()
                 busy.add(worker)
+                if stopped.is_set():  # an interrupt while this worker started, when it was not yet busy
+                    break
                 try:
                     result = worker.run(program, limits)
                 except Exception as error:

@@ -1049,3 +1049,18 @@ def test_messages_hold_plain_data_only():
     for name, message in refuse.items():
         with pytest.raises(Exception):  # noqa: B017
             pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), lambda number: number)}")
+
+
+def test_an_interrupt_while_a_worker_starts_does_not_wait_for_its_program(monkeypatch):
+    take = sandbox.Worker.take
+
+    def slowly():
+        time.sleep(1.0)
+        return take()
+
+    monkeypatch.setattr(sandbox.Worker, "take", slowly)
+    interrupt, begun = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)), time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run_tests([{"code": "while True: pass", "tests": "assert f()"}], timeout_s=30, workers=1)
+    assert time.monotonic() - begun < 20
