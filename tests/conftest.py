@@ -4,10 +4,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers_come_back():
-    """A script whose `main` runs in a test installs its own for SIGINT and SIGTERM (common.Interrupt)."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+def signals_as_in_a_terminal():
+    """A background job ignores SIGINT, and a script whose `main` runs in a test notes it (common.Interrupt)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

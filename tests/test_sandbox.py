@@ -1059,7 +1059,6 @@ def test_an_interrupt_while_a_worker_starts_does_not_wait_for_its_program(monkey
         return take()
 
     monkeypatch.setattr(sandbox.Worker, "take", slowly)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     interrupt, begun = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)), time.monotonic()
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
