@@ -48,7 +48,10 @@ from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from sandbox import run_tests  # noqa: F401  (section 9; the scripts import it from here)
 
@@ -371,11 +374,25 @@ def load_model(name: str, ranks: Ranks, train: bool = True):
     model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
     model.generation_config = GenerationConfig()  # the model's own may add top-k or a penalty
     model.requires_grad_(train)
-    model.token_logprobs = types.MethodType(_token_logprobs, model)
-    model.last_hidden_state = types.MethodType(_last_hidden_state, model)
+    equip(model)
     if ranks.device.type == "cpu" and ranks.world_size == 1:
         return model
     return shard(model.to(ranks.device), ranks)
+
+
+def equip(model) -> None:
+    """Our forward passes as the model's methods, for FSDP to gather weights before them; our attention."""
+    model.token_logprobs = types.MethodType(_token_logprobs, model)
+    model.last_hidden_state = types.MethodType(_last_hidden_state, model)
+    if model._supports_attention_backend and not other_layers(model):
+        model.set_attn_implementation(PREFIX_TREE)
+
+
+def other_layers(model) -> str:
+    """What the model has beside attention to all or to the last tokens; "" for most models."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    kinds -= {"full_attention", "sliding_attention"}
+    return ", ".join(sorted(kinds)) or "a recurrent state" * getattr(model, "_is_stateful", False)
 
 
 def shard(model, ranks: Ranks):
@@ -467,17 +484,37 @@ def positions(where: Sequence[np.ndarray], device=None) -> tuple[torch.Tensor, t
     return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(where)).to(device)
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
-    """Indices of rows, sorted by length and cut so that rows x longest <= max_tokens (at least one row each).
+def rank_share(groups: Sequence[list], ranks: Ranks) -> list:
+    """The rows of `groups` that this rank trains on: as many as the others', whole groups if they divide."""
+    groups, n = sorted(groups, key=lambda rows: sum(map(len, rows))), ranks.world_size
+    dealt = [row for rank in range(n) for rows in groups[rank::n] for row in rows]  # about equal work
+    return dealt[ranks.share(len(dealt))]
 
-    With `ranks` given, every rank returns the same number of micro-batches (FSDP's collectives must pair up);
-    the missing ones are empty lists, for which the caller runs one row with weight zero.
+
+def micro_batches(
+    rows: Sequence[list[int]], max_tokens: int, ranks: Ranks | None = None, groups: Sequence | None = None
+) -> list[list[int]]:
+    """Indices of rows of token ids, the longest first, cut into parts of max_tokens (at least one row each).
+
+    Rows with the same entry in `groups` come together. Tokens are counted with padding, but not those with
+    which a row begins like the row before it: `token_logprobs` runs over them once. With `ranks` given, every
+    rank returns the same number of micro-batches (FSDP's collectives must pair up); the missing ones are
+    empty lists, for which the caller runs one row with weight zero.
     """
+    groups = range(len(rows)) if groups is None else groups
+    longest: dict = {}
+    for group, row in zip(groups, rows):
+        longest[group] = max(longest.get(group, 0), len(row))
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # the longest first
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+    tokens, width, before = math.inf, 0, []
+    for i in sorted(range(len(rows)), key=lambda i: (-longest[groups[i]], groups[i], rows[i])):
+        pairs = zip(rows[i], before)
+        shared = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(rows[i]), len(before)))
+        if tokens + width - shared > max_tokens:
             batches.append([])
-        batches[-1].append(index)
+            tokens, width, shared = 0, longest[groups[i]], 0
+        batches[-1].append(i)
+        tokens, before = tokens + width - shared, rows[i]
     if ranks is not None:
         batches += [[]] * (int(all_max(len(batches), ranks)) - len(batches))
     return batches
@@ -517,14 +554,10 @@ class RowCache:
     """
 
     def __init__(self, model, rows: int) -> None:
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-        if kinds or getattr(model, "_is_stateful", False):
-            what = ", ".join(sorted(kinds)) or "a recurrent state"
+        if what := other_layers(model):
             raise UserError(f"rollouts need a model with attention only; {type(model).__name__} has {what}")
         self.model, self.rows, self.stored = model, rows, {}
-        self.window = getattr(config, "sliding_window", None) or math.inf
-        self.mixed = hasattr(config, "layer_types")  # the model takes a mask for each kind of layer
+        self.window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
 
     def feed(self, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
         """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`."""
@@ -543,11 +576,10 @@ class RowCache:
         mask = local = columns <= own  # [B, 1, C, used]: a token sees the columns up to its own
         if self.window < math.inf:
             local = mask & (columns > own - self.window)
-        mask = {"full_attention": mask, "sliding_attention": local} if self.mixed else local
         self.where = rows, places
         position_ids = torch.minimum(places, ends - 1)  # padding may be beyond the model's context
-        options = {"position_ids": position_ids, "attention_mask": mask, "cache": self}
-        return self.model.last_hidden_state(ids, **options)
+        mask = masks(self.model, mask, local)
+        return self.model.last_hidden_state(ids, position_ids=position_ids, attention_mask=mask, cache=self)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows [B] alone, in this order; a row may come several times."""
@@ -588,7 +620,8 @@ def token_logprobs(model, input_ids, rows, cols, **kw) -> tuple[torch.Tensor, to
     divides the logits. Returns logprobs [N] and entropy [N] in nats, float32; the entropy of an EVENT
     position is that of the distribution in which the set is merged into one outcome, and is zero everywhere
     if `entropy` is False (it costs a second pass). Logits exist for these positions alone, in chunks that the
-    backward pass computes again.
+    backward pass computes again. The forward pass runs over no padding, and once over the tokens with which a
+    row begins like the row before it: put completions of the same prompt next to each other.
     """
     return model.token_logprobs(input_ids, rows, cols, **kw)
 
@@ -600,7 +633,16 @@ def _last_hidden_state(self, input_ids, cache=None, **kw) -> torch.Tensor:
 
 
 def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, temperature=1.0, entropy=False):
-    hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]: t - 1 predicts token t
+    if self.config.get_text_config()._attn_implementation == PREFIX_TREE:
+        # U <= B T distinct tokens; of each row only those before its last chosen position are needed
+        lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
+        index, cells = distinct_tokens(input_ids, lengths)  # [B, T], [U]
+        options = {"position_ids": (cells % input_ids.shape[1])[None], "prefix_tree": (index, cells)}
+        no_mask = masks(self, *[torch.ones(1, 1, 1, 1, dtype=torch.bool)] * 2)  # `attend` knows the rows
+        hidden = _last_hidden_state(self, input_ids.flatten()[cells][None], attention_mask=no_mask, **options)
+        hidden = hidden[0].index_select(0, index[rows, cols - 1])  # [N, D]: t - 1 predicts token t
+    else:
+        hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]
     targets = input_ids[rows, cols] if targets is None else targets
     chunk = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size)
     if len(targets) <= chunk:
@@ -610,6 +652,51 @@ def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, tempe
         for h, t in zip(hidden.split(chunk), targets.split(chunk))
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def distinct_tokens(input_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [B, T] of `lengths` [B] tokens, without those with which a row begins like the one before.
+
+    Returns index [B, T], which token stands for a cell, and cells [U], their places in input_ids.flatten().
+    """
+    real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)  # [B, T]
+    new = real.clone()
+    new[1:] &= ~((input_ids[1:] == input_ids[:-1]) & real[:-1]).cumprod(1).bool()
+    number = new.flatten().cumsum(0).view(new.shape) - 1
+    index = torch.where(new, number, 0).cummax(0).values  # what is not new has the number of the row before
+    return index, new.flatten().nonzero().squeeze(1)
+
+
+def attend(module, query, key, value, attention_mask, prefix_tree=None, **kw):
+    """transformers' sdpa attention. With `prefix_tree`, distinct_tokens' result, query, key and value are
+    [1, H, U, D], and rows are put together only here: all else in a layer is done to each token by itself.
+    """
+    if prefix_tree is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
+    (index, cells), mask = prefix_tree, None
+    length, window = index.shape[1], kw.get("sliding_window") or math.inf
+    if window < length:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=index.device).tril().triu(1 - window)
+
+    def rows(tokens):  # [1, H, U, D] -> [B, H, T, D]
+        tokens = tokens[0].transpose(0, 1)
+        # index_select adds up gradients faster than indexing does
+        return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
+
+    out, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), mask, **kw)  # [B, T, H, D]
+    return out.flatten(0, 1).index_select(0, cells)[None], None
+
+
+def masks(model, full: torch.Tensor, sliding: torch.Tensor):
+    """The attention masks as the model takes them: one for each kind of layer, if it has such."""
+    if hasattr(model.config.get_text_config(), "layer_types"):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding
+
+
+PREFIX_TREE = "prefix_tree"
+AttentionInterface.register(PREFIX_TREE, attend)
+AttentionMaskInterface.register(PREFIX_TREE, sdpa_mask)
 
 
 def _logprob_chunk(lm_head, hidden, targets, event, temperature, entropy):

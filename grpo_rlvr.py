@@ -51,8 +51,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common import (
     TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum, check_context, check_sizes,
     column, draw_problems, eos_ids, gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer,
-    micro_batches, not_finite, pad_right, padded, read_rows, run_tests, setup, token_logprobs, token_texts,
-    uniforms,
+    micro_batches, not_finite, pad_right, padded, rank_share, read_rows, run_tests, setup,
+    token_logprobs, token_texts, uniforms,
 )
 
 
@@ -566,12 +566,18 @@ def completion_logprobs(model, samples: list[Sample], temperature: float, entrop
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies.detach()), mask
 
 
+def sample_batches(samples: list[Sample], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
+    """Micro-batches in which the completions of a prompt are together, so that it is read once."""
+    rows = [s.prompt_ids + s.completion_ids for s in samples]
+    return micro_batches(rows, max_tokens, ranks, groups=[tuple(s.prompt_ids) for s in samples])
+
+
 @torch.no_grad()
 def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
     """The samples' log-probabilities under `model`, by the training forward."""
     scores = [[] for _ in samples]
     with gathered(model):
-        for batch in micro_batches([len(s) for s in samples], args.micro_batch_tokens):
+        for batch in sample_batches(samples, args.micro_batch_tokens):
             logprobs, _, _ = completion_logprobs(model, [samples[i] for i in batch], args.temperature)
             for i, row in zip(batch, logprobs.tolist()):
                 scores[i] = row[: len(samples[i].completion_ids)]
@@ -582,7 +588,7 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
     """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm)."""
     nothing = Sample("", [0, 0], [0], [0.0], old_logprobs=[0.0], ref_logprobs=[0.0])
     sums = Counter()
-    for batch in micro_batches([len(s) for s in samples], args.micro_batch_tokens, ranks):
+    for batch in sample_batches(samples, args.micro_batch_tokens, ranks):
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         device = mask.device
@@ -756,7 +762,7 @@ def main(args: Args) -> None:
         begin = time.time()
         cuts = np.array_split(np.arange(min(len(groups), args.prompts_per_update)), args.minibatches)
         minibatches = [[s for g in cut for s in groups[g]] for cut in cuts if len(cut)]
-        shares = [sorted(part, key=len)[ranks.rank :: ranks.world_size] for part in minibatches]  # equal work
+        shares = [rank_share([groups[g] for g in cut], ranks) for cut in cuts if len(cut)]
         mine = [sample for share in shares for sample in share]
         if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
             for sample, logprobs in zip(mine, score(model, mine, args)):

@@ -337,6 +337,12 @@ def sample(model, snippets: list[Snippet], vocabulary, args: Args, ranks: Ranks,
 # ---------------------------------------------------------------- 2 score: the expert line's log-likelihood
 
 
+def rollout_batches(rollouts: list[Rollout], args: Args, ranks: Ranks | None = None) -> list[list[int]]:
+    """Micro-batches in which the rollouts of a snippet are together: what they begin with is read once."""
+    rows, groups = [r.ids.tolist() for r in rollouts], [r.snippet.text for r in rollouts]
+    return micro_batches(rows, args.micro_batch_tokens, ranks, groups)
+
+
 @torch.no_grad()
 def expert_logprobs(model, rollouts: list[Rollout], vocabulary: Vocabulary, args: Args, given_act=False):
     """Log-probability of each expert token given all before it, thoughts included: one array a rollout.
@@ -347,7 +353,7 @@ def expert_logprobs(model, rollouts: list[Rollout], vocabulary: Vocabulary, args
     """
     device = vocabulary.opens.device
     out: list[np.ndarray | None] = [None] * len(rollouts)
-    for batch in micro_batches([len(r.ids) for r in rollouts], args.micro_batch_tokens):
+    for batch in rollout_batches(rollouts, args):
         chosen = [rollouts[i] for i in batch]
         ids = pad_right([r.ids for r in chosen], vocabulary.separator, device)  # [B, T]
         where = [np.flatnonzero(r.expert) for r in chosen]
@@ -520,7 +526,7 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     sums["line"] = -sum(lp.sum() for lp in logprobs)
     sums = all_sum(sums, ranks)
     pairs = list(zip(rollouts, advantages))
-    batches = weighted(pairs, [len(r.ids) for r in rollouts], args, ranks)
+    batches = weighted(pairs, rollouts, args, ranks)
 
     def loss_of(part):
         return policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"])
@@ -567,7 +573,7 @@ def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabu
     sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
     sums = all_sum(sums, ranks)
     clock += [time.perf_counter()] * 2  # nothing to score
-    batches = weighted(rollouts, [len(r.ids) for r in rollouts], args, ranks)
+    batches = weighted(rollouts, rollouts, args, ranks)
 
     def loss_of(part):
         return ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"])
@@ -585,9 +591,9 @@ def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabu
     }
 
 
-def weighted(rows: list, lengths: list[int], args: Args, ranks: Ranks) -> list[tuple[list, float]]:
+def weighted(rows: list, rollouts: list[Rollout], args: Args, ranks: Ranks) -> list[tuple[list, float]]:
     """(rows, weight) micro-batches, as many on every rank: the missing ones are one row with weight 0."""
-    batches = micro_batches(lengths, args.micro_batch_tokens, ranks)
+    batches = rollout_batches(rollouts, args, ranks)
     return [([rows[i] for i in batch], 1.0) if batch else (rows[:1], 0.0) for batch in batches]
 
 

@@ -51,8 +51,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common import (
     LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum,
     check_context, check_sizes, column, draw_problems, eos_ids, gathered, grad_norm, inverse_cdf, launch,
-    load_model, load_tokenizer, micro_batches, not_finite, pad_right, padded, read_rows, setup, together,
-    token_logprobs, token_texts, uniforms,
+    load_model, load_tokenizer, micro_batches, not_finite, pad_right, padded, rank_share, read_rows, setup,
+    together, token_logprobs, token_texts, uniforms,
 )
 
 
@@ -271,7 +271,7 @@ def score_texts(model, texts: list[list[int]], bos: list[int], max_tokens: int, 
     """
     mine = texts[ranks.share(len(texts))]
     entropies, predictions = [None] * len(mine), [None] * len(mine)
-    batches, skip = micro_batches([len(bos) + len(text) for text in mine], max_tokens), 1 - len(bos)
+    batches, skip = micro_batches(mine, max_tokens), 1 - len(bos)
     chunk = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)  # positions
     with gathered(model):
         for batch in tqdm(batches, title, disable=not (title and ranks.main), leave=False):
@@ -654,12 +654,18 @@ def completion_logprobs(model, samples: list[Sample], temperature: float, entrop
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies.detach()), mask
 
 
+def sample_batches(samples: list[Sample], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
+    """Micro-batches in which the completions of a prompt are together, so that it is read once."""
+    rows = [s.prompt_ids + s.completion_ids for s in samples]
+    return micro_batches(rows, max_tokens, ranks, groups=[tuple(s.prompt_ids) for s in samples])
+
+
 @torch.no_grad()
 def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
     """The samples' log-probabilities under `model`, by the training forward."""
     scores = [[] for _ in samples]
     with gathered(model):
-        for batch in micro_batches([len(s) for s in samples], args.micro_batch_tokens):
+        for batch in sample_batches(samples, args.micro_batch_tokens):
             logprobs, _, _ = completion_logprobs(model, [samples[i] for i in batch], args.temperature)
             for i, row in zip(batch, logprobs.tolist()):
                 scores[i] = row[: len(samples[i].completion_ids)]
@@ -673,7 +679,7 @@ def train_batch(model, optimizer, samples, responses: int, texts, chosen, tokens
     """
     nothing = Sample(None, [0, 0], [0], [0.0], ref_logprobs=[0.0])
     sums = Counter()
-    for batch in micro_batches([len(s) for s in samples], args.micro_batch_tokens, ranks):
+    for batch in sample_batches(samples, args.micro_batch_tokens, ranks):
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         device, mask = mask.device, mask & bool(batch)
@@ -684,8 +690,7 @@ def train_batch(model, optimizer, samples, responses: int, texts, chosen, tokens
         gap = (logprobs.detach() - padded([s.rollout_logprobs for s in micro], device))[mask]
         sums.update(rl_loss=loss.item(), kl=kl, tokens=mask.sum().item())
         sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
-    lengths = [len(bos) + len(text) for text in texts] if args.ntp_weight else []
-    for batch in micro_batches(lengths, args.micro_batch_tokens, ranks):
+    for batch in micro_batches(texts if args.ntp_weight else [], args.micro_batch_tokens, ranks):
         micro = ([texts[i] for i in batch], [chosen[i] for i in batch]) if batch else ([[0, 0]], [set()])
         loss = ntp_loss(model, *micro, bos, tokens) * bool(batch)
         (args.ntp_weight * loss * ranks.world_size).backward()  # eq. (9), D1: the gradients add up
@@ -882,7 +887,8 @@ def main(args: Args) -> None:
 
         # 4 update
         begin = time.time()
-        mine = sorted(samples, key=len)[ranks.rank :: ranks.world_size]  # equal work
+        groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
+        mine = rank_share(groups, ranks)
         if ref_model is not None:
             for sample, logprobs in zip(mine, score(ref_model, mine, args)):
                 sample.ref_logprobs = logprobs

@@ -7,6 +7,7 @@ import os
 import random
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -98,10 +99,32 @@ def test_uniforms_depend_on_the_key_alone():
 
 def test_micro_batches_hold_every_row_once_within_the_limit():
     lengths = [5, 1, 9, 9, 3, 20, 2]
-    batches = micro_batches(lengths, 18)
+    rows = [[i] * length for i, length in enumerate(lengths)]  # which begin with nothing in common
+    batches = micro_batches(rows, 18)
     assert sorted(i for b in batches for i in b) == list(range(7))
     assert all(len(b) * max(lengths[i] for i in b) <= 18 or len(b) == 1 for b in batches)
-    assert len(micro_batches(lengths, 1)) == 7
+    assert len(micro_batches(rows, 1)) == 7
+
+
+def test_micro_batches_count_what_a_group_shares_once():
+    first, second = [1] * 10, [2] * 10  # prompts; completions of 2 or 3 tokens
+    rows = [[*first, 3, 3], [*second, 3, 3, 3], [*first, 4, 4], [*second, 4, 4], [*first, 3, 5]]
+    groups = [1, 2, 1, 2, 1]
+    # 13 + 3 tokens, then 12 + 1 + 2: [3, 5] comes after [3, 3]
+    assert micro_batches(rows, 16, groups=groups) == [[1, 3], [0, 4, 2]]
+    assert micro_batches(rows, 14, groups=groups) == [[1], [3], [0, 4], [2]]
+    # side by side the second group has the first one's width, 13: 13 + 3 + 13 + 2 + 3
+    assert micro_batches(rows, 34, groups=groups) == [[1, 3, 0, 4, 2]]
+    assert micro_batches(rows, 33, groups=groups) == [[1, 3, 0, 4], [2]]
+
+
+def test_a_rank_trains_on_whole_groups_if_they_divide():
+    groups = [[[name] * (number + row) for row in range(3)] for number, name in enumerate("abcdefgh")]
+    shares = [common.rank_share(groups, Ranks(rank, 4, None)) for rank in range(4)]
+    assert sorted(sum(shares, [])) == sorted(sum(groups, []))
+    assert all(len(share) == 6 and len({row[0] for row in share if row}) == 2 for share in shares)
+    shares = [common.rank_share(groups[:3], Ranks(rank, 2, None)) for rank in range(2)]
+    assert sorted(sum(shares, [])) == sorted(sum(groups[:3], [])) and {len(s) for s in shares} == {4, 5}
 
 
 def test_read_rows(tmp_path):
@@ -224,18 +247,54 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_row_cache_equals_a_plain_forward(kind):
-    """Rows that grow, and go back, each at its own pace, and are kept or copied; with fewer key heads than
-    heads, and with sliding windows."""
+def model_of(kind):
+    """Random weights; fewer key heads than heads."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **MODELS[kind]}
     if kind != "GPT2":
         sizes |= {"num_key_value_heads": 2, "intermediate_size": 48}
     config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=24, initializer_range=0.3)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.last_hidden_state = types.MethodType(common._last_hidden_state, model)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_rows_share_is_read_once_and_changes_nothing(kind):
+    model, plain, chance = model_of(kind), model_of(kind), random.Random(0)
+    common.equip(model)
+    prompt = [chance.randrange(50) for _ in range(9)]
+    prompt[4] = 0  # the pad token inside a prompt is a token
+    rows = [prompt, [*prompt, 1, 2, 3], [*prompt, 1, 2, 0, 0, 7], [*prompt, 5], [*prompt, 5]]
+    rows += [[4], [4, 0], [4, 0, 0, 9]]
+    rows.append([chance.randrange(50) for _ in range(24)])  # beyond the window
+    where = [np.arange(1, len(row)) for row in rows]
+    where[1] = np.array([3, 11])
+    ids, (at, cols) = common.pad_right(rows, 0), common.positions(where)
+    seen = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, given, _: seen.append(given[0].numel()))
+    found, entropy = token_logprobs(model, ids, at, cols, temperature=0.7, entropy=True)
+    assert seen == [len({tuple(row[: n + 1]) for row in rows for n in range(max(1, len(row) - 1))})]
+    expected, entropies = [], []
+    for row, columns in zip(rows, where):
+        logprobs = (plain(torch.tensor([row])).logits[0] / 0.7).log_softmax(-1)
+        expected += [logprobs[c - 1, row[c]] for c in columns]
+        entropies += [-(logprobs[c - 1].exp() * logprobs[c - 1]).sum() for c in columns]
+    torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(entropy, torch.stack(entropies), atol=2e-5, rtol=1e-4)
+    weights = torch.rand(len(expected))
+    (weights * found).sum().backward()
+    (weights * torch.stack(expected)).sum().backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_row_cache_equals_a_plain_forward(kind):
+    """Rows that grow, and go back, each at its own pace, and are kept or copied; with fewer key heads than
+    heads, and with sliding windows."""
+    model, plain = model_of(kind), model_of(kind)
+    common.equip(model)
     cache, texts, chance = common.RowCache(model, 3), [[], [], []], random.Random(0)
     with torch.no_grad():
         for step in range(30):
@@ -250,7 +309,7 @@ def test_row_cache_equals_a_plain_forward(kind):
             hidden = cache.feed(rows, starts, new)
             for r, start, tokens, found in zip(rows, starts, new, hidden):
                 texts[r] = texts[r][:start] + tokens
-                whole = model.get_decoder()(torch.tensor([texts[r]])).last_hidden_state[0]
+                whole = plain.get_decoder()(torch.tensor([texts[r]])).last_hidden_state[0]
                 torch.testing.assert_close(found[: len(tokens)], whole[start:], atol=2e-5, rtol=1e-4)
 
 

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +182,7 @@ def test_sampler_draws_from_the_models_distribution():
     )
     config.initializer_range = 0.5
     model = LlamaForCausalLM(config).eval()
-    model.last_hidden_state = types.MethodType(common._last_hidden_state, model)  # as load_model does
+    common.equip(model)
     table = torch.zeros(3, 7, dtype=torch.bool)
     table[0, 3] = True  # token 3 ends a completion
     prompt, rows = [1, 2, 4], 20_000

@@ -200,8 +200,7 @@ def small_world(seed=0, max_latent_tokens=2, text="a=1\na=a\n"):
     model.generation_config = (
         GenerationConfig()
     )  # as load_model does: no eos, no sampling settings of its own
-    for name in ("token_logprobs", "last_hidden_state"):  # as load_model does
-        setattr(model, name, types.MethodType(getattr(common, f"_{name}"), model))
+    common.equip(model)
     args = dataclasses.replace(ARGS, max_latent_tokens=max_latent_tokens, entropy_coef=0.0, penalty=0.3)
     vocabulary = ra3.Vocabulary(tokenizer, len(TOKENS), "cpu")
     snippet = segment(text, vocabulary, 64, 128, max_latent_tokens)
@@ -477,13 +476,12 @@ def test_micro_batches_do_not_change_the_gradient(loss):
         args = dataclasses.replace(args, micro_batch_tokens=tokens, max_grad_norm=1e9)
         rollouts = [r for _, r in itertools.islice(enumerate_rollouts(snippet, vocabulary, args), 0, 80, 10)]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        lengths = [len(r.ids) for r in rollouts]
         if loss == "E":
             rows = [(r, np.array([0.5, -1.0])) for r in rollouts]
             ra3.update(
                 model,
                 optimizer,
-                ra3.weighted(rows, lengths, args, RANKS),
+                ra3.weighted(rows, rollouts, args, RANKS),
                 lambda part: ra3.policy_gradient_loss(model, part, vocabulary, args, 16.0),
                 RANKS,
                 args,
@@ -492,7 +490,7 @@ def test_micro_batches_do_not_change_the_gradient(loss):
             ra3.update(
                 model,
                 optimizer,
-                ra3.weighted(rollouts, lengths, args, RANKS),
+                ra3.weighted(rollouts, rollouts, args, RANKS),
                 lambda part: ra3.ntp_loss(model, part, vocabulary, False, 99.0),
                 RANKS,
                 args,

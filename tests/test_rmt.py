@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +207,7 @@ def test_top_entropy_against_brute_force():
 def test_score_texts_position_by_position(bos, monkeypatch):
     monkeypatch.setattr(rmt, "LOGITS_PER_CHUNK", 3 * 64)  # so that the logits are made in parts
     model = tiny_llama()
-    model.last_hidden_state = types.MethodType(common._last_hidden_state, model)  # as load_model does
+    common.equip(model)
     texts = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
     entropies, predictions = rmt.score_texts(model, texts, bos, 8, ONE, "")
     for text, entropy, prediction in zip(texts, entropies, predictions):
