@@ -7,11 +7,12 @@ stands here once and is pinned by tests. In the order of use:
     2 processes               setup, Ranks, all_sum
     3 data                    read_rows, column, draw_problems
     4 model                   load_tokenizer, token_texts, load_model, shard, gathered, copy_weights
-    5 batches                 pad_right, padded, micro_batches
-    6 sampling                uniforms, inverse_cdf, RowCache
-    7 log-probabilities       token_logprobs
-    8 run folder              Run: args, metrics, curves, checkpoints, resume
-    9 sandbox                 run_tests (from sandbox.py)
+    5 batches                 pad_right, padded, rank_share, micro_batches
+    6 packed rows             attention for a forward pass over no padding, and over a shared prompt once
+    7 sampling                uniforms, inverse_cdf, RowCache
+    8 log-probabilities       token_logprobs
+    9 run folder              Run: args, metrics, curves, checkpoints, resume
+    10 sandbox                run_tests (from sandbox.py)
 
 Shapes: B rows, T tokens, V vocabulary, N selected positions.
 """
@@ -53,7 +54,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sandbox import run_tests  # noqa: F401  (section 9; the scripts import it from here)
+from sandbox import run_tests  # noqa: F401  (section 10; the scripts import it from here)
 
 transformers.utils.logging.disable_progress_bar()
 TINY = Path(__file__).parent / "tiny"  # the embedded default: model, tokenizer, small corpora
@@ -520,7 +521,69 @@ def micro_batches(
     return batches
 
 
-# ---------------------------------------------------------------- 6 sampling
+# ---------------------------------------------------------------- 6 packed rows
+
+PREFIX_TREE = "prefix_tree"  # our attention, among transformers' implementations
+
+
+def has_prefix_tree(model) -> bool:
+    return model.config.get_text_config()._attn_implementation == PREFIX_TREE
+
+
+def distinct_tokens(
+    input_ids: torch.Tensor, lengths: torch.Tensor, share: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U tokens of rows [B, T] of `lengths` [B] tokens; with `share`, without those with which a row
+    begins like the one before it, because a causal model makes the same of them.
+
+    Returns index [B, T], which of the U a cell has, and cells [U], their places in input_ids.flatten().
+    """
+    real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)  # [B, T]
+    new = real.clone()
+    if share:
+        new[1:] &= ~((input_ids[1:] == input_ids[:-1]) & real[:-1]).cumprod(1).bool()
+    number = new.flatten().cumsum(0).view(new.shape) - 1
+    index = torch.where(new, number, 0).cummax(0).values  # what is not new has the number of the row before
+    return index, new.flatten().nonzero().squeeze(1)
+
+
+def unpack(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[1, H, U, D] -> the rows that they make up, [B, H, T, D]."""
+    tokens = tokens[0].transpose(0, 1)
+    # index_select adds up gradients faster than indexing does
+    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
+
+
+def attend(module, query, key, value, attention_mask, packed=None, cached=False, **kw):
+    """transformers' sdpa attention. With `packed`, the result of distinct_tokens, it is between rows, while
+    queries [1, H, U, D] (and, unless `cached`, keys and values) are those of the U tokens: whatever else a
+    layer does, it does to each token by itself.
+    """
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
+    (index, cells), length = packed, packed[0].shape[1]
+    if not cached:
+        key, value, attention_mask = unpack(key, index), unpack(value, index), None  # None: causal
+        window = kw.get("sliding_window") or length
+        if window < length:
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=index.device)
+            attention_mask = mask.tril().triu(1 - window)
+    out, _ = sdpa_attention_forward(module, unpack(query, index), key, value, attention_mask, **kw)
+    return out.flatten(0, 1).index_select(0, cells)[None], None  # [B, T, H, D] -> [1, U, H, D]
+
+
+AttentionInterface.register(PREFIX_TREE, attend)
+AttentionMaskInterface.register(PREFIX_TREE, sdpa_mask)
+
+
+def masks(model, full: torch.Tensor, sliding: torch.Tensor):
+    """The attention masks as the model takes them: one for each kind of layer, if it has such."""
+    if hasattr(model.config.get_text_config(), "layer_types"):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding
+
+
+# ---------------------------------------------------------------- 7 sampling
 
 
 def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
@@ -560,13 +623,20 @@ class RowCache:
         self.window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
 
     def feed(self, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
-        """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`."""
+        """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`.
+
+        The model runs over no padding, and once over what texts fed from their start have in common with the
+        one before.
+        """
         lengths, device = [len(ids) for ids in tokens], self.model.device
         last = max(start + length for start, length in zip(starts, lengths))
+        ids, packed = pad_right(tokens, 0, device), None  # [B, C]
+        if has_prefix_tree(self.model) and len(tokens) > 1:
+            packed = distinct_tokens(ids, torch.tensor(lengths, device=device), share=not any(starts))
         rows, starts, lengths = torch.tensor([rows, starts, lengths], device=device)
-        return self.feed_tensors(rows, starts, pad_right(tokens, 0, device), lengths, last)
+        return self.feed_tensors(rows, starts, ids, lengths, last, packed)
 
-    def feed_tensors(self, rows, starts, ids, lengths, last: int) -> torch.Tensor:
+    def feed_tensors(self, rows, starts, ids, lengths, last: int, packed=None) -> torch.Tensor:
         """The same for tensors: rows, starts, lengths [B], ids [B, C]; no row ends behind place `last`."""
         self.used, device = last + 1, ids.device
         rows, starts, ends = rows.unsqueeze(1), starts.unsqueeze(1), (starts + lengths).unsqueeze(1)  # [B, 1]
@@ -576,10 +646,15 @@ class RowCache:
         mask = local = columns <= own  # [B, 1, C, used]: a token sees the columns up to its own
         if self.window < math.inf:
             local = mask & (columns > own - self.window)
-        self.where = rows, places
+        self.where, self.packed = (rows, places), packed
         position_ids = torch.minimum(places, ends - 1)  # padding may be beyond the model's context
-        mask = masks(self.model, mask, local)
-        return self.model.last_hidden_state(ids, position_ids=position_ids, attention_mask=mask, cache=self)
+        options = {"attention_mask": masks(self.model, mask, local), "cache": self}
+        if packed is None:
+            return self.model.last_hidden_state(ids, position_ids=position_ids, **options)
+        index, cells = packed
+        ids, position_ids = ids.flatten()[cells][None], position_ids.flatten()[cells][None]  # [1, U]
+        options |= {"packed": packed, "cached": True}
+        return self.model.last_hidden_state(ids, position_ids=position_ids, **options)[0, index]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows [B] alone, in this order; a row may come several times."""
@@ -590,6 +665,7 @@ class RowCache:
         return self._keep((layer, "keys"), keys), self._keep((layer, "values"), values)
 
     def _keep(self, name, new):
+        new = unpack(new, self.packed[0]) if self.packed else new
         stored, (rows, places) = self.stored.get(name), self.where
         if stored is None or stored.shape[2] < self.used:
             wider = new.new_zeros(self.rows, new.shape[1], self.used + 64, new.shape[3])
@@ -603,7 +679,7 @@ class RowCache:
         return 0  # the model asks before it makes a mask; the mask is given
 
 
-# ---------------------------------------------------------------- 7 log-probabilities
+# ---------------------------------------------------------------- 8 log-probabilities
 
 
 LOGITS_PER_CHUNK = 2**25  # at most so many logits exist at once (128 MiB in fp32)
@@ -633,12 +709,12 @@ def _last_hidden_state(self, input_ids, cache=None, **kw) -> torch.Tensor:
 
 
 def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, temperature=1.0, entropy=False):
-    if self.config.get_text_config()._attn_implementation == PREFIX_TREE:
-        # U <= B T distinct tokens; of each row only those before its last chosen position are needed
+    if has_prefix_tree(self):
+        # of each row only the tokens before its last chosen position are needed
         lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
         index, cells = distinct_tokens(input_ids, lengths)  # [B, T], [U]
-        options = {"position_ids": (cells % input_ids.shape[1])[None], "prefix_tree": (index, cells)}
-        no_mask = masks(self, *[torch.ones(1, 1, 1, 1, dtype=torch.bool)] * 2)  # `attend` knows the rows
+        no_mask = masks(self, *[torch.ones(1, 1, 1, 1, dtype=torch.bool)] * 2)  # `attend` has its own
+        options = {"position_ids": (cells % input_ids.shape[1])[None], "packed": (index, cells)}
         hidden = _last_hidden_state(self, input_ids.flatten()[cells][None], attention_mask=no_mask, **options)
         hidden = hidden[0].index_select(0, index[rows, cols - 1])  # [N, D]: t - 1 predicts token t
     else:
@@ -652,51 +728,6 @@ def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, tempe
         for h, t in zip(hidden.split(chunk), targets.split(chunk))
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def distinct_tokens(input_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [B, T] of `lengths` [B] tokens, without those with which a row begins like the one before.
-
-    Returns index [B, T], which token stands for a cell, and cells [U], their places in input_ids.flatten().
-    """
-    real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)  # [B, T]
-    new = real.clone()
-    new[1:] &= ~((input_ids[1:] == input_ids[:-1]) & real[:-1]).cumprod(1).bool()
-    number = new.flatten().cumsum(0).view(new.shape) - 1
-    index = torch.where(new, number, 0).cummax(0).values  # what is not new has the number of the row before
-    return index, new.flatten().nonzero().squeeze(1)
-
-
-def attend(module, query, key, value, attention_mask, prefix_tree=None, **kw):
-    """transformers' sdpa attention. With `prefix_tree`, distinct_tokens' result, query, key and value are
-    [1, H, U, D], and rows are put together only here: all else in a layer is done to each token by itself.
-    """
-    if prefix_tree is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
-    (index, cells), mask = prefix_tree, None
-    length, window = index.shape[1], kw.get("sliding_window") or math.inf
-    if window < length:
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=index.device).tril().triu(1 - window)
-
-    def rows(tokens):  # [1, H, U, D] -> [B, H, T, D]
-        tokens = tokens[0].transpose(0, 1)
-        # index_select adds up gradients faster than indexing does
-        return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
-
-    out, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), mask, **kw)  # [B, T, H, D]
-    return out.flatten(0, 1).index_select(0, cells)[None], None
-
-
-def masks(model, full: torch.Tensor, sliding: torch.Tensor):
-    """The attention masks as the model takes them: one for each kind of layer, if it has such."""
-    if hasattr(model.config.get_text_config(), "layer_types"):
-        return {"full_attention": full, "sliding_attention": sliding}
-    return sliding
-
-
-PREFIX_TREE = "prefix_tree"
-AttentionInterface.register(PREFIX_TREE, attend)
-AttentionMaskInterface.register(PREFIX_TREE, sdpa_mask)
 
 
 def _logprob_chunk(lm_head, hidden, targets, event, temperature, entropy):
@@ -721,7 +752,7 @@ def _logprob_chunk(lm_head, hidden, targets, event, temperature, entropy):
     return logprobs, entropies
 
 
-# ---------------------------------------------------------------- 8 run folder
+# ---------------------------------------------------------------- 9 run folder
 
 NOT_DEFINING = {"resume", "output_dir", "micro_batch_tokens", "save_every", "keep_checkpoints"}
 NOT_DEFINING |= {"dry_run", "workers"}
