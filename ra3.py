@@ -144,7 +144,7 @@ class Args:
     max_grad_norm: float = 1.0
     """gradients are clipped to this global norm (the paper names none)"""
     micro_batch_tokens: int = 16384
-    """tokens of a forward-backward pass on a rank; memory and speed only"""
+    """tokens of a forward-backward pass on a rank (shared ones once); memory and speed only"""
     # ---- evaluation and saving
     eval_snippets: int = 256
     """held-out snippets"""

@@ -146,7 +146,7 @@ class Args:
     max_grad_norm: float = 0.2
     """the global gradient is clipped to this norm (RPT's)"""
     micro_batch_tokens: int = 16384
-    """padded tokens per forward pass on each rank; memory and speed only"""
+    """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
     max_skipped: int = 5
     """updates with a NaN or infinite gradient are skipped; stop after this many in a row"""
     # ---- evaluation and saving

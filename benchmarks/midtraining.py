@@ -5,10 +5,11 @@
 
 All are ra3.py's own steps (`e_step`, `sample_ahead`, `m_step`; NTP has no sampler) with the sizes of --tiny,
 and learning rate 0, so that every round does the same work. A constant added to the logits of the tokens that
-open a thought sets the think rate of the sampler q. The steps take turns in every round; the median counts.
-A corpus token is one of the snippets; an E-step rolls each snippet out G = 3 times. `text` is how many tokens
-of rolled-out text come from one of the corpus; rollout, score and update are shares of the time on the clock;
-MiB is what an update needs on top of what the process holds. CPU time hardly depends on what else runs.
+open a thought sets the think rate of the sampler q. As in ra3.py, as many M-steps are sampled at once as
+--rollout-rows allows. The steps take turns in every round; the median counts. A corpus token is one of the
+snippets; an E-step rolls each snippet out G = 3 times. `text` is how many tokens of rolled-out text come
+from one of the corpus; rollout, score and update are shares of the time on the clock; MiB is what the step
+needs on top of what the process holds. CPU time hardly depends on what else runs.
 """
 
 import argparse
@@ -95,10 +96,11 @@ def add_think_bias(model, snippets, vocabulary, rate):
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias * vocabulary.opens)
 
 
-def m_step(pi, q, optimizer, snippets, vocabulary, args, ranks):
-    """An M-step update with its rollouts, alone; without q an NTP update."""
-    ((rollouts, seconds),) = ra3.sample_ahead(q, [snippets], 0, vocabulary, args, ranks)
-    return ra3.m_step(pi, optimizer, rollouts, seconds, vocabulary, args, ranks)
+def m_steps(pi, q, optimizer, snippets, updates, vocabulary, args, ranks):
+    """M-step updates, sampled at once as in ra3.main, or without q NTP updates; the last one's metrics."""
+    for rollouts, seconds in ra3.sample_ahead(q, [snippets] * updates, 0, vocabulary, args, ranks):
+        metrics = ra3.m_step(pi, optimizer, rollouts, seconds, vocabulary, args, ranks)
+    return metrics
 
 
 # ---- this one
@@ -123,6 +125,7 @@ def main():
     else:
         snippets = SnippetStream(args, "M", v, config.max_position_embeddings).batch(given.snippets)
     count, tokens = len(snippets), sum(len(s.ids) - 1 for s in snippets)  # without the separators
+    ahead = max(1, args.rollout_rows // given.snippets)  # updates
     still = {model: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) for model in (pi, q)}
 
     def update(step, rate):
@@ -130,7 +133,9 @@ def main():
         add_think_bias(q, snippets, v, rate)
         if step == "E":
             return clock(ra3.e_step, q, pi, still[q], snippets, v, args, ranks, 20)
-        return clock(m_step, pi, None if step == "NTP" else q, still[pi], snippets, v, args, ranks)
+        q_or_none = None if step == "NTP" else q
+        wall, cpu, metrics = clock(m_steps, pi, q_or_none, still[pi], snippets, ahead, v, args, ranks)
+        return wall / ahead, cpu / ahead, metrics
 
     cases = [("NTP", 0.0), *[("M", rate) for rate in given.rates], *[("E", rate) for rate in given.rates]]
     peaks = {case: peak_mib(update, *case)[0] for case in cases}
