@@ -39,9 +39,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("per_chunk", [2**25, 100])  # whole, and two positions at a time with recomputation
-def test_token_logprobs_against_plain_arithmetic(folder, per_chunk, monkeypatch):
+@pytest.mark.parametrize("attention", [common.PREFIX_TREE, "sdpa"])  # sdpa: for models that ours does not fit
+def test_token_logprobs_against_plain_arithmetic(folder, attention, per_chunk, monkeypatch):
     monkeypatch.setattr(common, "LOGITS_PER_CHUNK", per_chunk)
     model, plain = common.load_model(folder, RANKS), AutoModelForCausalLM.from_pretrained(folder)
+    assert common.has_prefix_tree(model)
+    model.set_attn_implementation(attention)
     ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
     rows, cols = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([1, 4, 8, 3, 5])
     event = torch.zeros(50, dtype=torch.bool)
