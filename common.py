@@ -359,11 +359,14 @@ def token_texts(tokenizer, vocab_size: int) -> list[str]:
     return [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * (vocab_size - len(tokenizer))
 
 
+LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # of Cohere, Granite, Gemma 2
+
+
 def load_model(name: str, ranks: Ranks, train: bool = True):
     """The causal language model `name` (hub id or folder) in float32 on this rank's device.
 
     With `train`, the weights are fp32 masters, sharded over the ranks (FSDP2) with bf16 compute on GPU.
-    UserError if there is no such model.
+    UserError if there is no such model, or if its logits are not simply those of its output layer.
     """
     try:
         AutoConfig.from_pretrained(name)
@@ -372,6 +375,10 @@ def load_model(name: str, ranks: Ranks, train: bool = True):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # as for the tokenizer
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
+    config = model.config.get_text_config()
+    changed = [key for key in LOGIT_CHANGES if getattr(config, key, None) not in (None, 1)]
+    if train and changed:
+        raise UserError(f"{name} changes its output layer's logits by {changed[0]}, which is not supported")
     model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
     model.generation_config = GenerationConfig()  # the model's own may add top-k or a penalty
     model.requires_grad_(train)

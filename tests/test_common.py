@@ -233,6 +233,15 @@ def test_old_checkpoints_are_removed_and_models_export(folder, tmp_path):
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
 
 
+def test_a_model_that_changes_its_logits_is_refused(tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.CohereConfig(**sizes, num_attention_heads=2, logit_scale=0.5)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="logit_scale"):
+        common.load_model(str(tmp_path), RANKS)
+    common.load_model(str(tmp_path), RANKS, train=False)  # for evaluation, which leaves logits to the model
+
+
 def test_no_model_no_tokenizer_no_eos(folder, tmp_path):
     with pytest.raises(UserError, match="cannot load the model"):
         common.load_model(str(tmp_path), RANKS)
