@@ -48,6 +48,7 @@ from tqdm import tqdm
 from transformers import TopPLogitsWarper
 
 import common
+import modeling
 from common import UserError
 
 
@@ -268,7 +269,7 @@ def choose_tokens(logits, noise, temperatures, top_p: float) -> torch.Tensor:
     a rounding error that swaps two nearly equal tokens changes nothing, whatever the batch.
     """
     scaled = logits.float() / temperatures.clamp(min=1e-6).unsqueeze(1)  # [B, V]
-    drawn = common.inverse_cdf(TopPLogitsWarper(top_p)(None, scaled).softmax(-1), noise)
+    drawn = modeling.inverse_cdf(TopPLogitsWarper(top_p)(None, scaled).softmax(-1), noise)
     return torch.where(temperatures > 0, drawn, logits.argmax(-1))
 
 
@@ -279,8 +280,8 @@ def complete(model, tokenizer, eos: set[int], batch: list[Job], args: Args) -> N
     prompts = [problem.prompt for problem in problems]
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     width = inputs.input_ids.shape[1]  # T
-    common.check_context(model, width + args.max_new_tokens, "the longest prompt and --max-new-tokens")
-    noise = [common.uniforms([args.max_new_tokens], args.seed, *key(sample)) for sample in samples]
+    modeling.check_context(model, width + args.max_new_tokens, "the longest prompt and --max-new-tokens")
+    noise = [modeling.uniforms([args.max_new_tokens], args.seed, *key(sample)) for sample in samples]
     noise = torch.stack(noise).to(model.device)  # [B, M]
     temperatures = torch.tensor([sample["temperature"] for sample in samples], device=model.device)  # [B]
     unstopped = {THOUGHT_STOP} if args.thoughts else set()  # D1
@@ -492,9 +493,9 @@ def main(args: Args) -> None:
     mine = batches[ranks.rank :: ranks.world_size]
     model = None
     if batches and not args.samples:
-        tokenizer = common.load_tokenizer(args.model)
-        eos = common.eos_ids(tokenizer, args.model)
-        model = common.load_model(args.model, ranks, train=False)
+        tokenizer = modeling.load_tokenizer(args.model)
+        eos = modeling.eos_ids(tokenizer, args.model)
+        model = modeling.load_model(args.model, ranks, train=False)
 
     # 2 sample and 3 judge, at the same time. One unbuffered append per line: the ranks share the file
     bar = tqdm(total=sum(map(len, mine)), unit="sample", disable=not ranks.main)
@@ -505,7 +506,7 @@ def main(args: Args) -> None:
         bar.update()
 
     background, verdicts = ThreadPoolExecutor(1), []
-    with common.gathered(model) if model else contextlib.nullcontext():
+    with modeling.gathered(model) if model else contextlib.nullcontext():
         for batch in mine:
             if model:
                 complete(model, tokenizer, eos, batch, args)

@@ -49,9 +49,11 @@ import tyro
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import (
-    TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum, check_context, check_sizes,
-    column, draw_problems, eos_ids, gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer,
-    micro_batches, not_finite, pad_right, padded, rank_share, read_rows, run_tests, setup,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, column, draw_problems,
+    launch, micro_batches, not_finite, pad_right, padded, rank_share, read_rows, run_tests, setup,
+)
+from modeling import (
+    RowCache, check_context, eos_ids, gathered, grad_norm, inverse_cdf, load_model, load_tokenizer,
     token_logprobs, token_texts, uniforms,
 )
 

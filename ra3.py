@@ -54,9 +54,12 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 from common import (
-    EVENT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum,
-    check_sizes, copy_weights, gathered, grad_norm, inverse_cdf, launch, load_model, load_tokenizer,
-    micro_batches, not_finite, pad_right, positions, setup, token_logprobs, uniforms, write_whole,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, launch, micro_batches,
+    not_finite, pad_right, positions, setup, write_whole,
+)
+from modeling import (
+    EVENT, LOGITS_PER_CHUNK, RowCache, copy_weights, gathered, grad_norm, inverse_cdf, load_model,
+    load_tokenizer, token_logprobs, uniforms,
 )
 from snippets import Snippet, SnippetStream, Vocabulary, bootstrap_text
 

@@ -49,10 +49,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import (
-    LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, RowCache, Run, UserError, all_gather_list, all_sum,
-    check_context, check_sizes, column, draw_problems, eos_ids, gathered, grad_norm, inverse_cdf, launch,
-    load_model, load_tokenizer, micro_batches, not_finite, pad_right, padded, rank_share, read_rows, setup,
-    together, token_logprobs, token_texts, uniforms,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, column, draw_problems,
+    launch, micro_batches, not_finite, pad_right, padded, rank_share, read_rows, setup, together,
+)
+from modeling import (
+    LOGITS_PER_CHUNK, RowCache, check_context, eos_ids, gathered, grad_norm, inverse_cdf, load_model,
+    load_tokenizer, token_logprobs, token_texts, uniforms,
 )
 
 

@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo_rlvr  # noqa: E402
-from common import TINY, load_model, load_tokenizer, setup, uniforms  # noqa: E402
+from common import TINY, setup  # noqa: E402
+from modeling import load_model, load_tokenizer, uniforms  # noqa: E402
 
 try:
     import trl

@@ -29,6 +29,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+import modeling  # noqa: E402
 import ra3  # noqa: E402
 from snippets import SnippetStream, Vocabulary, segment  # noqa: E402
 
@@ -87,8 +88,8 @@ def add_think_bias(model, snippets, vocabulary, rate):
     model.lm_head._forward_hooks.clear()
     rows, cols = common.positions([s.boundaries for s in snippets[:32]], model.device)
     ids, act = common.pad_right([s.ids for s in snippets[:32]], 0, model.device), ~vocabulary.opens
-    targets = torch.full_like(rows, common.EVENT)
-    act, _ = common.token_logprobs(model, ids, rows, cols, targets=targets, event=act)  # log q(act)
+    targets = torch.full_like(rows, modeling.EVENT)
+    act, _ = modeling.token_logprobs(model, ids, rows, cols, targets=targets, event=act)  # log q(act)
     log_odds, low, high = torch.log1p(-act.exp()) - act, -100.0, 100.0
     for _ in range(40):
         bias = (low + high) / 2
@@ -117,9 +118,9 @@ def main():
     given = parser.parse_args()
     ranks = common.setup(0)
     args = dataclasses.replace(ra3.TINY_DEFAULTS, max_snippets=2000)
-    pi, q = common.load_model(given.model, ranks), common.load_model(given.model, ranks)
+    pi, q = modeling.load_model(given.model, ranks), modeling.load_model(given.model, ranks)
     config = pi.config.get_text_config()
-    v = Vocabulary(common.load_tokenizer(given.model), config.vocab_size, ranks.device)
+    v = Vocabulary(modeling.load_tokenizer(given.model), config.vocab_size, ranks.device)
     if given.length:
         snippets = joined_snippets(given.snippets, given.length, v)
     else:

@@ -28,6 +28,7 @@ from midtraining import add_think_bias, clock, joined_snippets, machine, peak_mi
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+import modeling  # noqa: E402
 import ra3  # noqa: E402
 from snippets import Vocabulary  # noqa: E402
 
@@ -38,7 +39,7 @@ def forward_only(model, snippets, noise, v, args, result):
     for batch in common.micro_batches([list(ids) for ids, _ in result], 4096):
         where = [np.flatnonzero(result[i][1] != ra3.FORCED) for i in batch]  # what q decided about
         ids = common.pad_right([result[i][0] for i in batch], 0, model.device)
-        common.token_logprobs(model, ids, *common.positions(where, model.device))
+        modeling.token_logprobs(model, ids, *common.positions(where, model.device))
     return result
 
 
@@ -52,7 +53,7 @@ class Turn:
     def __call__(self, input_ids, scores):
         v, step = self.v, len(self.drawn)
         noise = self.noise.gather(1, self.places[:, None] - 1 + step)[:, 0]
-        drawn = common.inverse_cdf((scores.float() / self.temperature).softmax(-1), noise)
+        drawn = modeling.inverse_cdf((scores.float() / self.temperature).softmax(-1), noise)
         self.drawn.append(drawn)
         self.over |= v.ends[drawn] | v.breaks[drawn] | (step == 0) & ~v.opens[drawn]
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
@@ -117,7 +118,8 @@ class Forced:
     def __call__(self, input_ids, scores):
         v, step, thinking = self.v, input_ids.shape[1] - 1, self.length > 0
         script, follow, after, boundary = self.tables[:, torch.arange(len(self.pointer)), self.pointer]
-        drawn = common.inverse_cdf((scores.float() / self.args.temperature).softmax(-1), self.noise[:, step])
+        probs = (scores.float() / self.args.temperature).softmax(-1)
+        drawn = modeling.inverse_cdf(probs, self.noise[:, step])
         deciding = boundary.bool() & ~self.decided & ~thinking
         writes, acts = (deciding & v.opens[drawn]) | thinking, deciding & ~v.opens[drawn]
         length = self.length + writes
@@ -161,8 +163,8 @@ def main():
     given = parser.parse_args()
     ra3.DRAFT = given.draft
     designs = {name: run for name, run in DESIGNS.items() if name == "ours" or name[1] in given.designs}
-    model = common.load_model(given.model, common.setup(0))
-    v = Vocabulary(common.load_tokenizer(given.model), model.config.vocab_size, model.device)
+    model = modeling.load_model(given.model, common.setup(0))
+    v = Vocabulary(modeling.load_tokenizer(given.model), model.config.vocab_size, model.device)
     rows, length, rate = given.rows[0], given.lengths[0], given.rates[0]
     cases = [(n, length, rate) for n in given.rows] + [(rows, n, rate) for n in given.lengths[1:]]
     cases, passes = cases + [(rows, length, x) for x in given.rates[1:]], []  # tokens of each forward pass
@@ -172,7 +174,7 @@ def main():
     for rows, length, rate in cases:
         args, snippets = ra3.Args(rollout_rows=rows), joined_snippets(rows, length, v)
         add_think_bias(model, snippets, v, rate)
-        noise = common.uniforms((rows, max(s.width(args.max_latent_tokens) for s in snippets)), 0)
+        noise = modeling.uniforms((rows, max(s.width(args.max_latent_tokens) for s in snippets)), 0)
         inputs, first, result = (model, snippets, noise, v, args), {}, None
         for name, run in designs.items():
             passes.clear()

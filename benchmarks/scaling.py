@@ -26,6 +26,7 @@ from midtraining import add_think_bias, joined_snippets, m_step, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+import modeling  # noqa: E402
 import ra3  # noqa: E402
 from snippets import Vocabulary  # noqa: E402
 
@@ -42,8 +43,8 @@ def worker(given):
     """One rank: prints a JSON list of (wall, CPU, corpus tokens) of the cases."""
     torch.set_num_threads(1)
     ranks, found = common.setup(0), []
-    pi, q = common.load_model(given.model, ranks), common.load_model(given.model, ranks)
-    v = Vocabulary(common.load_tokenizer(given.model), pi.config.vocab_size, ranks.device)
+    pi, q = modeling.load_model(given.model, ranks), modeling.load_model(given.model, ranks)
+    v = Vocabulary(modeling.load_tokenizer(given.model), pi.config.vocab_size, ranks.device)
     still = {model: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) for model in (pi, q)}
     everything = cases(given)
     for turn, (count, length, group, step) in enumerate([everything[0], *everything]):

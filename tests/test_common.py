@@ -1,4 +1,4 @@
-"""common.py: token log-probabilities, sampling, batches, data reading, checkpoints."""
+"""common.py: batches, data reading, checkpoints; modeling.py: sampling, packed rows, log-probabilities."""
 
 import dataclasses
 import gzip
@@ -14,7 +14,9 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
-from common import EVENT, Ranks, UserError, inverse_cdf, micro_batches, read_rows, token_logprobs, uniforms
+import modeling
+from common import Ranks, UserError, micro_batches, read_rows
+from modeling import EVENT, inverse_cdf, token_logprobs, uniforms
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 
@@ -39,11 +41,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("per_chunk", [2**25, 100])  # whole, and two positions at a time with recomputation
-@pytest.mark.parametrize("attention", [common.PREFIX_TREE, "sdpa"])  # sdpa: for models that ours does not fit
+@pytest.mark.parametrize("attention", [modeling.PREFIX_TREE, "sdpa"])  # sdpa: for models that ours does not fit
 def test_token_logprobs_against_plain_arithmetic(folder, attention, per_chunk, monkeypatch):
-    monkeypatch.setattr(common, "LOGITS_PER_CHUNK", per_chunk)
-    model, plain = common.load_model(folder, RANKS), AutoModelForCausalLM.from_pretrained(folder)
-    assert common.has_prefix_tree(model)
+    monkeypatch.setattr(modeling, "LOGITS_PER_CHUNK", per_chunk)
+    model, plain = modeling.load_model(folder, RANKS), AutoModelForCausalLM.from_pretrained(folder)
+    assert modeling.has_prefix_tree(model)
     model.set_attn_implementation(attention)
     ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
     rows, cols = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([1, 4, 8, 3, 5])
@@ -76,7 +78,7 @@ def test_token_logprobs_against_plain_arithmetic(folder, attention, per_chunk, m
 
 
 def test_right_padding_needs_no_mask(folder):
-    model = common.load_model(folder, RANKS)
+    model = modeling.load_model(folder, RANKS)
     ids = common.pad_right([[1, 2, 3], [4, 5, 6, 7, 8, 9]], pad=0)
     both = token_logprobs(model, ids, torch.tensor([0, 0]), torch.tensor([1, 2]))[0]
     alone = token_logprobs(model, ids[:1, :3], torch.tensor([0, 0]), torch.tensor([1, 2]))[0]
@@ -182,7 +184,7 @@ class Arguments:
 
 def test_checkpoints_are_whole_or_absent(folder, tmp_path, monkeypatch):
     common.setup(0)
-    model = common.load_model(folder, RANKS)
+    model = modeling.load_model(folder, RANKS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     run = common.Run(Arguments(folder, str(tmp_path / "r")), common.__file__, RANKS)
     ids = torch.arange(12).view(2, 6)
@@ -221,7 +223,7 @@ def test_checkpoints_are_whole_or_absent(folder, tmp_path, monkeypatch):
 
 def test_old_checkpoints_are_removed_and_models_export(folder, tmp_path):
     common.setup(0)
-    model, tokenizer = common.load_model(folder, RANKS), common.load_tokenizer(str(common.TINY / "model"))
+    model, tokenizer = modeling.load_model(folder, RANKS), modeling.load_tokenizer(str(common.TINY / "model"))
     run = common.Run(Arguments(folder, str(tmp_path / "r")), common.__file__, RANKS)
     for update in range(1, 5):
         run.save(update, {}, {"policy": model}, None)
@@ -238,15 +240,15 @@ def test_a_model_that_changes_its_logits_is_refused(tmp_path):
     config = transformers.CohereConfig(**sizes, num_attention_heads=2, logit_scale=0.5)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="logit_scale"):
-        common.load_model(str(tmp_path), RANKS)
-    common.load_model(str(tmp_path), RANKS, train=False)  # for evaluation, which leaves logits to the model
+        modeling.load_model(str(tmp_path), RANKS)
+    modeling.load_model(str(tmp_path), RANKS, train=False)  # for evaluation, which leaves logits to the model
 
 
 def test_no_model_no_tokenizer_no_eos(folder, tmp_path):
     with pytest.raises(UserError, match="cannot load the model"):
-        common.load_model(str(tmp_path), RANKS)
+        modeling.load_model(str(tmp_path), RANKS)
     with pytest.raises(UserError, match="no tokenizer at"):
-        common.load_tokenizer(str(tmp_path))
+        modeling.load_tokenizer(str(tmp_path))
 
 
 SLIDING = {"sliding_window": 8}  # the rows have up to 24 tokens
@@ -273,7 +275,7 @@ def model_of(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_rows_share_is_read_once_and_changes_nothing(kind):
     model, plain, chance = model_of(kind), model_of(kind), random.Random(0)
-    common.equip(model)
+    modeling.equip(model)
     prompt = [chance.randrange(50) for _ in range(9)]
     prompt[4] = 0  # the pad token inside a prompt is a token
     rows = [prompt, [*prompt, 1, 2, 3], [*prompt, 1, 2, 0, 0, 7], [*prompt, 5], [*prompt, 5]]
@@ -306,8 +308,8 @@ def test_row_cache_equals_a_plain_forward(kind):
     """Rows that grow, and go back, each at its own pace, and are kept or copied; with fewer key heads than
     heads, and with sliding windows."""
     model, plain = model_of(kind), model_of(kind)
-    common.equip(model)
-    cache, texts, chance = common.RowCache(model, 3), [[], [], []], random.Random(0)
+    modeling.equip(model)
+    cache, texts, chance = modeling.RowCache(model, 3), [[], [], []], random.Random(0)
     with torch.no_grad():
         for step in range(30):
             if step in (10, 20) and all(texts):
@@ -332,4 +334,4 @@ def test_row_cache_refuses_what_it_cannot_do():
 
     for config in ({"stateful": True}, {"layer_types": ["full_attention", "linear_attention"]}):
         with pytest.raises(UserError, match="recurrent state|linear_attention"):
-            common.RowCache(model(**config), 3)
+            modeling.RowCache(model(**config), 3)

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import common
+import modeling
 import eval_code
 from eval_code import Args, Problem
 
@@ -42,7 +43,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def tiny():
     ranks = common.setup(0)
-    return common.load_model(SMALL["model"], ranks, train=False), common.load_tokenizer(SMALL["model"])
+    return modeling.load_model(SMALL["model"], ranks, train=False), modeling.load_tokenizer(SMALL["model"])
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +404,7 @@ def generate(tiny, problems: list[Problem], temperatures=(0.0, 0.7), batch_size=
             known = {"benchmark": "humaneval", "task_id": problem.task_id}
             jobs.append((problem, known | {"temperature": temperature, "sample": number}))
     for start in range(0, len(jobs), batch_size):
-        eos = common.eos_ids(tokenizer, MODEL)
+        eos = modeling.eos_ids(tokenizer, MODEL)
         eval_code.complete(model, tokenizer, eos, jobs[start : start + batch_size], args)
     return {eval_code.key(sample): (sample["completion"], sample["truncated"]) for _, sample in jobs}
 
@@ -475,7 +476,7 @@ def test_stop_words_end_generation_early(tiny, monkeypatch):
 def test_thoughts_leave_the_stop_word_out(tiny, monkeypatch):
     _, tokenizer = tiny
     script = tokenizer("    x = 1\n# so\n    return x\nclass A:\n").input_ids + [tokenizer.eos_token_id] * 99
-    monkeypatch.setattr(common, "uniforms", lambda shape, *key: torch.arange(shape[0]).float())
+    monkeypatch.setattr(modeling, "uniforms", lambda shape, *key: torch.arange(shape[0]).float())
     monkeypatch.setattr(
         eval_code, "choose_tokens", lambda logits, step, *_: torch.tensor(script)[step.long()]
     )
@@ -577,7 +578,7 @@ def test_a_killed_evaluation_goes_on(finished, tmp_path, written):
 
 def test_a_finished_evaluation_is_only_reported_again(finished, monkeypatch, capsys):
     before = (finished / "samples.jsonl").read_text()
-    monkeypatch.setattr(common, "load_model", None)
+    monkeypatch.setattr(modeling, "load_model", None)
     eval_code.main(Args(**SMALL, output_dir=str(finished)))
     assert (finished / "samples.jsonl").read_text() == before
     assert "HumanEval" in capsys.readouterr().out

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import common
+import modeling
 import grpo_rlvr
-from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, uniforms
+from common import TINY, Ranks, UserError, launch
+from modeling import load_model, load_tokenizer, uniforms
 from grpo_rlvr import Args, Problem, Sample, group_advantages, grpo_loss, loss_normalizer
 
 REPO = Path(__file__).parent.parent
@@ -182,7 +183,7 @@ def test_sampler_draws_from_the_models_distribution():
     )
     config.initializer_range = 0.5
     model = LlamaForCausalLM(config).eval()
-    common.equip(model)
+    modeling.equip(model)
     table = torch.zeros(3, 7, dtype=torch.bool)
     table[0, 3] = True  # token 3 ends a completion
     prompt, rows = [1, 2, 4], 20_000
@@ -644,5 +645,5 @@ def test_tiny_run_is_saved_on_sigterm(tmp_path):
     assert [row["update"] for row in history] == list(range(len(history)))
     assert history[0]["eval/pass@1"] >= 0 and history[1]["policy/rollout_gap"] < 1e-4
     assert (folder / "checkpoints" / f"state_{len(history) - 1:06d}" / "state.json").exists()
-    for name in ("args.json", "env.txt", "samples.md", "curves.png", "grpo_rlvr.py", "common.py"):
+    for name in ("args.json", "env.txt", "samples.md", "curves.png", "grpo_rlvr.py", "common.py", "modeling.py"):
         assert (folder / name).exists(), name

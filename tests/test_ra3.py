@@ -29,10 +29,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import common
+import modeling
 import ra3
 import snippets
-from common import EVENT, Ranks, UserError, read_rows, uniforms
+from common import Ranks, UserError, read_rows
+from modeling import EVENT, uniforms
 from snippets import segment
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +201,7 @@ def small_world(seed=0, max_latent_tokens=2, text="a=1\na=a\n"):
     model.generation_config = (
         GenerationConfig()
     )  # as load_model does: no eos, no sampling settings of its own
-    common.equip(model)
+    modeling.equip(model)
     args = dataclasses.replace(ARGS, max_latent_tokens=max_latent_tokens, entropy_coef=0.0, penalty=0.3)
     vocabulary = ra3.Vocabulary(tokenizer, len(TOKENS), "cpu")
     snippet = segment(text, vocabulary, 64, 128, max_latent_tokens)
@@ -593,7 +594,7 @@ def test_run_folder(whole_run):
     )
     for name in (names + " time/update_s perf/tokens_per_s eval/ce_code").split():
         assert any(name in row for row in rows), name
-    for name in ("args.json", "env.txt", "ra3.py", "common.py", "curves.png", "samples.html", "tensorboard"):
+    for name in ("args.json", "env.txt", "ra3.py", "common.py", "modeling.py", "curves.png", "samples.html", "tensorboard"):
         assert (folder / name).exists(), name
     assert "ce_code" in printed and "think_rate/programs/assert" in printed
     pi, q = weights(folder, "em_001"), weights(folder, "em_001_q")

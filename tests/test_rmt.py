@@ -16,10 +16,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import common
+import modeling
 import grpo_rlvr
 import rmt
-from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, uniforms
+from common import TINY, Ranks, UserError, launch
+from modeling import load_model, load_tokenizer, uniforms
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 PIECES = [
@@ -207,7 +208,7 @@ def test_top_entropy_against_brute_force():
 def test_score_texts_position_by_position(bos, monkeypatch):
     monkeypatch.setattr(rmt, "LOGITS_PER_CHUNK", 3 * 64)  # so that the logits are made in parts
     model = tiny_llama()
-    common.equip(model)
+    modeling.equip(model)
     texts = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
     entropies, predictions = rmt.score_texts(model, texts, bos, 8, ONE, "")
     for text, entropy, prediction in zip(texts, entropies, predictions):

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 
 import common
 import ra3
-from common import TINY, Ranks, UserError, load_tokenizer
+from common import TINY, Ranks, UserError
+from modeling import load_tokenizer
 
 SCRIPTS = ("ra3", "rmt", "grpo_rlvr")
 ROOT = Path(common.__file__).parent

@@ -1,0 +1,396 @@
+"""The language model: loading, sharding, and the forward passes that all scripts need.
+
+What changes a gradient is in the scripts, with one exception: `token_logprobs` stands here once and is pinned
+by tests. In the order of use:
+
+    1 loading             load_tokenizer, token_texts, load_model
+    2 sharding            shard, gathered, copy_weights, grad_norm
+    3 packed rows         attention for a forward pass over no padding, and over a shared prompt once
+    4 sampling            uniforms, inverse_cdf, RowCache
+    5 log-probabilities   token_logprobs
+
+Shapes: B rows, T tokens, U distinct tokens, V vocabulary, N selected positions, H heads, D channels.
+"""
+
+import contextlib
+import math
+import types
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from common import Ranks, UserError, first_line, pad_right
+
+transformers.utils.logging.disable_progress_bar()
+
+# ---------------------------------------------------------------- 1 loading
+
+
+def load_tokenizer(name: str):
+    """The model's tokenizer; right padding, pad = eos if it has none. UserError if missing or without eos."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # not found, no network, a torn file: there are as many kinds as formats
+        raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no eos token: set it in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: all masks come from lengths, never from ids
+    tokenizer.padding_side = "right"
+    tokenizer.clean_up_tokenization_spaces = False  # decode(encode(text)) must be the text
+    tokenizer.model_max_length = int(1e9)  # the scripts cut texts themselves; no warning for long ones
+    return tokenizer
+
+
+def eos_ids(tokenizer, name: str) -> set[int]:
+    """Tokens that end what the model `name` writes: the tokenizer's eos, and a chat model's end of a turn."""
+    with contextlib.suppress(OSError):
+        more = GenerationConfig.from_pretrained(name).eos_token_id
+        return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    return {tokenizer.eos_token_id}
+
+
+def token_texts(tokenizer, vocab_size: int) -> list[str]:
+    """What each token adds to a text; a part of a character is U+FFFD.
+
+    Decoded behind a letter, because some tokenizers strip the space of a first token.
+    """
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1]
+    texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
+    return [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * (vocab_size - len(tokenizer))
+
+
+LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # of Cohere, Granite, Gemma 2
+
+
+def load_model(name: str, ranks: Ranks, train: bool = True):
+    """The causal language model `name` (hub id or folder) in float32 on this rank's device.
+
+    With `train`, the weights are fp32 masters, sharded over the ranks (FSDP2) with bf16 compute on GPU.
+    UserError if there is no such model, or if its logits are not simply those of its output layer.
+    """
+    try:
+        AutoConfig.from_pretrained(name)
+        dtype = torch.float32 if train or ranks.device.type == "cpu" else torch.bfloat16
+        # sdpa has a flash kernel of its own, and unlike the flash-attn package it takes RowCache's masks
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:  # as for the tokenizer
+        raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
+    config = model.config.get_text_config()
+    changed = [key for key in LOGIT_CHANGES if getattr(config, key, None) not in (None, 1)]
+    if train and changed:
+        raise UserError(f"{name} changes its output layer's logits by {changed[0]}, which is not supported")
+    model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
+    model.generation_config = GenerationConfig()  # the model's own may add top-k or a penalty
+    model.requires_grad_(train)
+    equip(model)
+    if ranks.device.type == "cpu" and ranks.world_size == 1:
+        return model
+    return shard(model.to(ranks.device), ranks)
+
+
+def equip(model) -> None:
+    """Our forward passes as the model's methods, for FSDP to gather weights before them; our attention."""
+    model.token_logprobs = types.MethodType(_token_logprobs, model)
+    model.last_hidden_state = types.MethodType(_last_hidden_state, model)
+    if model._supports_attention_backend and not other_layers(model):
+        model.set_attn_implementation(PREFIX_TREE)
+
+
+def other_layers(model) -> str:
+    """What the model has beside attention to all or to the last tokens; "" for most models."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    kinds -= {"full_attention", "sliding_attention"}
+    return ", ".join(sorted(kinds)) or "a recurrent state" * getattr(model, "_is_stateful", False)
+
+
+def check_context(model, tokens: int, words: str) -> None:
+    """UserError if the longest rows, of `tokens` tokens, have more positions than the model."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
+    if tokens > context:
+        raise UserError(f"{words} take {tokens} tokens, and the model's context is {context}")
+
+
+# ---------------------------------------------------------------- 2 sharding
+
+
+def shard(model, ranks: Ranks):
+    """FSDP2: one group of parameters per decoder layer, one for the rest; gradients are summed in fp32."""
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if ranks.device.type == "cuda" else MixedPrecisionPolicy()
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
+    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "token_logprobs")
+    register_fsdp_forward_method(model, "last_hidden_state")
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Whole weights on every rank inside: no collective in forward or generate, so ranks may differ."""
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False)
+        group.unshard()
+    try:
+        yield model
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(group is not model)
+            group.reshard()
+
+
+@torch.no_grad()
+def copy_weights(source, target) -> None:
+    """target := source, in place; both sharded alike."""
+    for new, old in zip(source.parameters(), target.parameters()):
+        old.copy_(new)
+
+
+def grad_norm(model, max_norm: float) -> float:
+    """Clip the (global) gradient to `max_norm` and return its norm before; the same number on all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+# ---------------------------------------------------------------- 3 packed rows
+
+PREFIX_TREE = "prefix_tree"  # our attention, among transformers' implementations
+
+
+def has_prefix_tree(model) -> bool:
+    return model.config.get_text_config()._attn_implementation == PREFIX_TREE
+
+
+def distinct_tokens(
+    input_ids: torch.Tensor, lengths: torch.Tensor, share: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U tokens of rows [B, T] of `lengths` [B] tokens; with `share`, without those with which a row
+    begins like the one before it, because a causal model makes the same of them.
+
+    Returns index [B, T], which of the U a cell has, and cells [U], their places in input_ids.flatten().
+    """
+    real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)  # [B, T]
+    new = real.clone()
+    if share:
+        new[1:] &= ~((input_ids[1:] == input_ids[:-1]) & real[:-1]).cumprod(1).bool()
+    number = new.flatten().cumsum(0).view(new.shape) - 1
+    index = torch.where(new, number, 0).cummax(0).values  # what is not new has the number of the row before
+    return index, new.flatten().nonzero().squeeze(1)
+
+
+def unpack(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[1, H, U, D] -> the rows that they make up, [B, H, T, D]."""
+    tokens = tokens[0].transpose(0, 1)
+    # index_select adds up gradients faster than indexing does
+    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
+
+
+def attend(module, query, key, value, attention_mask, packed=None, cached=False, **kw):
+    """transformers' sdpa attention. With `packed`, the result of distinct_tokens, it is between rows, while
+    queries [1, H, U, D] (and, unless `cached`, keys and values) are those of the U tokens: whatever else a
+    layer does, it does to each token by itself.
+    """
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
+    (index, cells), length = packed, packed[0].shape[1]
+    if not cached:
+        key, value, attention_mask = unpack(key, index), unpack(value, index), None  # None: causal
+        window = kw.get("sliding_window") or length
+        if window < length:
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=index.device)
+            attention_mask = mask.tril().triu(1 - window)
+    out, _ = sdpa_attention_forward(module, unpack(query, index), key, value, attention_mask, **kw)
+    return out.flatten(0, 1).index_select(0, cells)[None], None  # [B, T, H, D] -> [1, U, H, D]
+
+
+AttentionInterface.register(PREFIX_TREE, attend)
+AttentionMaskInterface.register(PREFIX_TREE, sdpa_mask)
+
+
+def masks(model, full: torch.Tensor, sliding: torch.Tensor):
+    """The attention masks as the model takes them: one for each kind of layer, if it has such."""
+    if hasattr(model.config.get_text_config(), "layer_types"):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding
+
+
+# ---------------------------------------------------------------- 4 sampling
+
+
+def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
+    """Uniform float32 noise in [0, 1) on the CPU that depends on `key` (seed, update, purpose ...) alone.
+
+    All sampling noise is drawn so, for the whole global batch at once, and each rank takes its rows. A run is
+    then the same on any number of ranks, and resumes without any generator state.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()) | len(repr(key)) << 32)
+    return torch.rand(tuple(shape), generator=generator)
+
+
+def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw one index per row of probs [B, V] (need not sum to 1) from noise [B] in [0, 1): [B] int64.
+
+    Equal to torch.multinomial in distribution, but parallel, and the noise is the caller's.
+    """
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # right=True: the first index whose cdf exceeds the threshold, so an index of probability 0 is never drawn
+    threshold = torch.minimum(noise.to(cdf).unsqueeze(-1) * total, total * (1 - 2**-22))
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+
+
+class RowCache:
+    """Keys and values [R, H, W, D] of every layer for R rows that grow, and go back, each at its own pace.
+
+    The token at place p of a row is in column p and sees the columns up to its own. So a row can go back:
+    what is fed later writes over what came after, and until then nothing looks at it. UserError for a model
+    with a recurrent state, which cannot go back.
+    """
+
+    def __init__(self, model, rows: int) -> None:
+        if what := other_layers(model):
+            raise UserError(f"rollouts need a model with attention only; {type(model).__name__} has {what}")
+        self.model, self.rows, self.stored = model, rows, {}
+        self.window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
+
+    def feed(self, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
+        """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`.
+
+        The model runs over no padding, and once over what texts fed from their start have in common with the
+        one before.
+        """
+        lengths, device = [len(ids) for ids in tokens], self.model.device
+        last = max(start + length for start, length in zip(starts, lengths))
+        ids, packed = pad_right(tokens, 0, device), None  # [B, C]
+        if has_prefix_tree(self.model) and len(tokens) > 1:
+            packed = distinct_tokens(ids, torch.tensor(lengths, device=device), share=not any(starts))
+        rows, starts, lengths = torch.tensor([rows, starts, lengths], device=device)
+        return self.feed_tensors(rows, starts, ids, lengths, last, packed)
+
+    def feed_tensors(self, rows, starts, ids, lengths, last: int, packed=None) -> torch.Tensor:
+        """The same for tensors: rows, starts, lengths [B], ids [B, C]; no row ends behind place `last`."""
+        self.used, device = last + 1, ids.device
+        rows, starts, ends = rows.unsqueeze(1), starts.unsqueeze(1), (starts + lengths).unsqueeze(1)  # [B, 1]
+        # padding goes to the column behind the row's tokens
+        places = torch.minimum(starts + torch.arange(ids.shape[1], device=device), ends)  # [B, C]
+        columns, own = torch.arange(self.used, device=device), places.unsqueeze(1).unsqueeze(-1)
+        mask = local = columns <= own  # [B, 1, C, used]: a token sees the columns up to its own
+        if self.window < math.inf:
+            local = mask & (columns > own - self.window)
+        self.where, self.packed = (rows, places), packed
+        position_ids = torch.minimum(places, ends - 1)  # padding may be beyond the model's context
+        options = {"attention_mask": masks(self.model, mask, local), "cache": self}
+        if packed is None:
+            return self.model.last_hidden_state(ids, position_ids=position_ids, **options)
+        index, cells = packed
+        ids, position_ids = ids.flatten()[cells][None], position_ids.flatten()[cells][None]  # [1, U]
+        options |= {"packed": packed, "cached": True}
+        return self.model.last_hidden_state(ids, position_ids=position_ids, **options)[0, index]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows [B] alone, in this order; a row may come several times."""
+        self.rows, self.stored = len(rows), {name: stored[rows] for name, stored in self.stored.items()}
+
+    def update(self, keys, values, layer: int, *_):
+        """Attention layers give their new keys and values [B, H, C, D] and get all [B, H, used, D]."""
+        return self._keep((layer, "keys"), keys), self._keep((layer, "values"), values)
+
+    def _keep(self, name, new):
+        new = unpack(new, self.packed[0]) if self.packed else new
+        stored, (rows, places) = self.stored.get(name), self.where
+        if stored is None or stored.shape[2] < self.used:
+            wider = new.new_zeros(self.rows, new.shape[1], self.used + 64, new.shape[3])
+            if stored is not None:
+                wider[:, :, : stored.shape[2]] = stored
+            self.stored[name] = stored = wider
+        stored[rows, :, places] = new.transpose(1, 2)
+        return stored[:, :, : self.used] if len(rows) == self.rows else stored[rows[:, 0], :, : self.used]
+
+    def get_seq_length(self, *_) -> int:
+        return 0  # the model asks before it makes a mask; the mask is given
+
+
+# ---------------------------------------------------------------- 5 log-probabilities
+
+
+LOGITS_PER_CHUNK = 2**25  # at most so many logits exist at once (128 MiB in fp32)
+EVENT = -1  # a target that stands for the set of tokens `event`
+
+
+def token_logprobs(model, input_ids, rows, cols, **kw) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(input_ids[rows, cols] | the tokens before), and the entropy of pi there, at N chosen positions
+    only.
+
+    input_ids [B, T] right-padded; rows, cols [N] with cols >= 1: the position of the *predicted* token.
+    Options: `targets` [N] replaces the tokens at those positions; the target EVENT (-1) stands for "any token
+    of the set `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact. `temperature`
+    divides the logits. Returns logprobs [N] and entropy [N] in nats, float32; the entropy of an EVENT
+    position is that of the distribution in which the set is merged into one outcome, and is zero everywhere
+    if `entropy` is False (it costs a second pass). Logits exist for these positions alone, in chunks that the
+    backward pass computes again. The forward pass runs over no padding, and once over the tokens with which a
+    row begins like the row before it: put completions of the same prompt next to each other.
+    """
+    return model.token_logprobs(input_ids, rows, cols, **kw)
+
+
+def _last_hidden_state(self, input_ids, cache=None, **kw) -> torch.Tensor:
+    """[B, T, D], of which lm_head makes the logits."""
+    options = {"past_key_values": cache, "use_cache": cache is not None, **kw}
+    return self.get_decoder()(input_ids=input_ids, **options).last_hidden_state
+
+
+def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, temperature=1.0, entropy=False):
+    if has_prefix_tree(self):
+        # of each row only the tokens before its last chosen position are needed
+        lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
+        index, cells = distinct_tokens(input_ids, lengths)  # [B, T], [U]
+        no_mask = masks(self, *[cells.new_ones(1, 1, 1, 1).bool()] * 2)  # `attend` has its own
+        options = {"position_ids": (cells % input_ids.shape[1])[None], "packed": (index, cells)}
+        hidden = _last_hidden_state(self, input_ids.flatten()[cells][None], attention_mask=no_mask, **options)
+        hidden = hidden[0].index_select(0, index[rows, cols - 1])  # [N, D]: t - 1 predicts token t
+    else:
+        hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]
+    targets = input_ids[rows, cols] if targets is None else targets
+    chunk = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size)
+    if len(targets) <= chunk:
+        return _logprob_chunk(self.lm_head, hidden, targets, event, temperature, entropy)
+    parts = [
+        checkpoint(_logprob_chunk, self.lm_head, h, t, event, temperature, entropy, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _logprob_chunk(lm_head, hidden, targets, event, temperature, entropy):
+    logits = lm_head(hidden).float()  # [N, V]
+    if temperature != 1.0:
+        logits = logits / temperature  # the sampled distribution, not the model's at temperature 1
+    normaliser = logits.logsumexp(-1)  # [N]
+    logprobs = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) - normaliser
+    is_event = None
+    if event is not None:
+        is_event = targets == EVENT  # [N]
+        event_logprobs = logits[is_event].masked_fill(~event, -math.inf).logsumexp(-1) - normaliser[is_event]
+        logprobs = logprobs.masked_scatter(is_event, event_logprobs)
+    if not entropy:
+        return logprobs, torch.zeros_like(logprobs)
+    all_logprobs = logits - normaliser.unsqueeze(-1)
+    plogp = all_logprobs.exp() * all_logprobs
+    entropies = -plogp.sum(-1)
+    if is_event is not None:  # merged: -sum_{v not in event} p log p - p_event log p_event
+        outside = -plogp[is_event].masked_fill(event, 0.0).sum(-1)
+        entropies = entropies.masked_scatter(is_event, outside - event_logprobs.exp() * event_logprobs)
+    return logprobs, entropies
