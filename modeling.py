@@ -272,12 +272,11 @@ class RowCache:
         The model runs over no padding, and once over what texts fed from their start have in common with the
         one before.
         """
-        lengths, device = [len(ids) for ids in tokens], self.model.device
+        lengths, share, device = [len(ids) for ids in tokens], not any(starts), self.model.device
         last = max(start + length for start, length in zip(starts, lengths))
-        ids, packed = pad_right(tokens, 0, device), None  # [B, C]
-        if has_prefix_tree(self.model) and len(tokens) > 1:
-            packed = distinct_tokens(ids, torch.tensor(lengths, device=device), share=not any(starts))
         rows, starts, lengths = torch.tensor([rows, starts, lengths], device=device)
+        ids = pad_right(tokens, 0, device)  # [B, C]
+        packed = distinct_tokens(ids, lengths, share) if has_prefix_tree(self.model) else None
         return self.feed_tensors(rows, starts, ids, lengths, last, packed)
 
     def feed_tensors(self, rows, starts, ids, lengths, last: int, packed=None) -> torch.Tensor:
