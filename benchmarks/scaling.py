@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from midtraining import add_think_bias, joined_snippets, m_step, machine
+from midtraining import add_think_bias, joined_snippets, m_steps, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -54,7 +54,7 @@ def worker(given):
         common.all_sum(0.0, ranks)  # all ranks are here
         wall, cpu = time.perf_counter(), time.process_time()
         if step == "M":
-            m_step(pi, q, still[pi], snippets, v, args, ranks)
+            m_steps(pi, q, still[pi], snippets, 1, v, args, ranks)
         else:
             ra3.e_step(q, pi, still[q], snippets, v, args, ranks, 20)
         cpu = common.all_sum(time.process_time() - cpu, ranks)

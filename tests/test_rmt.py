@@ -42,7 +42,7 @@ PIECES = [
 ]
 EOS = PIECES.index("<eos>")
 SHARED = (
-    "rollout", "group_advantages", "completion_logprobs", "score",
+    "rollout", "group_advantages", "completion_logprobs", "sample_batches", "score",
 )  # fmt: skip
 torch.set_num_threads(1)
 
