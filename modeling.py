@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
@@ -193,9 +194,9 @@ def distinct_tokens(
 
 def unpack(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """[1, H, U, D] -> the rows that they make up, [B, H, T, D]."""
-    tokens = tokens[0].transpose(0, 1)
-    # index_select adds up gradients faster than indexing does
-    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
+    # an embedding, because its gradient is added up in fp32 and without atomics
+    rows = embedding(index, tokens[0].transpose(0, 1).flatten(1))  # [B, T, H * D]
+    return rows.view(*index.shape, tokens.shape[1], -1).transpose(1, 2)
 
 
 def attend(module, query, key, value, attention_mask, packed=None, cached=False, **kw):
@@ -359,7 +360,7 @@ def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, tempe
         no_mask = masks(self, *[cells.new_ones(1, 1, 1, 1).bool()] * 2)  # `attend` has its own
         options = {"position_ids": (cells % input_ids.shape[1])[None], "packed": (index, cells)}
         hidden = _last_hidden_state(self, input_ids.flatten()[cells][None], attention_mask=no_mask, **options)
-        hidden = hidden[0].index_select(0, index[rows, cols - 1])  # [N, D]: t - 1 predicts token t
+        hidden = embedding(index[rows, cols - 1], hidden[0])  # [N, D]: t - 1 predicts token t
     else:
         hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]
     targets = input_ids[rows, cols] if targets is None else targets
