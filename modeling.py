@@ -208,7 +208,8 @@ def attend(module, query, key, value, attention_mask, packed=None, cached=False,
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
     (index, cells), length = packed, packed[0].shape[1]
     if not cached:
-        key, value, attention_mask = unpack(key, index), unpack(value, index), None  # None: causal
+        key, value, attention_mask = unpack(key, index), unpack(value, index), None
+        kw["is_causal"] = True  # whatever the model concluded from the mask that it was given
         window = kw.get("sliding_window") or length
         if window < length:
             mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=index.device)
@@ -357,7 +358,7 @@ def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, tempe
         # of each row only the tokens before its last chosen position are needed
         lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
         index, cells = distinct_tokens(input_ids, lengths)  # [B, T], [U]
-        no_mask = masks(self, *[cells.new_ones(1, 1, 1, 1).bool()] * 2)  # `attend` has its own
+        no_mask = masks(self, *[cells.new_ones(1, 1, 0, 0).bool()] * 2)  # attend has its own; one without it fails
         options = {"position_ids": (cells % input_ids.shape[1])[None], "packed": (index, cells)}
         hidden = _last_hidden_state(self, input_ids.flatten()[cells][None], attention_mask=no_mask, **options)
         hidden = embedding(index[rows, cols - 1], hidden[0])  # [N, D]: t - 1 predicts token t
