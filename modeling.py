@@ -358,7 +358,7 @@ def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, tempe
         # of each row only the tokens before its last chosen position are needed
         lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
         index, cells = distinct_tokens(input_ids, lengths)  # [B, T], [U]
-        no_mask = masks(self, *[cells.new_ones(1, 1, 0, 0).bool()] * 2)  # attend has its own; one without it fails
+        no_mask = masks(self, *[cells.new_ones(1, 1, 0, 0).bool()] * 2)  # not `attend`: an error
         options = {"position_ids": (cells % input_ids.shape[1])[None], "packed": (index, cells)}
         hidden = _last_hidden_state(self, input_ids.flatten()[cells][None], attention_mask=no_mask, **options)
         hidden = embedding(index[rows, cols - 1], hidden[0])  # [N, D]: t - 1 predicts token t
