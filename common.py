@@ -4,7 +4,7 @@ What changes a gradient is in the scripts. In the order of use:
     1 errors and signals      UserError, launch, Interrupt
     2 processes               setup, Ranks, all_sum
     3 data                    read_rows, column, draw_problems
-    4 batches                 pad_right, padded, rank_share, micro_batches, not_finite
+    4 batches                 rank_share, micro_batches, not_finite
     5 run folder              Run: args, metrics, curves, checkpoints, resume
     6 sandbox                 run_tests (from sandbox.py)
 
@@ -38,7 +38,6 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as distributed_state
-from torch.nn.utils.rnn import pad_sequence
 
 from sandbox import run_tests  # noqa: F401  (section 6; the scripts import it from here)
 
@@ -280,16 +279,10 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
     name, _, part = source.partition(":")
     is_pattern = any(mark in part for mark in "*./")
     try:
-        yield from datasets.load_dataset(
-            name,
-            name=None if is_pattern or not part else part,
-            data_files=part if is_pattern else None,
-            split=split,
-            streaming=True,
-        )
+        files, config = (part, None) if is_pattern else (None, part or None)
+        yield from datasets.load_dataset(name, name=config, data_files=files, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:  # not found, no such config or split, no network
-        reason = first_line(error)
-        raise UserError(f"cannot load the data set {source} (split {split}): {reason}") from None
+        raise UserError(f"cannot load the data set {source} (split {split}): {first_line(error)}") from None
 
 
 def column(row: dict, name: str, source: str):
@@ -308,26 +301,6 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
 
 
 # ---------------------------------------------------------------- 4 batches
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad: int, device=None) -> torch.Tensor:
-    """Rows of token ids -> [B, T] int64, padded on the right. A causal model needs no mask for them."""
-    width = max(len(row) for row in rows)
-    padded = np.full((len(rows), width), pad, dtype=np.int64)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return torch.from_numpy(padded).to(device)
-
-
-def padded(rows: list[list[float]], device) -> torch.Tensor:
-    """Rows of numbers -> [B, T] float32, zero on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-
-
-def positions(where: Sequence[np.ndarray], device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns wanted in each row -> (rows [N], cols [N]), row by row, as token_logprobs takes them."""
-    rows = np.repeat(np.arange(len(where)), [len(columns) for columns in where])
-    return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(where)).to(device)
 
 
 def rank_share(groups: Sequence[list], ranks: Ranks) -> list:

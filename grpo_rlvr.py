@@ -50,11 +50,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import (
     TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, column, draw_problems,
-    launch, micro_batches, not_finite, pad_right, padded, rank_share, read_rows, run_tests, setup,
+    launch, micro_batches, not_finite, rank_share, read_rows, run_tests, setup,
 )
 from modeling import (
     RowCache, check_context, eos_ids, gathered, grad_norm, inverse_cdf, load_model, load_tokenizer,
-    token_logprobs, token_texts, uniforms,
+    pad_right, padded, token_logprobs, token_texts, uniforms,
 )
 
 

@@ -5,7 +5,7 @@ by tests. In the order of use:
 
     1 loading             load_tokenizer, token_texts, load_model
     2 sharding            shard, gathered, copy_weights, grad_norm
-    3 packed rows         attention for a forward pass over no padding, and over a shared prompt once
+    3 rows                pad_right, positions; attention for a pass over no padding, and a shared prompt once
     4 sampling            uniforms, inverse_cdf, RowCache
     5 log-probabilities   token_logprobs
 
@@ -18,18 +18,20 @@ import types
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.functional import embedding
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common import Ranks, UserError, first_line, pad_right
+from common import Ranks, UserError, first_line
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -166,7 +168,28 @@ def grad_norm(model, max_norm: float) -> float:
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
-# ---------------------------------------------------------------- 3 packed rows
+# ---------------------------------------------------------------- 3 rows
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device=None) -> torch.Tensor:
+    """Rows of token ids -> [B, T] int64, padded on the right. A causal model needs no mask for them."""
+    width = max(len(row) for row in rows)
+    padded = np.full((len(rows), width), pad, dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded).to(device)
+
+
+def padded(rows: list[list[float]], device) -> torch.Tensor:
+    """Rows of numbers -> [B, T] float32, zero on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+
+def positions(where: Sequence[np.ndarray], device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns wanted in each row -> (rows [N], cols [N]), row by row, as token_logprobs takes them."""
+    rows = np.repeat(np.arange(len(where)), [len(columns) for columns in where])
+    return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(where)).to(device)
+
 
 PREFIX_TREE = "prefix_tree"  # our attention, among transformers' implementations
 

@@ -55,11 +55,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import (
     TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, launch, micro_batches,
-    not_finite, pad_right, positions, setup, write_whole,
+    not_finite, setup, write_whole,
 )
 from modeling import (
     EVENT, LOGITS_PER_CHUNK, RowCache, copy_weights, gathered, grad_norm, inverse_cdf, load_model,
-    load_tokenizer, token_logprobs, uniforms,
+    load_tokenizer, pad_right, positions, token_logprobs, uniforms,
 )
 from snippets import Snippet, SnippetStream, Vocabulary, bootstrap_text
 

@@ -86,8 +86,8 @@ def joined_snippets(count, length, vocabulary, seed=0):
 def add_think_bias(model, snippets, vocabulary, rate):
     """From now on a share `rate` of the model's decisions thinks (if those before it were act)."""
     model.lm_head._forward_hooks.clear()
-    rows, cols = common.positions([s.boundaries for s in snippets[:32]], model.device)
-    ids, act = common.pad_right([s.ids for s in snippets[:32]], 0, model.device), ~vocabulary.opens
+    rows, cols = modeling.positions([s.boundaries for s in snippets[:32]], model.device)
+    ids, act = modeling.pad_right([s.ids for s in snippets[:32]], 0, model.device), ~vocabulary.opens
     targets = torch.full_like(rows, modeling.EVENT)
     act, _ = modeling.token_logprobs(model, ids, rows, cols, targets=targets, event=act)  # log q(act)
     log_odds, low, high = torch.log1p(-act.exp()) - act, -100.0, 100.0

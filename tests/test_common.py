@@ -79,7 +79,7 @@ def test_token_logprobs_against_plain_arithmetic(folder, attention, per_chunk, m
 
 def test_right_padding_needs_no_mask(folder):
     model = modeling.load_model(folder, RANKS)
-    ids = common.pad_right([[1, 2, 3], [4, 5, 6, 7, 8, 9]], pad=0)
+    ids = modeling.pad_right([[1, 2, 3], [4, 5, 6, 7, 8, 9]], pad=0)
     both = token_logprobs(model, ids, torch.tensor([0, 0]), torch.tensor([1, 2]))[0]
     alone = token_logprobs(model, ids[:1, :3], torch.tensor([0, 0]), torch.tensor([1, 2]))[0]
     torch.testing.assert_close(both, alone)
@@ -283,7 +283,7 @@ def test_what_rows_share_is_read_once_and_changes_nothing(kind):
     rows.append([chance.randrange(50) for _ in range(24)])  # beyond the window
     where = [np.arange(1, len(row)) for row in rows]
     where[1] = np.array([3, 11])
-    ids, (at, cols) = common.pad_right(rows, 0), common.positions(where)
+    ids, (at, cols) = modeling.pad_right(rows, 0), modeling.positions(where)
     seen = []
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, given, _: seen.append(given[0].numel()))
