@@ -73,6 +73,8 @@ if "zygote" not in sys._xoptions:  # only the caller needs these; threading woul
     import tempfile
     import threading
 
+    CHOOSING = threading.Lock()
+
 MIB = 1 << 20
 LIMITS = ("timeout_s", "memory_mb", "file_mb", "disk_mb", "threads")  # what Z is told, in this order
 RESULT_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # of one result as JSON; of T's address space
@@ -676,6 +678,8 @@ def zygote(config):
     for name in PRELOADED.split():
         importlib.import_module(name)
     importlib.import_module("_thread").stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
+    with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
+        os.sched_setaffinity(0, {config["cpu"]})
     missing = confine(config["folder"], config["readable"], config["without"])
     filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
     warm_up()
@@ -727,11 +731,14 @@ class Worker:
         self.folder = tempfile.mkdtemp(prefix="sandbox-")
         self.control, zygote_end = socket.socketpair()
         self.tests, tester_end = socket.socketpair()
-        Worker.live.add(self)
+        with CHOOSING:
+            self.cpu = next_cpu()
+            Worker.live.add(self)
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         config = {"caller": self.owner, "fds": [zygote_end.fileno(), tester_end.fileno()],
                   "home": os.path.dirname(os.path.abspath(__file__)), "folder": self.folder,
-                  "packages": packages, "readable": LIBRARIES + packages, "without": WITHOUT}
+                  "packages": packages, "readable": LIBRARIES + packages, "without": WITHOUT,
+                  "cpu": self.cpu}
         environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        "LD_BIND_NOW": "1",  # or each C would look up the same symbols again
@@ -844,6 +851,13 @@ class Worker:
         self.tests.settimeout(GRACE_S)
         (passed, total, reason), _ = receive(self.tests)
         return passed, total, reason and (why or (died(status) if reason == "gone" else reason))
+
+
+def next_cpu():
+    """The core that the fewest workers are on; the ranks of a torchrun begin at different ones."""
+    cpus, taken = sorted(os.sched_getaffinity(0)), [worker.cpu for worker in list(Worker.live)]
+    first = len(cpus) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(cpus[first:] + cpus[:first], key=taken.count)
 
 
 @contextlib.contextmanager

@@ -906,6 +906,24 @@ def test_workers_stay_and_a_dead_one_is_replaced():
     assert first["reason"].startswith("worker died") and second["passed"]
 
 
+def test_each_worker_stays_on_a_core_of_its_own(monkeypatch):
+    cores = sorted(os.sched_getaffinity(0))
+    code = "import os\ndef cores(): return os.sched_getaffinity(0)"
+
+    def cores_of(workers):
+        sandbox.close_workers()
+        programs = [{"code": f"{code}#{i}", "tests": "assert len(cores()) == 1"} for i in range(4 * workers)]
+        results = run_tests(programs, workers=workers)
+        assert all(passed(results))
+        return sorted(worker.cpu for worker in sandbox.Worker.live)
+
+    found = cores_of(len(cores))
+    assert len(set(found)) == len(found) and (len(found) > 1 or len(cores) == 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert cores_of(1) == [cores[len(cores) // 2]]
+
+
 def test_nothing_is_left():
     sandbox.close_workers()
     run_tests([{"code": f"import time\n{ADD}#{i}", "tests": ASSERTS} for i in range(20)], workers=2)
