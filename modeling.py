@@ -361,11 +361,12 @@ def token_logprobs(model, input_ids, rows, cols, **kw) -> tuple[torch.Tensor, to
     input_ids [B, T] right-padded; rows, cols [N] with cols >= 1: the position of the *predicted* token.
     Options: `targets` [N] replaces the tokens at those positions; the target EVENT (-1) stands for "any token
     of the set `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact. `temperature`
-    divides the logits. Returns logprobs [N] and entropy [N] in nats, float32; the entropy of an EVENT
-    position is that of the distribution in which the set is merged into one outcome, and is zero everywhere
-    if `entropy` is False (it costs a second pass). Logits exist for these positions alone, in chunks that the
-    backward pass computes again. The forward pass runs over no padding, and once over the tokens with which a
-    row begins like the row before it: put completions of the same prompt next to each other.
+    divides the logits. Returns logprobs [N] and entropy [N] in nats, float32; the entropy at the positions
+    `merged` (bool [N]; if None, those of EVENT) is that of the distribution in which the set is one outcome,
+    and it is zero everywhere if `entropy` is False (it costs a second pass). Logits exist for these positions
+    alone, in chunks that the backward pass computes again. The forward pass runs over no padding, and once
+    over the tokens with which a row begins like the row before it: put completions of the same prompt next to
+    each other.
     """
     return model.token_logprobs(input_ids, rows, cols, **kw)
 
@@ -376,7 +377,9 @@ def _last_hidden_state(self, input_ids, cache=None, **kw) -> torch.Tensor:
     return self.get_decoder()(input_ids=input_ids, **options).last_hidden_state
 
 
-def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, temperature=1.0, entropy=False):
+def _token_logprobs(
+    self, input_ids, rows, cols, targets=None, event=None, merged=None, temperature=1.0, entropy=False
+):
     if has_prefix_tree(self):
         # of each row only the tokens before its last chosen position are needed
         lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
@@ -389,32 +392,33 @@ def _token_logprobs(self, input_ids, rows, cols, targets=None, event=None, tempe
         hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]
     targets = input_ids[rows, cols] if targets is None else targets
     chunk = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size)
+    merged = targets == EVENT if merged is None else merged
+    options = event, temperature, entropy
     if len(targets) <= chunk:
-        return _logprob_chunk(self.lm_head, hidden, targets, event, temperature, entropy)
+        return _logprob_chunk(self.lm_head, hidden, targets, merged, *options)
     parts = [
-        checkpoint(_logprob_chunk, self.lm_head, h, t, event, temperature, entropy, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+        checkpoint(_logprob_chunk, self.lm_head, *part, *options, use_reentrant=False)
+        for part in zip(hidden.split(chunk), targets.split(chunk), merged.split(chunk))
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _logprob_chunk(lm_head, hidden, targets, event, temperature, entropy):
+def _logprob_chunk(lm_head, hidden, targets, merged, event, temperature, entropy):
     logits = lm_head(hidden).float()  # [N, V]
     if temperature != 1.0:
         logits = logits / temperature  # the sampled distribution, not the model's at temperature 1
     normaliser = logits.logsumexp(-1)  # [N]
     logprobs = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) - normaliser
-    is_event = None
     if event is not None:
-        is_event = targets == EVENT  # [N]
-        event_logprobs = logits[is_event].masked_fill(~event, -math.inf).logsumexp(-1) - normaliser[is_event]
-        logprobs = logprobs.masked_scatter(is_event, event_logprobs)
+        event_logprobs = logits[merged].masked_fill(~event, -math.inf).logsumexp(-1) - normaliser[merged]
+        is_event = targets == EVENT  # [N], a part of `merged`
+        logprobs = logprobs.masked_scatter(is_event, event_logprobs[is_event[merged]])
     if not entropy:
         return logprobs, torch.zeros_like(logprobs)
     all_logprobs = logits - normaliser.unsqueeze(-1)
     plogp = all_logprobs.exp() * all_logprobs
     entropies = -plogp.sum(-1)
-    if is_event is not None:  # merged: -sum_{v not in event} p log p - p_event log p_event
-        outside = -plogp[is_event].masked_fill(event, 0.0).sum(-1)
-        entropies = entropies.masked_scatter(is_event, outside - event_logprobs.exp() * event_logprobs)
+    if event is not None:  # merged: -sum_{v not in event} p log p - p_event log p_event
+        outside = -plogp[merged].masked_fill(event, 0.0).sum(-1)
+        entropies = entropies.masked_scatter(merged, outside - event_logprobs.exp() * event_logprobs)
     return logprobs, entropies

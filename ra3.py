@@ -36,15 +36,15 @@ Deviations from the paper, and what it leaves open (docs/ra3.md has all, with bo
   torchrun --nproc_per_node 8 ra3.py --model Qwen/Qwen2.5-1.5B             # the paper's configuration
 """
 
-import dataclasses
 import html
 import itertools
 import json
 import math
+import re
 import resource
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +61,7 @@ from modeling import (
     EVENT, LOGITS_PER_CHUNK, RowCache, copy_weights, gathered, grad_norm, inverse_cdf, load_model,
     load_tokenizer, pad_right, positions, token_logprobs, uniforms,
 )
-from snippets import Snippet, SnippetStream, Vocabulary, bootstrap_text
+from snippets import KINDS, Snippet, SnippetStream, Vocabulary, bootstrap_text
 
 
 @dataclass
@@ -180,95 +180,90 @@ class Rollout:
     snippet: Snippet
     ids: np.ndarray
     targets: np.ndarray  # FORCED, or what q drew at this place: a token, or EVENT for act
-    logq: np.ndarray  # log-probability of what q drew, recorded while sampling
     actions: np.ndarray  # action that a token belongs to (an expert's) or leads to (a latent's); -1: none
     expert: np.ndarray  # bool: a token of the expert's code
     malformed: np.ndarray  # bool: the thought was closed here
+    advantages: np.ndarray | None = None  # [T]
 
-    def thinks(self) -> set[int]:
+    def thinks(self) -> list[int]:
         """The actions before which q thought, well-formed or not."""
-        return set(self.actions[self.targets >= 0].tolist())
-
-    def thoughts(self) -> dict[int, list[int]]:
-        """action -> token ids of its thought, for the well-formed ones."""
-        latents, bad = defaultdict(list), set(self.actions[self.malformed].tolist())
-        for k in np.flatnonzero(self.targets >= 0):
-            if self.actions[k] not in bad:
-                latents[int(self.actions[k])].append(int(self.ids[k]))
-        return latents
+        return np.unique(self.actions[self.targets >= 0]).tolist()
 
     def without_malformed(self) -> "Rollout":
         """The same with every malformed thought (and the indentation forced after it) replaced by act."""
-        bad = self.actions[self.malformed]
-        keep = self.expert | ~np.isin(self.actions, bad)
+        keep = self.expert | ~np.isin(self.actions, self.actions[self.malformed])
         keep[0] = True
-        return Rollout(self.snippet, *(getattr(self, f.name)[keep] for f in dataclasses.fields(self)[1:]))
+        return Rollout(self.snippet, *(getattr(self, name)[keep] for name in ARRAYS))
+
+    def thoughts(self, vocabulary: Vocabulary) -> dict[int, str]:
+        """Action -> its thought, newline included; the well-formed ones."""
+        r = self.without_malformed()
+        rows = [r.ids[(r.actions == t) & (r.targets >= 0)].tolist() for t in r.thinks()]
+        return dict(zip(r.thinks(), vocabulary.decode(rows)))
+
+
+ARRAYS = ("ids", "targets", "actions", "expert", "malformed")  # of a Rollout
 
 
 def all_act(snippet: Snippet) -> Rollout:
     """The rollout in which every latent is act: the plain snippet, for the NTP baseline and as a draft."""
     size = len(snippet.ids)
     actions = np.searchsorted(snippet.boundaries, np.arange(size), side="right") - 1
-    expert, malformed = np.arange(size) > 0, np.zeros(size, dtype=bool)
-    return Rollout(snippet, snippet.ids, np.full(size, FORCED), np.zeros(size), actions, expert, malformed)
+    expert, nothing = np.arange(size) > 0, np.zeros(size, dtype=bool)
+    return Rollout(snippet, snippet.ids, np.full(size, FORCED), actions, expert, nothing)
 
 
-def draw(model, hidden, noise, vocabulary: Vocabulary, args: Args):
-    """What q draws after hidden states [N, D] with noise [N]: tokens, log q(token), log q(act), all [N]."""
+def draw(model, hidden, noise, vocabulary: Vocabulary, args: Args) -> torch.Tensor:
+    """Tokens [N] that q draws after hidden states [N, D] with noise [N]."""
     size = max(1, LOGITS_PER_CHUNK // len(vocabulary.opens))
     parts = []
     for h, u in zip(hidden.split(size), noise.split(size)):
         # q: the policy's full distribution at the given temperature
-        logprobs = (model.lm_head(h).float() / args.temperature).log_softmax(-1)  # [N, V]
-        drawn = inverse_cdf(logprobs.exp(), u)
-        act = logprobs.masked_fill(vocabulary.opens, -torch.inf).logsumexp(-1)  # log(1 - sum_H p)
-        parts.append((drawn, logprobs.gather(1, drawn.unsqueeze(1)).squeeze(1), act))
-    return [torch.cat(part) for part in zip(*parts)]
+        probs = (model.lm_head(h).float() / args.temperature).softmax(-1)  # [N, V]
+        parts.append(inverse_cdf(probs, u))
+    return torch.cat(parts)
 
 
-def think(cache: RowCache, rows: list[int], places: list[int], token, logq, noise, vocabulary, args):
+def think(cache: RowCache, rows: list[int], places: list[int], token, noise, vocabulary, args):
     """The thoughts of these rows, token by token, each from the `token` [B] that opened it at its place.
 
     A thought ends with its newline, with a token that breaks the source, or after max_latent_tokens; rows
-    that have ended leave the batch. noise [R, W]. Returns lists, one of each row: tokens drawn, their log q.
+    that have ended leave the batch. noise [R, W]. Returns a list of tokens for each row.
     """
-    last, longest, device = max(places), args.max_latent_tokens, token.device
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long, device=device)  # [B, M]
-    logprobs = torch.zeros(len(rows), longest, device=device)  # [B, M]
-    lengths = torch.zeros_like(token)
-    going = torch.arange(len(rows), device=device)  # the rows of the B that still write
-    rows, places = torch.tensor([rows, places], device=device)
+    last, longest = max(places), args.max_latent_tokens
+    tokens = token.new_full((len(rows), longest), FORCED)  # [B, M]
+    going = torch.arange(len(rows), device=token.device)  # the rows of the B that still write
+    rows, places = torch.tensor([rows, places], device=token.device)
     for size in range(longest):
-        tokens[going, size], logprobs[going, size], lengths[going] = token, logq, size + 1
+        tokens[going, size] = token
         goes_on = ~(vocabulary.ends[token] | vocabulary.breaks[token])
-        going, token = going[goes_on], token[goes_on]  # the only wait for the device
+        going, token = going[goes_on], token[goes_on]  # this waits for the device
         if size + 1 == longest or not len(going):
             break
         at, where, one = rows[going], places[going] + size, torch.ones_like(going)
         hidden = cache.feed_tensors(at, where, token.unsqueeze(1), one, last + size + 1)[:, 0]
-        token, logq, _ = draw(cache.model, hidden, noise[at, where], vocabulary, args)
-    lengths = lengths.tolist()
-    return [[row[:n] for row, n in zip(x.tolist(), lengths)] for x in (tokens, logprobs)]
+        token = draw(cache.model, hidden, noise[at, where], vocabulary, args)
+    return [[k for k in row if k != FORCED] for row in tokens.tolist()]
 
 
-def insert_thought(r: Rollout, place: int, t: int, tokens: list[int], logq: list[float], v) -> int:
+def insert_thought(r: Rollout, place: int, t: int, tokens: list[int], v: Vocabulary) -> int:
     """Put a thought before action t, which begins at `place`, and the indentation after it; tokens inserted.
 
     A thought that breaks the source, or has not ended in time, is closed by a newline as its last token.
     """
-    malformed = not v.ends[tokens[-1]]
+    malformed = tokens[-1] not in v.ending
     ids, indent = tokens[:-1] + [v.newline if malformed else tokens[-1]], r.snippet.indents[t]
     size = len(ids) + len(indent)
-    forced, closed = [FORCED] * len(indent), (np.arange(size) == len(ids) - 1) & malformed
-    new = (ids + indent, tokens + forced, logq + [0.0] * len(indent), t, False, closed)
-    for field, values in zip(dataclasses.fields(r)[1:], new):
-        setattr(r, field.name, np.insert(getattr(r, field.name), [place] * size, values))
+    closed = (np.arange(size) == len(ids) - 1) & malformed
+    new = (ids + indent, tokens + [FORCED] * len(indent), t, False, closed)
+    for name, values in zip(ARRAYS, new):
+        setattr(r, name, np.insert(getattr(r, name), [place] * size, values))
     return size
 
 
 @torch.no_grad()
 def rollout(model, snippets: list[Snippet], noise, vocabulary: Vocabulary, args: Args) -> list[Rollout]:
-    """Roll each snippet out once, through all its turns, with thoughts sampled from `model`; noise [R, W].
+    """Roll each snippet out once, through all its turns, with thoughts sampled from `model`; noise: R x [W].
 
     Rows of similar length share a batch. Call it inside `gathered(model)`.
     """
@@ -276,8 +271,8 @@ def rollout(model, snippets: list[Snippet], noise, vocabulary: Vocabulary, args:
     order = sorted(range(len(snippets)), key=lambda r: len(snippets[r].ids), reverse=True)
     for first in range(0, len(order), args.rollout_rows):
         chunk = order[first : first + args.rollout_rows]
-        batch = rollout_batch(model, [snippets[r] for r in chunk], noise[chunk], vocabulary, args)
-        for r, one in zip(chunk, batch):
+        chosen, own = [snippets[r] for r in chunk], [noise[r] for r in chunk]
+        for r, one in zip(chunk, rollout_batch(model, chosen, own, vocabulary, args)):
             rollouts[r] = one
     return rollouts
 
@@ -289,7 +284,7 @@ def rollout_batch(model, snippets: list[Snippet], noise, vocabulary: Vocabulary,
     again. So the distribution is that of deciding one by one, with fewer passes than tokens.
     """
     rows, cache = [all_act(s) for s in snippets], RowCache(model, len(snippets))
-    noise = noise.to(model.device)
+    noise = pad_sequence(noise, batch_first=True).to(model.device)  # [R, W]
     turn = [0] * len(rows)  # the action to decide about next
     seen = [0] * len(rows)  # tokens that the cache holds and that are as they were
     moved = [0] * len(rows)  # tokens inserted, by which the rest of the code has moved
@@ -300,41 +295,45 @@ def rollout_batch(model, snippets: list[Snippet], noise, vocabulary: Vocabulary,
         # the decision before the action at place p is drawn after token p - 1: N decisions in all
         k, cols = positions([p - 1 for p in places], model.device)  # [N]
         row, start = torch.tensor([going, starts], device=model.device)[:, k]  # [N]
-        drawn, logq, act = draw(model, hidden[k, cols - start], noise[row, cols], vocabulary, args)
-        opens, act = vocabulary.opens[drawn].tolist(), act.tolist()
-        n, thinking, opening = 0, [], []  # the row's first of the N; rows that think, and with which of the N
-        for i, row_places in zip(going, places):
-            for m, place in enumerate(row_places.tolist(), start=n):
-                seen[i] = place
-                if opens[m]:  # the row's later draws did not know of this thought: they do not hold
-                    thinking.append(i)
-                    opening.append(m)
-                    break
-                rows[i].targets[place], rows[i].logq[place] = EVENT, act[m]
-                turn[i] += 1
-            n += len(row_places)
+        drawn = draw(model, hidden[k, cols - start], noise[row, cols], vocabulary, args)
+        ends = np.cumsum([len(p) for p in places])
+        opens = np.split(vocabulary.opens[drawn].cpu().numpy(), ends[:-1])
+        thinking, opening = [], []  # rows that think, and with which of the N
+        for i, place, opens_here, end in zip(going, places, opens, ends):
+            # the draws up to a row's first thought hold; its later ones did not know of this thought
+            acts = int(opens_here.argmax()) if opens_here.any() else len(place)
+            rows[i].targets[place[:acts]] = EVENT
+            seen[i] = int(place[: acts + 1][-1])
+            turn[i] += acts
+            if acts < len(place):
+                thinking.append(i)
+                opening.append(int(end) - len(place) + acts)
         if not thinking:
             continue
-        starts, token, logq = [seen[i] for i in thinking], drawn[opening], logq[opening]
-        thoughts = think(cache, thinking, starts, token, logq, noise, vocabulary, args)
-        for i, tokens, logprobs in zip(thinking, *thoughts):
-            moved[i] += insert_thought(rows[i], seen[i], turn[i], tokens, logprobs, vocabulary)
+        starts = [seen[i] for i in thinking]
+        thoughts = think(cache, thinking, starts, drawn[opening], noise, vocabulary, args)
+        for i, tokens in zip(thinking, thoughts):
+            moved[i] += insert_thought(rows[i], seen[i], turn[i], tokens, vocabulary)
             seen[i] += len(tokens) - 1  # its last token was not fed
             turn[i] += 1
     return rows
 
 
-def row_noise(snippets: list[Snippet], args: Args, ranks: Ranks, *key) -> torch.Tensor:
-    """Noise [R, W] of this rank's share of a global batch: every rank draws the whole and takes its rows."""
-    width = max(s.width(args.max_latent_tokens) for s in snippets)
-    return uniforms((len(snippets), width), args.seed, *key)[ranks.share(len(snippets))]
-
-
-def sample(model, snippets: list[Snippet], vocabulary, args: Args, ranks: Ranks, *key) -> list[Rollout]:
-    """A rollout of each snippet of this rank's share of a global batch."""
-    noise = row_noise(snippets, args, ranks, *key)
-    with gathered(model):
-        return rollout(model, snippets[ranks.share(len(snippets))], noise, vocabulary, args)
+def sample(model, batches: list[list[Snippet]], keys: list, vocabulary, args, ranks) -> list[list[Rollout]]:
+    """This rank's rollouts of each global batch, all sampled at once: a GPU takes about as long for many rows
+    as for a few. The noise of a row follows from its batch's key and its place there, so it is the same on
+    any number of ranks. Without a model (NTP) every latent is act.
+    """
+    shares = [range(len(snippets))[ranks.share(len(snippets))] for snippets in batches]
+    rows = [snippets[i] for snippets, share in zip(batches, shares) for i in share]
+    if model is None:
+        rollouts = iter([all_act(snippet) for snippet in rows])
+    else:
+        names = [(args.seed, *key, i) for key, share in zip(keys, shares) for i in share]
+        noise = [uniforms([s.width(args.max_latent_tokens)], *name) for s, name in zip(rows, names)]
+        with gathered(model):
+            rollouts = iter(rollout(model, rows, noise, vocabulary, args))
+    return [[next(rollouts) for _ in share] for share in shares]
 
 
 # ---------------------------------------------------------------- 2 score: the expert line's log-likelihood
@@ -364,6 +363,7 @@ def expert_logprobs(model, rollouts: list[Rollout], vocabulary: Vocabulary, args
         targets, n = ids[rows, cols], len(rows)
         if given_act:  # the decisions, too: 1 - sum_H p where an action begins
             begins = np.concatenate([np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)])
+            begins &= ~vocabulary.opens[targets].cpu().numpy()  # an expert's comment: nothing was decided
             again = torch.from_numpy(np.flatnonzero(begins)).to(device)
             rows, cols = torch.cat([rows, rows[again]]), torch.cat([cols, cols[again]])
             targets = torch.cat([targets, torch.full_like(again, EVENT)])
@@ -376,13 +376,7 @@ def expert_logprobs(model, rollouts: list[Rollout], vocabulary: Vocabulary, args
     return out
 
 
-def line_logprob(logprobs: np.ndarray, scale: str) -> float:
-    """l_t from the log-probabilities of one action's tokens: nats per token, or nats for `sum`."""
-    if scale == "mean":
-        return logprobs.mean()
-    if scale == "logmean":
-        return math.log(np.exp(logprobs).mean() + 1e-30)
-    return logprobs.sum()
+LINE_REWARDS = {"mean": np.mean, "sum": np.sum, "logmean": lambda lp: np.log(np.exp(lp).mean() + 1e-30)}
 
 
 def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float, args: Args) -> np.ndarray:
@@ -390,15 +384,12 @@ def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float, args: A
 
     logprobs: of the rollout's expert tokens under the frozen anchor.
     """
-    actions = rollout.actions[rollout.expert]
-    thought = rollout.thinks()
-    malformed = set(rollout.actions[rollout.malformed].tolist())
-    rewards = np.zeros(len(rollout.snippet.boundaries))
-    for t in range(len(rewards)):
-        l_t = line_logprob(logprobs[actions == t], args.line_reward)
-        cost = args.malformed_penalty if t in malformed else penalty if t in thought else 0.0
-        rewards[t] = l_t - cost  # eq. (4.1), Algorithm 1 line 3
-    return rewards
+    actions, line_reward = rollout.actions[rollout.expert], LINE_REWARDS[args.line_reward]
+    lines = [line_reward(logprobs[actions == t]) for t in range(len(rollout.snippet.boundaries))]  # l_t
+    costs = np.zeros(len(lines))
+    costs[rollout.thinks()] = penalty
+    costs[rollout.actions[rollout.malformed]] = args.malformed_penalty
+    return np.array(lines) - costs  # eq. (4.1), Algorithm 1 line 3
 
 
 # ---------------------------------------------------------------- 3 advantage
@@ -435,25 +426,25 @@ def group_baseline_advantages(returns: torch.Tensor, normalize_std: bool = False
 # ---------------------------------------------------------------- 4 update: the two losses
 
 
-def policy_gradient_loss(model, batch, vocabulary: Vocabulary, args: Args, decisions: float):
+def policy_gradient_loss(model, rollouts, vocabulary: Vocabulary, args: Args, decisions: float):
     """This micro-batch's part of the E-step loss, and the sum of its entropies (nats).
 
     loss = - (1 / decisions) sum_t A_t log q(z_t) - entropy_coef * mean entropy; log q(z_t) sums over the
-    thought's tokens, `decisions` counts them in the whole global batch. batch: (rollout, advantages [T])
-    pairs; only latent positions get logits and gradients. One update per batch, so there is no ratio and no
-    clipping.
+    thought's tokens, `decisions` counts them in the whole global batch. Only latent positions get logits and
+    gradients. One update per batch, so there is no ratio and no clipping.
     """
     device = vocabulary.opens.device
-    ids = pad_right([r.ids for r, _ in batch], vocabulary.separator, device)  # [B, T]
-    where = [np.flatnonzero(r.targets != FORCED) for r, _ in batch]
+    ids = pad_right([r.ids for r in rollouts], vocabulary.separator, device)  # [B, T]
+    where = [np.flatnonzero(r.targets != FORCED) for r in rollouts]
     rows, cols = positions(where, device)  # [N], [N]
-    targets = torch.from_numpy(np.concatenate([r.targets[w] for (r, _), w in zip(batch, where)])).to(device)
-    advantages = np.concatenate([a[r.actions[w]] for (r, a), w in zip(batch, where)])
+    targets = torch.from_numpy(np.concatenate([r.targets[w] for r, w in zip(rollouts, where)])).to(device)
+    advantages = np.concatenate([r.advantages[r.actions[w]] for r, w in zip(rollouts, where)])
     advantages = torch.from_numpy(advantages).float().to(device)  # [N]
-    acts = ~vocabulary.opens
-    logprobs, entropy = token_logprobs(
-        model, ids, rows, cols, targets=targets, event=acts, temperature=args.temperature, entropy=True
-    )
+    # at each decision, also where q has drawn a thought, all that means act is one outcome of z_t
+    decisive = np.concatenate([np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(rollouts, where)])
+    acts = {"event": ~vocabulary.opens, "merged": torch.from_numpy(decisive).to(device)}
+    options = {"temperature": args.temperature, "entropy": True}
+    logprobs, entropy = token_logprobs(model, ids, rows, cols, targets=targets, **acts, **options)
     loss = -(advantages * logprobs).sum() - args.entropy_coef * entropy.sum()
     return loss / decisions, entropy.detach().sum()
 
@@ -471,16 +462,17 @@ def ntp_loss(model, rollouts: list[Rollout], vocabulary: Vocabulary, mask_latent
     return -logprobs.sum() / tokens, -logprobs.detach()[expert].sum()  # eq. (4.2)
 
 
-def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -> tuple[float, float, float]:
-    """One optimiser step over micro-batches of rows: (global loss, sum of the second value, gradient norm).
+def update(model, optimizer, rollouts, loss_of, ranks: Ranks, args: Args) -> tuple[float, float, float]:
+    """One optimiser step on all ranks' rollouts: (global loss, sum of the second value, gradient norm).
 
-    loss_of(rows) -> (part of the global loss, a sum to report). If the loss or gradient is not finite nothing
-    changes and the norm returned is NaN.
+    loss_of(rollouts) -> (part of the global loss, a sum to report). If the loss or gradient is not finite
+    nothing changes and the norm returned is NaN.
     """
     optimizer.zero_grad(set_to_none=True)
     total, reported = 0.0, 0.0
-    for rows, weight in batches:
-        loss, extra = loss_of(rows)
+    for batch in rollout_batches(rollouts, args, ranks):  # as many on every rank: the missing ones are empty
+        loss, extra = loss_of([rollouts[i] for i in batch or [0]])
+        weight = float(bool(batch))
         (loss * weight * ranks.world_size).backward()  # FSDP averages over ranks; our losses add up over them
         total += weight * loss.item()
         reported += weight * extra.item()
@@ -492,16 +484,15 @@ def update(model, optimizer, batches: list, loss_of, ranks: Ranks, args: Args) -
     return total, reported, norm
 
 
-def culprits(model, rows: list, texts: list[str], loss_of, ranks: Ranks, args: Args) -> str:
-    """The snippets that make the loss or its gradient NaN or infinite; `texts` are those of `rows`."""
+def culprits(model, rollouts, loss_of, ranks: Ranks, args: Args) -> str:
+    """The snippets that make the loss or its gradient NaN or infinite."""
     still = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def alone(i: int) -> tuple[float, float]:
-        part = rows[i : i + 1] or rows[:1]
-        loss, _ = loss_of(part)
-        return loss.item(), update(model, still, [(part, 1.0)], loss_of, ranks, args)[2]
+        part = rollouts[i : i + 1] or rollouts[:1]
+        return loss_of(part)[0].item(), update(model, still, part, loss_of, ranks, args)[2]
 
-    return not_finite([f"snippet {text[:60]!r}" for text in texts], alone, ranks)
+    return not_finite([f"snippet {r.snippet.text[:60]!r}" for r in rollouts], alone, ranks)
 
 
 def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
@@ -509,39 +500,35 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     G, clock = args.group_size, [time.perf_counter()]
     # 1 sample
     rows = [s for s in snippets for _ in range(G)]  # groups: G rows
-    rollouts = sample(policy, rows, vocabulary, args, ranks, "E", update_index)  # R of them on this rank
+    (rollouts,) = sample(policy, [rows], [("E", update_index)], vocabulary, args, ranks)  # R of them
     clock.append(time.perf_counter())
     # 2 score
     with gathered(frozen):
         logprobs = expert_logprobs(frozen, rollouts, vocabulary, args, given_act=True)
     penalty = 0.0 if update_index < args.penalty_warmup else args.penalty  # D4
-    longest = max(len(r.snippet.boundaries) for r in rollouts)
-    rewards = torch.zeros(len(rollouts), longest, dtype=torch.float64)  # [R, T]
-    for r, (one, lp) in enumerate(zip(rollouts, logprobs)):
-        rewards[r, : len(one.snippet.boundaries)] = torch.from_numpy(step_rewards(one, lp, penalty, args))
+    rewards = [torch.from_numpy(step_rewards(r, lp, penalty, args)) for r, lp in zip(rollouts, logprobs)]
+    rewards = pad_sequence(rewards, batch_first=True)  # [R, T]
     clock.append(time.perf_counter())
     # 3 advantage
-    returns = truncated_returns(rewards.view(-1, G, longest), args.return_horizon)  # [S, G, T]
-    advantages = group_baseline_advantages(returns, args.normalize_std).flatten(0, 1).numpy()  # [R, T]
+    returns = truncated_returns(rewards.unflatten(0, (-1, G)), args.return_horizon)  # [S, G, T]
+    advantages = group_baseline_advantages(returns, args.normalize_std).flatten(0, 1)  # [R, T]
+    for r, row in zip(rollouts, advantages.numpy()):
+        r.advantages = row
     # 4 update
     sums = rollout_sums(rollouts)
-    sums["reward"] = rewards.sum().item()
-    sums["line"] = -sum(lp.sum() for lp in logprobs)
+    sums |= {"reward": rewards.sum().item(), "line": -sum(lp.sum() for lp in logprobs)}
     sums = all_sum(sums, ranks)
-    pairs = list(zip(rollouts, advantages))
-    batches = weighted(pairs, rollouts, args, ranks)
 
     def loss_of(part):
         return policy_gradient_loss(policy, part, vocabulary, args, sums["decisions"])
 
-    _, entropy, norm = update(policy, optimizer, batches, loss_of, ranks, args)
-    texts = [r.snippet.text for r in rollouts]
-    cause = culprits(policy, pairs, texts, loss_of, ranks, args) if math.isnan(norm) else ""
+    _, entropy, norm = update(policy, optimizer, rollouts, loss_of, ranks, args)
+    cause = culprits(policy, rollouts, loss_of, ranks, args) if math.isnan(norm) else ""
     clock.append(time.perf_counter())
     return {
         "reward/mean": sums["reward"] / sums["decisions"],
         "reward/penalty": penalty,
-        "train/ce_code": sums["line"] / sums["expert_tokens"],
+        "reward/ce_code": sums["line"] / sums["expert_tokens"],
         "policy/entropy": entropy / sums["decisions"],
         **rollout_metrics(sums),
         **timing(clock, sums["tokens"], args.rl_learning_rate, norm),
@@ -549,41 +536,19 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     }
 
 
-def sample_ahead(frozen, batches: list[list[Snippet]], first: int, vocabulary, args, ranks) -> list[tuple]:
-    """Step 1 of the M-step updates `first`, first + 1, ..: (this rank's rollouts, seconds) of each.
-
-    batches: the snippets of each, global. q = frozen stays as it is, so many updates can be sampled at once:
-    a GPU takes about as long for many rows as for a few. None for q: every latent is act.
-    """
-    start, mine = time.perf_counter(), [snippets[ranks.share(len(snippets))] for snippets in batches]
-    rows = [snippet for part in mine for snippet in part]
-    if frozen is None:  # NTP
-        rollouts = [all_act(s) for s in rows]
-    else:
-        noise = [row_noise(snippets, args, ranks, "M", i) for i, snippets in enumerate(batches, start=first)]
-        noise = pad_sequence([row for part in noise for row in part], batch_first=True)  # [R, W]
-        with gathered(frozen):
-            rollouts = rollout(frozen, rows, noise, vocabulary, args)
-    rollouts, seconds = iter(rollouts), (time.perf_counter() - start) / len(batches)
-    return [(list(itertools.islice(rollouts, len(part))), seconds) for part in mine]
-
-
 def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabulary, args, ranks) -> dict:
     """One M-step update of pi = policy on this rank's rollouts. Returns its metrics."""
-    clock = [time.perf_counter() - sampling_s]
+    clock = [time.perf_counter() - sampling_s, *[time.perf_counter()] * 2]  # nothing to score
     sums = rollout_sums(rollouts)
     rollouts = [r.without_malformed() for r in rollouts]
     sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
     sums = all_sum(sums, ranks)
-    clock += [time.perf_counter()] * 2  # nothing to score
-    batches = weighted(rollouts, rollouts, args, ranks)
 
     def loss_of(part):
         return ntp_loss(policy, part, vocabulary, args.mask_latents, sums["trained"])
 
-    loss, expert_loss, norm = update(policy, optimizer, batches, loss_of, ranks, args)
-    texts = [r.snippet.text for r in rollouts]
-    cause = culprits(policy, rollouts, texts, loss_of, ranks, args) if math.isnan(norm) else ""
+    loss, expert_loss, norm = update(policy, optimizer, rollouts, loss_of, ranks, args)
+    cause = culprits(policy, rollouts, loss_of, ranks, args) if math.isnan(norm) else ""
     clock.append(time.perf_counter())
     return {
         "train/loss": loss,
@@ -594,41 +559,34 @@ def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabu
     }
 
 
-def weighted(rows: list, rollouts: list[Rollout], args: Args, ranks: Ranks) -> list[tuple[list, float]]:
-    """(rows, weight) micro-batches, as many on every rank: the missing ones are one row with weight 0."""
-    batches = rollout_batches(rollouts, args, ranks)
-    return [([rows[i] for i in batch], 1.0) if batch else (rows[:1], 0.0) for batch in batches]
-
-
 # ---------------------------------------------------------------- 5 log, evaluate, save
 
 
 def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
-    """Counts to be added up over ranks: decisions, thoughts, their tokens, and both by kind of line."""
-    names = ("decisions", "thoughts", "malformed", "latent_tokens", "tokens", "expert_tokens")
-    sums = Counter(dict.fromkeys(names, 0))
-    for kind in ("first", "assert", "assign", "control", "def", "import", "other", "return"):
-        sums[f"of/{kind}"] = sums[f"at/{kind}"] = 0
-    for r in rollouts:
-        thought = r.thinks()
-        sums["decisions"] += len(r.snippet.kinds)
-        sums["thoughts"] += len(thought)
-        sums["malformed"] += int(r.malformed.sum())
-        sums["latent_tokens"] += int((r.targets >= 0).sum())
-        sums["tokens"] += len(r.ids)
-        sums["expert_tokens"] += int(r.expert.sum())
-        sums.update(f"of/{kind}" for kind in r.snippet.kinds)
-        sums.update(f"at/{r.snippet.kinds[t]}" for t in thought)
-    return dict(sums)
+    """Counts to be added up over ranks, the same keys on all: of/KIND and at/KIND, decisions and thoughts."""
+    of = Counter(kind for r in rollouts for kind in r.snippet.kinds)
+    at = Counter(r.snippet.kinds[t] for r in rollouts for t in r.thinks())
+    return {
+        "decisions": of.total(),
+        "thoughts": at.total(),
+        "malformed": sum(int(r.malformed.sum()) for r in rollouts),
+        "latent_tokens": sum(int((r.targets >= 0).sum()) for r in rollouts),
+        "tokens": sum(len(r.ids) for r in rollouts),
+        "expert_tokens": sum(int(r.expert.sum()) for r in rollouts),
+        **{f"{name}/{kind}": count[kind] for name, count in (("of", of), ("at", at)) for kind in KINDS},
+    }
+
+
+def think_rates(sums: dict[str, float], name: str) -> dict[str, float]:
+    return {f"{name}/{kind}": sums[f"at/{kind}"] / sums[f"of/{kind}"] for kind in KINDS if sums[f"of/{kind}"]}
 
 
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
-    kinds = [key[3:] for key in sums if key.startswith("of/") and sums[key]]
     return {
         "rollout/think_rate": sums["thoughts"] / max(1, sums["decisions"]),
         "rollout/format_rate": 1 - sums["malformed"] / max(1, sums["thoughts"]),
         "rollout/latent_tokens": sums["latent_tokens"] / max(1, sums["thoughts"]),
-        **{f"rollout/think_rate/{kind}": sums[f"at/{kind}"] / sums[f"of/{kind}"] for kind in sorted(kinds)},
+        **think_rates(sums, "rollout/think_rate"),
     }
 
 
@@ -649,62 +607,43 @@ def timing(clock: list[float], tokens: float, learning_rate: float, norm: float)
     }
 
 
-def evaluate(model, snippets, vocabulary, args, ranks) -> tuple[dict[str, float], list[Rollout]]:
+def evaluate(model, snippets, title: str, vocabulary, args, run: Run) -> tuple[dict, list[Rollout]]:
     """Cross-entropy (nats per token) of held-out expert tokens, with thoughts sampled by `model` and without.
 
     The same noise every time. One draw of the thoughts; malformed ones are replaced by act, as in the M-step.
-    Also the think rate by source and kind of line. Returns the metrics and this rank's rollouts, for samples.
+    Also the think rate by source and kind of line. Returns the metrics and this rank's rollouts.
     """
     if not snippets:
         return {}, []
-    keys = [f"{n}/{s.source}" for s in snippets for n in ("ce_code", "ce_code_act", "tokens")]
-    keys += [f"{n}/{s.source}/{k}" for s in snippets for k in s.kinds for n in ("at", "of")]
-    sums = dict.fromkeys(keys, 0.0)  # the same keys on every rank
-    rollouts = sample(model, snippets, vocabulary, args, ranks, "eval")
+    (rollouts,) = sample(model, [snippets], [("eval",)], vocabulary, args, run.ranks)
     with gathered(model):
         thinking = expert_logprobs(model, [r.without_malformed() for r in rollouts], vocabulary, args)
         acting = expert_logprobs(model, [all_act(r.snippet) for r in rollouts], vocabulary, args)
-    for r, with_thoughts, without in zip(rollouts, thinking, acting):
-        source = r.snippet.source
-        sums[f"ce_code/{source}"] -= with_thoughts.sum()
-        sums[f"ce_code_act/{source}"] -= without.sum()
-        sums[f"tokens/{source}"] += len(without)
-        thought = r.thinks()
-        for t, kind in enumerate(r.snippet.kinds):
-            sums[f"of/{source}/{kind}"] += 1
-            sums[f"at/{source}/{kind}"] += t in thought
-    sums = all_sum(sums, ranks)
-    sources = sorted({s.source for s in snippets})
-    tokens = sum(sums[f"tokens/{source}"] for source in sources)
-    metrics = {}
-    for name in ("ce_code", "ce_code_act"):
-        metrics[f"eval/{name}"] = sum(sums[f"{name}/{source}"] for source in sources) / tokens
-        for source in sources:
-            metrics[f"eval/{name}/{source}"] = sums[f"{name}/{source}"] / sums[f"tokens/{source}"]
-    for key in sorted(k for k in sums if k.startswith("of/")):
-        metrics[f"eval/think_rate/{key[3:]}"] = sums["at" + key[2:]] / sums[key]
+    metrics, everything = {}, Counter()
+    for source in sorted({s.source for s in snippets}):
+        mine = [i for i, r in enumerate(rollouts) if r.snippet.source == source]
+        sums = rollout_sums([rollouts[i] for i in mine])
+        for name, logprobs in (("ce_code", thinking), ("ce_code_act", acting)):
+            sums[name] = -sum(logprobs[i].sum() for i in mine)
+        sums = all_sum(sums, run.ranks)
+        everything.update(sums)
+        for name in ("ce_code", "ce_code_act"):
+            metrics[f"eval/{name}"] = everything[name] / everything["expert_tokens"]  # the last one holds
+            metrics[f"eval/{name}/{source}"] = sums[name] / sums["expert_tokens"]
+        metrics |= think_rates(sums, f"eval/think_rate/{source}")
+    if run.ranks.main:
+        with open(run.path / "samples.html", "a", encoding="utf-8") as handle:
+            handle.write(f"<meta charset='utf-8'><h2>{html.escape(title)}</h2>\n")
+            for r in rollouts[:12]:
+                text = rendered(r, vocabulary, '<b style="color:#0a7d33">', "</b>", html.escape)
+                handle.write(f"<pre style='background:#f6f6f6;padding:1em'>{text}</pre>\n")
     return metrics, rollouts
 
 
-def rendered(rollouts: list[Rollout], vocabulary, before: str, after: str, escape=str) -> list[str]:
-    """Each rollout's text with its thoughts between `before` and `after`."""
-    texts = []
-    for r in rollouts:
-        marks = {}
-        for t, ids in r.thoughts().items():
-            thought = vocabulary.decode([ids])[0]
-            marks[t] = "\x02" + thought.rstrip("\n") + "\x03\n"
-        text = escape(bootstrap_text(r.snippet, marks))
-        texts.append(text.replace("\x02", before).replace("\x03", after))
-    return texts
-
-
-def write_samples(run: Run, title: str, rollouts: list[Rollout], vocabulary: Vocabulary) -> None:
-    """Append a few rollouts to samples.html, thoughts coloured apart from code (rank 0)."""
-    blocks = rendered(rollouts[:12], vocabulary, '<b style="color:#0a7d33">', "</b>", html.escape)
-    with open(run.path / "samples.html", "a", encoding="utf-8") as handle:
-        handle.write(f"<meta charset='utf-8'><h2>{html.escape(title)}</h2>\n")
-        handle.writelines(f"<pre style='background:#f6f6f6;padding:1em'>{block}</pre>\n" for block in blocks)
+def rendered(r: Rollout, vocabulary, before="\033[32m", after="\033[0m", escape=str) -> str:
+    """A rollout's text with each thought between `before` and `after`."""
+    marked = {t: f"\x02{thought.rstrip()}\x03\n" for t, thought in r.thoughts(vocabulary).items()}
+    return escape(bootstrap_text(r.snippet, marked)).replace("\x02", before).replace("\x03", after)
 
 
 def print_table(stages: list[tuple[str, dict]], rollouts: list[Rollout], vocabulary, run: Run) -> None:
@@ -719,35 +658,36 @@ def print_table(stages: list[tuple[str, dict]], rollouts: list[Rollout], vocabul
         print(f"  {key.removeprefix('eval/').ljust(name)}{values}")
     print("ce_code: cross-entropy of the expert's tokens with the model's thoughts, _act: without (nats)\n")
     chosen = {r.snippet.source: r for r in reversed(rollouts)}.values()  # one of each source
-    for text in rendered(list(chosen), vocabulary, "\033[32m", "\033[0m"):
-        print("\n".join(text.splitlines()[:16]) + "\n")
+    for r in chosen:
+        print("\n".join(rendered(r, vocabulary).splitlines()[:16]) + "\n")
     print(f"samples {run.path}/samples.html   curves {run.path}/curves.png   models {run.path}/checkpoints/")
 
 
 def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args, ranks: Ranks) -> None:
     """--bootstrap-only: bootstrapped.jsonl, an object a snippet: text, bootstrapped, latents [{line, text}].
 
-    With --resume auto, an earlier file is kept up to its last whole batch, and continued.
+    With --resume, an earlier file is continued.
     """
     target, started = run.path / "bootstrapped.jsonl", time.perf_counter()
-    size = args.rollout_rows * ranks.world_size
     # without the last line's end, a run was killed there: that line is torn
     earlier = target.read_text(encoding="utf-8").split("\n")[:-1] if target.exists() else []
-    count = first = len(earlier) // size * size
+    if earlier and not args.resume:
+        raise UserError(f"{target} exists; choose another --output-dir, or --resume auto")
+    count = first = len(earlier)
     all_sum(0.0, ranks)  # every rank has read the file before rank 0 cuts it
     if ranks.main:
-        write_whole(target, "".join(line + "\n" for line in earlier[:count]))
-    stream = iter(SnippetStream(args, "all", vocabulary, context))
-    for _ in range(count):
-        next(stream)
-    while snippets := [snippet for _, snippet in zip(range(size), stream)]:
+        write_whole(target, "".join(line + "\n" for line in earlier))
+    stream = itertools.islice(SnippetStream(args, "all", vocabulary, context), count, None)
+    while snippets := list(itertools.islice(stream, args.rollout_rows * ranks.world_size)):
         lines = []
-        for r in sample(model, snippets, vocabulary, args, ranks, "bootstrap", count):
-            latents = {t: vocabulary.decode([ids])[0] for t, ids in r.thoughts().items()}
-            starts = {t: r.snippet.starts[r.snippet.boundaries[t]] for t in sorted(latents)}
-            text, bootstrapped = r.snippet.text, bootstrap_text(r.snippet, latents)
-            places = [{"line": text.count("\n", 0, starts[t]), "text": latents[t].strip()} for t in starts]
-            lines.append({"text": text, "bootstrapped": bootstrapped, "latents": places})
+        keys = [("bootstrap", count)]
+        (rollouts,) = sample(model, [snippets], keys, vocabulary, args, ranks)
+        for r in rollouts:
+            text, thoughts = r.snippet.text, r.thoughts(vocabulary)
+            numbers = [text.count("\n", 0, r.snippet.starts[r.snippet.boundaries[t]]) for t in thoughts]
+            latents = [{"line": n, "text": z.strip()} for n, z in zip(numbers, thoughts.values())]
+            bootstrapped = bootstrap_text(r.snippet, thoughts)
+            lines.append({"text": text, "bootstrapped": bootstrapped, "latents": latents})
         lines = all_gather_list(lines, ranks)
         count += len(snippets)
         if ranks.main:
@@ -763,31 +703,36 @@ def check(args: Args, ranks: Ranks) -> None:
         if size <= 0 or size % ranks.world_size:
             nearest = max(ranks.world_size, size // ranks.world_size * ranks.world_size)
             raise UserError(f"--{flag} {size} does not divide by {ranks.world_size} ranks: use {nearest}")
-    positive = "group_size em_iterations max_latent_tokens temperature rollout_rows micro_batch_tokens"
-    not_negative = "rl_updates ntp_updates return_horizon penalty_warmup max_snippets eval_every"
+    positive = "group_size em_iterations ntp_updates max_latent_tokens temperature rollout_rows save_every"
+    not_negative = "rl_updates return_horizon penalty_warmup max_snippets eval_every"
     rates = "eval_snippets rl_learning_rate ntp_learning_rate weight_decay malformed_penalty entropy_coef"
-    check_sizes(args, f"{positive} max_grad_norm save_every max_snippet_tokens", f"{not_negative} {rates}")
+    sizes = "micro_batch_tokens max_grad_norm max_snippet_tokens"
+    check_sizes(args, f"{positive} {sizes}", f"{not_negative} {rates}")
     if min(args.dataset_weights, default=1) <= 0:
         raise UserError(f"--dataset-weights must be positive, got {args.dataset_weights}")
     if args.max_snippet_tokens < 4:
         raise UserError(f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code")
 
 
+def new_optimizer(model, learning_rate: float, args: Args) -> torch.optim.AdamW:
+    options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.95), "fused": True}
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, **options)
+
+
 def main(args: Args) -> None:
     ranks = setup(args.seed)
     check(args, ranks)
-    tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, ranks)
+    name = args.q_model if args.bootstrap_only and args.q_model else args.model
+    tokenizer, policy = load_tokenizer(name), load_model(name, ranks)
     config = policy.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 10**9
     vocabulary = Vocabulary(tokenizer, config.vocab_size, ranks.device)
-    context = config.max_position_embeddings
     if args.dry_run:
         dry_run(policy, vocabulary, context, args, ranks)
         return
     run = Run(args, __file__, ranks)
     if args.bootstrap_only:
-        sampler = load_model(args.q_model, ranks) if args.q_model else policy
-        bootstrap(sampler, vocabulary, context, run, args, ranks)
+        bootstrap(policy, vocabulary, context, run, args, ranks)
         return
     learns_q = args.algo == "ra3" and not args.q_model  # else there is no E-step
     frozen = None if args.algo == "ntp" else load_model(args.q_model or args.model, ranks)
@@ -797,75 +742,67 @@ def main(args: Args) -> None:
     per_iteration = rl_updates + args.ntp_updates
     total = args.em_iterations * per_iteration
 
-    def new_optimizer(learning_rate: float) -> torch.optim.AdamW:
-        options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.95), "fused": True}
-        return torch.optim.AdamW(policy.parameters(), lr=learning_rate, **options)
-
-    models = {"policy": policy} | ({"frozen": frozen} if learns_q else {})
-    # M-step updates that are sampled at once; their rollouts; how many have been done since cursors["M"]
-    ahead = 1 if frozen is None else max(1, args.rollout_rows * ranks.world_size // args.ntp_batch_size)
-    sampled, used = [], 0
-    optimizer, start, bad_updates = None, 0, 0
-    cursors = {"E": 0, "M": 0}
+    # what a checkpoint holds beside the tensors; used: M-step updates done since cursors["M"]
+    state = run.state or {"update": 0, "cursors": {"E": 0, "M": 0}, "used": 0, "stages": []}
+    cursors, stages, first = state["cursors"], state["stages"], state["update"]
+    models, optimizer = {"policy": policy} | ({"frozen": frozen} if learns_q else {}), None
     if run.state is not None:
-        start, cursors, used = run.state["update"], run.state["cursors"], run.state["used"]
-        in_e_step = (start - 1) % per_iteration < rl_updates  # of the last update done
-        optimizer = new_optimizer(args.rl_learning_rate if in_e_step else args.ntp_learning_rate)
+        optimizer = new_optimizer(policy, 0.0, args)  # restored with its learning rate
         run.restore(models, optimizer)
-    parts = ("E", "M") if learns_q else ("M",)
-    streams = {part: SnippetStream(args, part, vocabulary, context, cursors[part]) for part in parts}
+    streams = {part: SnippetStream(args, part, vocabulary, context, cursors[part]) for part in ("E", "M")}
     held_out = SnippetStream(args, "eval", vocabulary, context).batch(args.eval_snippets)
-    stages: list[tuple[str, dict]] = run.state["stages"] if run.state is not None else []
+    # M-step updates that are sampled at once, and what is left of them: (rollouts, seconds) of each
+    ahead = 1 if frozen is None else max(1, args.rollout_rows * ranks.world_size // args.ntp_batch_size)
+    sampled, rollouts, bad_updates = [], [], 0
     interrupt, started = Interrupt(), time.perf_counter()
-
-    def measure(title: str) -> dict:
-        metrics, rollouts = evaluate(policy, held_out, vocabulary, args, ranks)
-        if ranks.main and metrics:
-            write_samples(run, title, rollouts, vocabulary)
-        measure.rollouts = rollouts
-        return metrics
-
     if not stages:
-        stages.append(("before", measure("before, pi_0")))
-        run.log({"update": 0, "phase": "start", **stages[0][1]})
-    for done in range(start, total):
-        iteration, k = divmod(done, per_iteration)
+        metrics, rollouts = evaluate(policy, held_out, "before, pi_0", vocabulary, args, run)
+        stages.append(("before", metrics))
+        run.log({"update": 0, "phase": "start", **metrics})
+    for update_number in range(first + 1, total + 1):
+        iteration, k = divmod(update_number - 1, per_iteration)
         phase = "E" if k < rl_updates else "M"
-        if k == 0 and learns_q:  # E-step: q (the policy) starts from pi_i, whose frozen copy scores
-            copy_weights(policy, frozen)
-            optimizer = new_optimizer(args.rl_learning_rate)
-        if k == rl_updates:  # M-step: q_i is frozen and samples; pi starts again from pi_i
-            if learns_q:
-                policy, frozen = frozen, policy
-                models = {"policy": policy, "frozen": frozen}
-            optimizer = new_optimizer(args.ntp_learning_rate)
+        if k == 0 and learns_q:
+            copy_weights(policy, frozen)  # q (the policy) starts from pi_i, whose frozen copy scores
         if phase == "E":
+            if k == 0:
+                optimizer = new_optimizer(policy, args.rl_learning_rate, args)
             snippets, index = streams["E"].batch(args.rl_batch_size), iteration * rl_updates + k
             metrics = e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, index)
             cursors["E"] = streams["E"].cursor
         else:
-            if not sampled:  # a resumed run samples the same updates again, and skips those done
+            if k == rl_updates:
+                if learns_q:  # q_i is frozen and samples; pi starts again from pi_i
+                    policy, frozen = frozen, policy
+                    frozen.zero_grad()  # its gradient would stay in memory
+                    models = {"policy": policy, "frozen": frozen}
+                optimizer = new_optimizer(policy, args.ntp_learning_rate, args)
+            if not sampled:  # 1 sample; a resumed run samples the same updates again, and skips those done
+                begin, used = time.perf_counter(), state["used"]
                 count = min(max(ahead, used + 1), per_iteration - k + used)
                 batches = [streams["M"].batch(args.ntp_batch_size) for _ in range(count)]
-                sampled = sample_ahead(frozen, batches, done - used, vocabulary, args, ranks)[used:]
-            metrics = m_step(policy, optimizer, *sampled.pop(0), vocabulary, args, ranks)
-            used += 1
+                keys = [("M", update_number - 1 - used + i) for i in range(count)]
+                sampled = sample(frozen, batches, keys, vocabulary, args, ranks)[used:]
+                sampling_s = (time.perf_counter() - begin) / count
+            metrics = m_step(policy, optimizer, sampled.pop(0), sampling_s, vocabulary, args, ranks)
+            state["used"] += 1
             if not sampled:
-                cursors["M"], used = streams["M"].cursor, 0
-        update_number = done + 1
+                cursors["M"], state["used"] = streams["M"].cursor, 0
         # 5 log, evaluate, save
+        state["update"], cause = update_number, metrics.pop("cause")
         bad_updates = bad_updates + 1 if math.isnan(metrics["optim/grad_norm"]) else 0
-        metrics["optim/skipped"], cause = float(bad_updates > 0), metrics.pop("cause")
-        metrics["data/texts"] = float(streams[phase].cursor)
+        metrics |= {"optim/skipped": float(bad_updates > 0), "data/texts": float(streams[phase].cursor)}
         last_of_phase = k + 1 in (rl_updates, per_iteration)
         if last_of_phase or (args.eval_every and update_number % args.eval_every == 0):
             title = f"after {phase}{iteration + 1}" if last_of_phase else f"update {update_number}"
-            metrics |= measure(title)
+            evaluated, rollouts = evaluate(policy, held_out, title, vocabulary, args, run)
+            metrics |= evaluated
             if last_of_phase:
-                stages.append((title, {k: v for k, v in metrics.items() if k.startswith("eval/")}))
-        run.log({"update": update_number, "phase": phase, "iteration": iteration + 1, **metrics})
+                stages.append((title, evaluated))
+        metrics = {"update": update_number, "phase": phase, "iteration": iteration + 1, **metrics}
+        run.log(metrics)
         if ranks.main:
-            console(update_number, total, start, started, phase, metrics)
+            console(metrics, total, (time.perf_counter() - started) / (update_number - first))
             if cause:
                 print(f"skipped: the loss or gradient is not finite; cause: {cause}", flush=True)
         if bad_updates == 3:
@@ -873,49 +810,40 @@ def main(args: Args) -> None:
                 f"three updates in a row without a finite loss and gradient: {cause}; the last checkpoint is "
                 "good. Try a smaller learning rate"
             )
-        if k + 1 == rl_updates and learns_q:
-            run.export(policy, tokenizer, f"em_{iteration + 1:03d}_q")
-        if k + 1 == per_iteration:
-            run.export(policy, tokenizer, f"em_{iteration + 1:03d}")
+        if last_of_phase:
+            run.export(policy, tokenizer, f"em_{iteration + 1:03d}" + "_q" * (phase == "E"))
         stop = interrupt.requested(ranks)
         if stop or update_number % args.save_every == 0 or last_of_phase:
-            state = {"cursors": cursors, "used": used, "stages": stages}
             run.save(update_number, state, models, optimizer)
         if last_of_phase or stop:
             run.curves(CURVES)
         if stop:
             raise KeyboardInterrupt
-    if not hasattr(measure, "rollouts"):
-        measure("after")  # a run that was complete already
     if ranks.main and held_out:
-        print_table(stages, measure.rollouts, vocabulary, run)
+        print_table(stages, rollouts, vocabulary, run)
 
 
 CURVES = ["reward/mean", "rollout/think_rate", "rollout/think_rate/assert", "rollout/latent_tokens"]
 CURVES += ["rollout/format_rate", "policy/entropy", "train/ce_code", "eval/ce_code", "optim/grad_norm"]
 
 
-def console(done: int, total: int, start: int, started: float, phase: str, metrics: dict) -> None:
+CONSOLE = ["reward/mean", "train/loss", "train/ce_code", "rollout/think_rate", "rollout/latent_tokens"]
+CONSOLE += ["optim/grad_norm", "time/rollout_s", "time/score_s", "time/update_s", "perf/tokens_per_s"]
+CONSOLE += ["perf/peak_memory_gib", "eval/ce_code"]
+
+
+def console(metrics: dict, total: int, seconds_per_update: float) -> None:
     """One line an update."""
-    left = (time.perf_counter() - started) / (done - start) * (total - done)
-    name = "reward/mean" if phase == "E" else "train/loss"
-    evaluated = f"  held-out ce {metrics['eval/ce_code']:.4f}" if "eval/ce_code" in metrics else ""
-    print(
-        f"{phase} {done:4d}/{total}  {name} {metrics[name]:+.3f}  ce {metrics['train/ce_code']:.3f}  "
-        f"think {metrics['rollout/think_rate']:6.1%} "
-        f"({metrics['rollout/latent_tokens']:.1f} tok)  |g| {metrics['optim/grad_norm']:.2f}  "
-        f"{metrics['time/rollout_s']:.1f}+{metrics['time/score_s']:.1f}+{metrics['time/update_s']:.1f}s  "
-        f"{metrics['perf/tokens_per_s']:.0f} tok/s  {metrics['perf/peak_memory_gib']:.1f} GiB  "
-        f"eta {int(left // 60)}:{int(left % 60):02d}{evaluated}",
-        flush=True,
-    )
+    shown = [f"{key} {metrics[key]:.3g}" for key in CONSOLE if key in metrics]
+    left = seconds_per_update * (total - metrics["update"]) / 60
+    line = f"{metrics['phase']} {metrics['update']}/{total}  {'  '.join(shown)}  eta {left:.1f} min"
+    print(re.sub(r" [a-z]+/", " ", line), flush=True)
 
 
 def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
     """Print the plan, one bootstrapped snippet and a memory estimate."""
     snippets = SnippetStream(args, "M", vocabulary, context).batch(ranks.world_size)
-    rollouts = sample(policy, snippets, vocabulary, args, ranks, "dry run")
-    text = rendered(rollouts, vocabulary, "\033[32m", "\033[0m")[0]
+    (rollouts,) = sample(policy, [snippets], [("dry run",)], vocabulary, args, ranks)
     parameters = sum(p.numel() for p in policy.parameters())
     copies = (1 if args.algo == "ntp" else 2) * 4 + 4 + 8  # fp32 weights, gradient, AdamW (bytes)
     rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
@@ -930,7 +858,7 @@ def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ran
             f"{parameters * copies / ranks.world_size / 2**30:.2f} GiB of weights and optimizer, "
             f"{parameters * 2 / 2**30:.2f} GiB gathered for rollouts on GPU (bf16),\n"
             f"  plus {args.micro_batch_tokens} tokens' activations, the cache of {args.rollout_rows} rows\n"
-            f"\n{text}"
+            f"\n{rendered(rollouts[0], vocabulary)}"
         )
 
 

@@ -91,6 +91,7 @@ def action_starts(text: str, granularity: str) -> list[tuple[int, str]]:
 
 LINE_KINDS = {"def": "def", "class": "def", "async": "def", "import": "import", "from": "import"}
 LINE_KINDS |= {"return": "return", "assert": "assert"}
+KINDS = ("assert", "assign", "control", "def", "first", "import", "other", "return")
 
 
 def line_kind(line: str) -> str:
@@ -147,6 +148,7 @@ class Vocabulary:
             flags.append((text.lstrip(" \t").startswith("#"), "\n" in text and not breaks, breaks))
         flags += [(False, False, True)] * (size - known)  # rows of the embedding that are no token
         self.opens, self.ends, self.breaks = torch.tensor(flags, device=device).T.contiguous()
+        self.ending = {i for i, flag in enumerate(flags) if flag[1]}  # `ends` on the host
         canonical = tokenizer("a\n", add_special_tokens=False).input_ids[-1]
         newlines = [i for i in (canonical, *range(known)) if self.text[i] == "\n" and i not in self.special]
         if not newlines or not self.opens.any():
@@ -245,7 +247,10 @@ def segment(
     tail = [tokenizer.eos_token_id]
     if not fits(len(ids) + 1, len(boundaries)):
         actions = max((k for k in range(1, len(boundaries)) if fits(boundaries[k], k)), default=0)
-        end = boundaries[actions] if actions else min(len(ids), max_tokens - 1, context - 1)
+        end = boundaries[actions] if actions else 0
+        if not actions:  # not even one action fits: its beginning
+            end = max(1, min(len(ids), max_tokens - 1, context - 1 - worst[min(1, len(boundaries))]))
+            actions = sum(boundary < end for boundary in boundaries[:1])
         boundaries, indents, kinds, tail = boundaries[:actions], indents[:actions], kinds[:actions], []
         ids, text, starts = ids[:end], text[: starts[end]], starts[: end + 1]
     return Snippet(

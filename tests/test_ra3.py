@@ -237,7 +237,7 @@ def enumerate_rollouts(snippet, vocabulary, args):
             for k, token in enumerate(part):
                 columns.append((token, EVENT if z is None and k == 0 else ra3.FORCED, t, True, False))
         ids, targets, actions, expert, malformed = (np.array(c) for c in zip(*columns))
-        yield latents, ra3.Rollout(snippet, ids, targets, np.zeros(len(ids)), actions, expert, malformed)
+        yield latents, ra3.Rollout(snippet, ids, targets, actions, expert, malformed)
 
 
 def exact_logq(model, r, vocabulary, temperature=1.0):
@@ -277,7 +277,7 @@ def test_the_sampler_is_the_distribution_q():
 
 
 @pytest.mark.parametrize("draft", [1, 3, 100])
-def test_recorded_logprobs_equal_a_plain_forward_over_the_final_sequence(draft, monkeypatch):
+def test_what_was_drawn_is_what_a_plain_forward_over_the_final_sequence_draws(draft, monkeypatch):
     """Rows of other lengths and other thoughts in one batch: nothing that was drafted in vain is left over."""
     monkeypatch.setattr(ra3, "DRAFT", draft)
     model, vocabulary, snippet, args = small_world(max_latent_tokens=5, seed=4)
@@ -285,10 +285,13 @@ def test_recorded_logprobs_equal_a_plain_forward_over_the_final_sequence(draft, 
     others = [segment(text, vocabulary, 64, 128, 5) for text in texts]
     noise = uniforms((120, others[-1].width(5)), "logq")
     rollouts = ra3.rollout(model, [snippet, *others] * 30, noise, vocabulary, args)
-    for r in rollouts:
+    for r, row_noise in zip(rollouts, noise):
         drawn = r.targets != ra3.FORCED
-        exact, found = exact_logq(model, r, vocabulary).float(), torch.from_numpy(r.logq[drawn]).float()
-        torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
+        probs = model(torch.from_numpy(r.ids)[None]).logits[0].softmax(-1)
+        k = np.flatnonzero(drawn)  # what a plain forward over the final text draws with the same noise
+        again = modeling.inverse_cdf(probs[k - 1], row_noise[k - 1]).numpy()
+        acts = r.targets[k] == EVENT
+        assert (again[~acts] == r.targets[k][~acts]).all() and not vocabulary.opens[again[acts]].any()
         assert (r.ids[r.expert] == r.snippet.ids[1:]).all()  # the expert's tokens are all there, in order
         assert set(r.actions[drawn]) == set(range(len(r.snippet.boundaries)))  # one latent before each action
     assert any(r.malformed.any() for r in rollouts) and any(len(set(r.actions[r.targets >= 0])) > 3 for r in rollouts)
@@ -311,14 +314,14 @@ def test_updates_sampled_at_once_equal_those_sampled_one_by_one():
     longer = segment("a\n" * 9, vocabulary, 64, 1024, 4)
     assert longer.width(4) > snippet.width(4)  # the noise of an update is as wide as its longest snippet
     batches, ranks = [[snippet] * 4, [snippet, longer] * 2, [snippet] * 2], Ranks(1, 2, None)
-    at_once = ra3.sample_ahead(model, batches, 7, vocabulary, args, ranks)
-    assert [len(rollouts) for rollouts, _ in at_once] == [2, 2, 1]
+    at_once = ra3.sample(model, batches, [("M", i) for i in (7, 8, 9)], vocabulary, args, ranks)
+    assert [len(rollouts) for rollouts in at_once] == [2, 2, 1]
     thoughts = 0
-    for index, (batch, (rollouts, _)) in enumerate(zip(batches, at_once), start=7):
-        ((alone, _),) = ra3.sample_ahead(model, [batch], index, vocabulary, args, ranks)
+    for index, (batch, rollouts) in enumerate(zip(batches, at_once), start=7):
+        (alone,) = ra3.sample(model, [batch], [("M", index)], vocabulary, args, ranks)
         for a, b in zip(rollouts, alone, strict=True):
             assert (a.ids == b.ids).all()
-            thoughts += len(a.thoughts())
+            thoughts += len(a.thoughts(vocabulary))
     assert thoughts
 
 
@@ -336,7 +339,7 @@ def test_indentation_is_forced_again_after_a_thought(tokenizer):
         lm_head=lambda hidden: scores.expand(len(hidden), -1),
     )
     rollouts = ra3.rollout(stand_in, [snippet] * rows, uniforms((rows, snippet.width(16)), "i"), vocabulary, ARGS)
-    assert sum(len(r.thoughts()) for r in rollouts) > 50
+    assert sum(len(r.thoughts(vocabulary)) for r in rollouts) > 50
     for r in rollouts:
         written = vocabulary.decode([r.ids[1:].tolist()])[0].split(tokenizer[1].eos_token)[0]
         assert ast.dump(ast.parse(written)) == ast.dump(ast.parse(text))
@@ -431,7 +434,7 @@ def test_policy_gradient_equals_the_derivative_of_the_expected_return():
     model.zero_grad()
     # every rollout weighs what its probability is: the weights ride on the advantages
     weights = probs.detach().numpy()[:, None]
-    batch = [(r, adv) for (_, r), adv in zip(pairs, returns * weights)]
+    batch = [dataclasses.replace(r, advantages=adv) for (_, r), adv in zip(pairs, returns * weights)]
     loss, _ = ra3.policy_gradient_loss(model, batch, vocabulary, args, decisions=1.0)
     loss.backward()
     for parameter, gradient in zip(model.parameters(), exact):
@@ -439,18 +442,31 @@ def test_policy_gradient_equals_the_derivative_of_the_expected_return():
     assert max(g.abs().max() for g in exact) > 1e-2
 
 
-def test_entropy_bonus_is_that_of_the_latent():
+def test_entropy_bonus_is_that_of_the_latents():
+    """Its mean over all rollouts is the entropy of z_1, z_2, in which all tokens that mean act are one outcome."""
     model, vocabulary, snippet, args = small_world()
     args = dataclasses.replace(args, entropy_coef=1.0)
-    r = next(r for z, r in enumerate_rollouts(snippet, vocabulary, args) if z == ((5, 4), None))
-    probs = model(torch.from_numpy(r.ids)[None]).logits[0].double().softmax(-1)
-    columns = np.flatnonzero(r.targets != ra3.FORCED)
-    think, newline, act = (probs[k - 1] for k in columns)
-    entropy = -(think * think.log()).sum() - (newline * newline.log()).sum()
-    q_act = 1 - act[5] - act[6]
-    entropy += -(act[5:7] * act[5:7].log()).sum() - q_act * q_act.log()
-    loss, reported = ra3.policy_gradient_loss(model, [(r, np.zeros(2))], vocabulary, args, decisions=2.0)
-    assert abs(reported.item() - entropy.item()) < 1e-4 and abs(loss.item() + entropy.item() / 2) < 1e-4
+    exact, found = 0.0, 0.0
+    with torch.no_grad():
+        for _, r in enumerate_rollouts(snippet, vocabulary, args):
+            logq = exact_logq(model, r, vocabulary).sum().item()
+            r.advantages = np.zeros(2)
+            loss, entropy = ra3.policy_gradient_loss(model, [r], vocabulary, args, decisions=2.0)
+            assert abs(loss.item() + entropy.item() / 2) < 1e-4
+            exact -= math.exp(logq) * logq
+            found += math.exp(logq) * entropy.item()
+    assert abs(found - exact) < 1e-4
+
+
+def test_a_line_that_begins_with_the_experts_own_comment():
+    """Its "#" is no decision: renormalised without "#" it would be no probability, and could be above 1."""
+    model, vocabulary, _, args = small_world(max_latent_tokens=5)
+    commented = segment("a\n#a\na\n", vocabulary, 64, 128, 5)
+    assert vocabulary.opens[commented.ids[commented.boundaries]].tolist() == [False, True]
+    r = ra3.all_act(commented)
+    plain = ra3.expert_logprobs(model, [r], vocabulary, args)[0]
+    given = ra3.expert_logprobs(model, [r], vocabulary, args, given_act=True)[0]
+    assert np.flatnonzero(plain != given).tolist() == [0] and (given <= 0).all()
 
 
 def test_ntp_loss_on_all_tokens_and_on_the_experts_only():
@@ -478,11 +494,11 @@ def test_micro_batches_do_not_change_the_gradient(loss):
         rollouts = [r for _, r in itertools.islice(enumerate_rollouts(snippet, vocabulary, args), 0, 80, 10)]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         if loss == "E":
-            rows = [(r, np.array([0.5, -1.0])) for r in rollouts]
+            rows = [dataclasses.replace(r, advantages=np.array([0.5, -1.0])) for r in rollouts]
             ra3.update(
                 model,
                 optimizer,
-                ra3.weighted(rows, rollouts, args, RANKS),
+                rows,
                 lambda part: ra3.policy_gradient_loss(model, part, vocabulary, args, 16.0),
                 RANKS,
                 args,
@@ -491,7 +507,7 @@ def test_micro_batches_do_not_change_the_gradient(loss):
             ra3.update(
                 model,
                 optimizer,
-                ra3.weighted(rollouts, rollouts, args, RANKS),
+                rollouts,
                 lambda part: ra3.ntp_loss(model, part, vocabulary, False, 99.0),
                 RANKS,
                 args,
@@ -508,7 +524,7 @@ def test_a_nan_changes_nothing():
     *_, norm = ra3.update(
         model,
         optimizer,
-        [([snippet], 1.0)],
+        [ra3.all_act(snippet)],
         lambda part: (next(model.parameters()).sum() * math.nan, torch.zeros(())),
         RANKS,
         args,

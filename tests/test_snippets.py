@@ -4,7 +4,9 @@ import ast
 
 import pytest
 
-from snippets import action_starts, cut_file, legal_lines, line_kind
+from common import TINY
+from modeling import load_tokenizer
+from snippets import Vocabulary, action_starts, cut_file, legal_lines, line_kind, segment
 
 CASES = {  # text -> the lines (from 0) before which a comment line is legal
     "a = 1\nb = 2\n": [0, 1],
@@ -50,6 +52,17 @@ def test_blocks_and_snippets():
     text = "a = 1\nb = 2\n\nif a:\n    c = 3\n    d = 4\ne = 5\n"
     assert [text[o] for o, _ in action_starts(text, "block")] == ["a", "i", " ", "e"]
     assert [o for o, _ in action_starts(text, "snippet")] == [0]
+
+
+def test_a_snippet_that_is_too_long_keeps_its_one_latent():
+    vocabulary = Vocabulary(load_tokenizer(f"{TINY}/model"), 2048, "cpu")
+    text = "".join(f"name_{i} = {i}\n" for i in range(200))
+    for granularity, context in (("snippet", 1000), ("snippet", 60), ("line", 1000)):
+        snippet = segment(text, vocabulary, 64, context, 16, granularity)
+        actions = 1 if granularity == "snippet" else len(snippet.boundaries)
+        assert actions == len(snippet.boundaries) == len(snippet.kinds) == len(snippet.indents) > 0
+        assert len(snippet.ids) <= 64 and snippet.width(16) <= context
+        assert len(snippet.ids) > (40 if context == 60 else 55)
 
 
 def test_cut_file_gives_whole_statements_back():
