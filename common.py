@@ -4,9 +4,8 @@ What changes a gradient is in the scripts. In the order of use:
     1 errors and signals      UserError, launch, Interrupt
     2 processes               setup, Ranks, all_sum
     3 data                    read_rows, column, draw_problems
-    4 batches                 rank_share, micro_batches, not_finite
-    5 run folder              Run: args, metrics, curves, checkpoints, resume
-    6 sandbox                 run_tests (from sandbox.py)
+    4 run folder              Run: args, metrics, curves, checkpoints, resume
+    5 sandbox                 run_tests (from sandbox.py)
 
 Shapes: B rows, T tokens, N selected positions.
 """
@@ -18,6 +17,7 @@ import gzip
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +27,7 @@ import time
 import tokenize
 import traceback
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,7 @@ import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as distributed_state
 
-from sandbox import run_tests  # noqa: F401  (section 6; the scripts import it from here)
+from sandbox import run_tests  # noqa: F401  (section 5; the scripts import it from here)
 
 TINY = Path(__file__).parent / "tiny"  # the embedded default: model, tokenizer, small corpora
 
@@ -84,7 +85,8 @@ def launch(main: Callable, args) -> None:
 
 
 def disk_error(error: OSError) -> str:
-    return f"{error.strerror or error}: {error.filename or ''} (is the disk full or the folder read-only?)"
+    hint = " (is the disk full or the folder read-only?)" * (error.errno in DISK)
+    return f"{error.strerror or error}: {error.filename or ''}{hint}"
 
 
 def first_line(error: BaseException) -> str:
@@ -150,7 +152,7 @@ def setup(seed: int) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
+            dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)
         except (RuntimeError, ValueError) as error:  # the port is in use, a variable of torchrun's is missing
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"cannot join the process group at {where}: {first_line(error)}") from None
@@ -202,27 +204,43 @@ def together(action: Callable, ranks: Ranks):
     return outcome
 
 
+def not_finite(names: Sequence[str], alone: Callable, ranks: Ranks) -> str:
+    """Names of the rows whose own loss or gradient is NaN or infinite. Slow, for an update that failed.
+
+    names: of this rank's rows. alone(i): (this rank's loss, global gradient norm) of row i; behind the last
+    row it only joins the collectives.
+    """
+    found = []
+    for i in range(int(all_max(len(names), ranks))):
+        loss, norm = alone(i)
+        if i < len(names) and not (math.isfinite(loss) and math.isfinite(norm)):
+            found.append((math.isfinite(loss), names[i]))
+    found = sorted(all_gather_list(found, ranks), key=lambda item: item[0])
+    # the norm is every rank's: if a loss is not finite, rows beside it are not to blame
+    names = [name for finite, name in found if finite == found[0][0]]
+    return ", ".join(dict.fromkeys(names))[:500] or "no row by itself"
+
+
 # ---------------------------------------------------------------- 3 data
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     """Stream the rows of a data set, in order.
 
-    source: a .jsonl, .jsonl.gz, .json (a list), .parquet or .txt file; a folder (of .py files, else of such
-    files); `stdlib` (this Python's standard library); or a hub id, with a config or a data-file pattern after
-    a colon (`org/name:config`, `org/name:folder/*.arrow`). Raises UserError for what does not exist or cannot
-    be read.
+    source: a .jsonl, .jsonl.gz, .json (a list), .parquet or .txt file; a folder (of .py files, unless it has
+    as many tables); `stdlib` (this Python's standard library); or a hub id, with a config or a data-file
+    pattern after a colon (`org/name:config`, `org/name:folder/*.arrow`). Raises UserError for what does not
+    exist or cannot be read.
     """
     path = Path(source)
     if source == "stdlib":
-        skip = ("test", "tests", "site-packages", "idlelib")
-        yield from _python_files(Path(sysconfig.get_paths()["stdlib"]), skip)
+        yield from _python_files(Path(sysconfig.get_paths()["stdlib"]), ("test", "tests", "idlelib"))
     elif path.is_dir():
-        if any(path.rglob("*.py")):
+        files = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+        if len(files) < sum(1 for _ in path.rglob("*.py")):  # a data set may come with a script
             yield from _python_files(path)
             return
-        endings = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(endings))
+        files = files or sorted(path.rglob("*.txt"))
         if not files:
             raise UserError(f"{source} holds no .py, .jsonl, .parquet or .txt file")
         for file in files:
@@ -238,8 +256,10 @@ def read_rows(source: str, split: str = "train") -> Iterator[dict]:
 
 
 def _python_files(folder: Path, skip: Sequence[str] = ()) -> Iterator[dict]:
+    skip = {"site-packages", "node_modules", *skip}
     for file in sorted(folder.rglob("*.py")):
-        if not any(part in skip for part in file.relative_to(folder).parts):
+        parts = file.relative_to(folder).parts  # .venv, .git and the like are not one's own code
+        if not any(part in skip or part.startswith(".") for part in parts):
             try:
                 with tokenize.open(file) as handle:  # honours the coding cookie and turns CRLF into LF
                     yield {"text": handle.read(), "path": str(file.relative_to(folder))}
@@ -281,7 +301,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
     try:
         files, config = (part, None) if is_pattern else (None, part or None)
         yield from datasets.load_dataset(name, name=config, data_files=files, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:  # not found, no such config or split, no network
+    except Exception as error:  # not found, no such config or split, no network: many libraries' kinds
         raise UserError(f"cannot load the data set {source} (split {split}): {first_line(error)}") from None
 
 
@@ -300,66 +320,11 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
     return [int(orders[epoch][place]) for epoch, place in positions]
 
 
-# ---------------------------------------------------------------- 4 batches
+# ---------------------------------------------------------------- 4 run folder
 
-
-def rank_share(groups: Sequence[list], ranks: Ranks) -> list:
-    """The rows of `groups` that this rank trains on: as many as the others', whole groups if they divide."""
-    groups, n = sorted(groups, key=lambda rows: sum(map(len, rows))), ranks.world_size
-    dealt = [row for rank in range(n) for rows in groups[rank::n] for row in rows]  # about equal work
-    return dealt[ranks.share(len(dealt))]
-
-
-def micro_batches(
-    rows: Sequence[list[int]], max_tokens: int, ranks: Ranks | None = None, groups: Sequence | None = None
-) -> list[list[int]]:
-    """Indices of rows of token ids, the longest first, cut into parts of max_tokens (at least one row each).
-
-    Rows with the same entry in `groups` come together. Tokens are counted with padding, but not those with
-    which a row begins like the row before it: `token_logprobs` runs over them once. With `ranks` given, every
-    rank returns the same number of micro-batches (FSDP's collectives must pair up); the missing ones are
-    empty lists, for which the caller runs one row with weight zero.
-    """
-    groups = range(len(rows)) if groups is None else groups
-    longest: dict = {}
-    for group, row in zip(groups, rows):
-        longest[group] = max(longest.get(group, 0), len(row))
-    batches: list[list[int]] = []
-    tokens, width, before = math.inf, 0, []
-    for i in sorted(range(len(rows)), key=lambda i: (-longest[groups[i]], groups[i], rows[i])):
-        pairs = zip(rows[i], before)
-        shared = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(rows[i]), len(before)))
-        if tokens + width - shared > max_tokens:
-            batches.append([])
-            tokens, width, shared = 0, longest[groups[i]], 0
-        batches[-1].append(i)
-        tokens, before = tokens + width - shared, rows[i]
-    if ranks is not None:
-        batches += [[]] * (int(all_max(len(batches), ranks)) - len(batches))
-    return batches
-
-
-def not_finite(names: Sequence[str], alone: Callable, ranks: Ranks) -> str:
-    """Names of the rows whose own loss or gradient is NaN or infinite. Slow, for an update that failed.
-
-    names: of this rank's rows. alone(i): (this rank's loss, global gradient norm) of row i; behind the last
-    row it only joins the collectives.
-    """
-    found = []
-    for i in range(int(all_max(len(names), ranks))):
-        loss, norm = alone(i)
-        if i < len(names) and not (math.isfinite(loss) and math.isfinite(norm)):
-            found.append((math.isfinite(loss), names[i]))
-    found = sorted(all_gather_list(found, ranks), key=lambda item: item[0])
-    # the norm is every rank's: if a loss is not finite, rows beside it are not to blame
-    names = [name for finite, name in found if finite == found[0][0]]
-    return ", ".join(dict.fromkeys(names))[:500] or "no row by itself"
-
-
-# ---------------------------------------------------------------- 5 run folder
-
-NOT_DEFINING = {"resume", "output_dir", "micro_batch_tokens", "save_every", "keep_checkpoints"}
-NOT_DEFINING |= {"dry_run", "workers"}
+NOT_DEFINING = {"resume", "output_dir", "dry_run", "save_every", "workers"}
+NOT_DEFINING |= {"micro_batch_tokens", "rollout_rows", "gradient_checkpointing"}
+MAX_SKIPPED = 3  # a run ends after so many updates in a row without a finite loss and gradient
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -393,13 +358,14 @@ class Run:
         if ranks.main:
             path = args.output_dir or f"runs/{stem}{time.strftime('%Y%m%d-%H%M%S')}"
             if args.resume == "auto" and not args.output_dir:
-                earlier = sorted(glob.glob(f"runs/{glob.escape(stem)}*"))
-                path = earlier[-1] if earlier else path
+                earlier = sorted(glob.glob(f"runs/{glob.escape(stem)}*/checkpoints/state_*/state.json"))
+                path = earlier[-1].split("/checkpoints/")[0] if earlier else path
             elif args.resume and args.resume != "auto":
                 path = args.resume
         self.path = Path(all_gather_list([path], ranks)[0])
         self.state = together(self._open, ranks)
-        self.writer = None
+        self.writer = self.first_log = None
+        self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
 
     def _open(self) -> dict | None:
         found = (self._complete() or [None])[-1] if self.args.resume else None
@@ -425,16 +391,35 @@ class Run:
             shutil.rmtree(torn)
         write_whole(self.path / "args.json", json.dumps(now, indent=1))
         write_whole(self.path / "env.txt", environment(self.ranks))
-        for source in (self.script, Path(__file__), Path(__file__).with_name("modeling.py")):
+        loaded = {Path(getattr(module, "__file__", None) or ".") for module in list(sys.modules.values())}
+        for source in {self.script.resolve(), *loaded.intersection(Path(__file__).parent.glob("*.py"))}:
             shutil.copy(source, self.path / source.name)
         return state
 
     # -- metrics
 
-    def log(self, metrics: dict) -> None:
-        """Append one object to metrics.jsonl and to TensorBoard (rank 0). `metrics` holds `update`."""
-        if not self.ranks.main:
-            return
+    def log(self, metrics: dict, console: str = "", total: int = 0, cause: str = "") -> None:
+        """Append one object to metrics.jsonl and to TensorBoard, print a line (rank 0).
+
+        metrics: holds `update`. console: format of the line, of `total` updates, with keys of metrics.
+        cause: why the update was skipped; UserError if that is so for MAX_SKIPPED in a row.
+        """
+        self.skipped += bool(cause)
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bool(cause)
+        if self.ranks.main:
+            metrics = {**metrics, "optim/skipped": self.skipped, "perf/peak_memory_gib": peak_memory()}
+            self._write(metrics)
+            update, now = metrics["update"], time.time()
+            first, begun = self.first_log = self.first_log or (update, now)
+            line = console.format_map(defaultdict(lambda: math.nan, metrics)).lstrip(" |")
+            if update > first:
+                line += f" | {(now - begun) / (update - first) * (total - update) / 60:.1f} min left"
+            print(f"{update}/{total} {line}" + f"\nskipped, not finite: {cause}" * bool(cause), flush=True)
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            words = f"{MAX_SKIPPED} updates in a row without a finite loss and gradient"
+            raise UserError(f"{words}: {cause}. The last checkpoint is good; lower the learning rate")
+
+    def _write(self, metrics: dict) -> None:
         metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
         with open(self.path / "metrics.jsonl", "a") as handle:
             handle.write(json.dumps(metrics) + "\n")
@@ -480,13 +465,14 @@ class Run:
 
     # -- checkpoints
 
-    def export(self, model, tokenizer, name: str) -> Path:
+    def export(self, model, tokenizer, name: str) -> None:
         """Write checkpoints/<name>, which AutoModelForCausalLM.from_pretrained loads. Atomic; all ranks."""
         target = self.path / "checkpoints" / name
         weights = {}
-        tied = model._tied_weights_keys or {} if model.config.tie_word_embeddings else {}
+        names = [{n for n, _ in model.named_parameters(remove_duplicate=alike)} for alike in (False, True)]
+        tied = names[0] - names[1]  # second names of a tensor; the config may speak of a tie that is none
         for key, value in model.state_dict().items():
-            if key in tied:  # the same tensor as the embedding
+            if key in tied:
                 continue
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # one tensor at a time
             if self.ranks.main:
@@ -498,13 +484,16 @@ class Run:
                 tokenizer.save_pretrained(aside)
 
         self._publish(target, write)
-        return target
+        if self.ranks.main:
+            print(f"saved {target}", flush=True)
 
-    def save(self, update: int, state: dict, models: dict, optimizer, keep: int = 2) -> None:
-        """Write the state that --resume continues from. Atomic; all ranks.
+    def save(self, state: dict, models: dict, optimizer) -> None:
+        """Write the state that --resume continues from; the last two are kept. Atomic; all ranks.
 
-        state: JSON-able (cursors, phase ...); models: name -> model, all saved; optimizer may be None.
+        state: JSON-able, with `update`, which is done (and cursors, phase ...); models: name -> model, all
+        saved; optimizer may be None.
         """
+        state = {**state, "skipped": [self.skipped, self.skipped_in_a_row]}
         tensors = saved_tensors(models, optimizer)
 
         def write(aside: Path) -> None:
@@ -513,11 +502,11 @@ class Run:
             except dcp.CheckpointException as error:  # what any of the ranks met; no subclass of Exception
                 raise UserError(failures(error)) from None
             if self.ranks.main:
-                write_whole(aside / "state.json", json.dumps({"update": update, **state}))
+                write_whole(aside / "state.json", json.dumps(state))
 
-        self._publish(self.path / "checkpoints" / f"state_{update:06d}", write)
+        self._publish(self.path / "checkpoints" / f"state_{state['update']:06d}", write)
         if self.ranks.main:
-            for old in self._complete()[:-keep]:
+            for old in self._complete()[:-2]:
                 discard(old)
 
     def _publish(self, target: Path, write: Callable) -> None:
@@ -564,7 +553,15 @@ class Run:
             lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["update"] <= self.state["update"]]
             write_whole(metrics, "".join(line + "\n" for line in kept))
+        self.skipped, self.skipped_in_a_row = self.state.pop("skipped", (0, 0))
         return self.state
+
+
+def peak_memory() -> float:
+    """GiB that this rank has needed at most: of its GPU, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def saved_tensors(models: dict, optimizer) -> dict:

@@ -27,15 +27,10 @@ Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all,
   torchrun --nproc_per_node 8 grpo_rlvr.py --model runs/RUN/checkpoints/em_001   # the paper's setting
 """
 
-import argparse
-import inspect
-import itertools
 import json
 import math
 import os
 import re
-import select
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -46,16 +41,16 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import (
-    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, column, draw_problems,
-    launch, micro_batches, not_finite, rank_share, read_rows, run_tests, setup,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, draw_problems, launch,
+    not_finite, read_rows, run_tests, setup,
 )
 from modeling import (
-    RowCache, check_context, eos_ids, gathered, grad_norm, inverse_cdf, load_model, load_tokenizer,
-    pad_right, padded, token_logprobs, token_texts, uniforms,
+    RowCache, check_context, eos_ids, gathered, inverse_cdf, load_model, load_tokenizer, memory_plan,
+    micro_batches, optimizer_step, pad_right, padded, rank_share, token_logprobs, token_texts, uniforms,
 )
+from problems import MathVerifier, code_problem, math_problem, stratified
 
 
 @dataclass
@@ -135,40 +130,35 @@ class Args:
     """the global gradient is clipped to this norm"""
     micro_batch_tokens: int = 16384
     """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
-    max_skipped: int = 5
-    """updates with a NaN or infinite gradient are skipped; stop after this many in a row"""
+    gradient_checkpointing: bool = False
+    """keep no activations inside layers, compute them again: much less memory, a third more time"""
     # ---- evaluation and saving
     eval_every: int = 10
     """updates between evaluations; 0: only before the first and after the last"""
     save_every: int = 50
-    """updates between checkpoints; 0: only after the last"""
-    keep_checkpoints: int = 2
-    """resumable states kept; the exported models all stay"""
+    """updates between checkpoints; 0: only after the last. The last two states are kept, and all models"""
 
 
 MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
     "task": "math", "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "chat_template": True,
     "dataset": "Skywork/Skywork-OR1-RL-Data", "difficulty_key": "DeepSeek-R1-Distill-Qwen-7B",
     "train_problems": 4096, "eval_problems": 600, "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0,
-    "eps_high": 0.2, "minibatches": 1, "updates": 320,
+    "eps_high": 0.2, "minibatches": 1, "updates": 320, "gradient_checkpointing": True,
 }
 TINY_RUN = {  # optimisation settings for two million parameters; the reward is that of a large run
     "tiny": True, "model": f"{TINY}/model", "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
     "chat_template": False, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64,
     "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 1e-4,
-    "micro_batch_tokens": 2048, "save_every": 0,
+    "micro_batch_tokens": 2048, "gradient_checkpointing": False, "save_every": 0,
 }
 
 
 def parse_args() -> Args:
     """tyro's command line over the defaults that --task and --tiny choose."""
-    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    choice.add_argument("--task", default="code")
-    choice.add_argument("--tiny", action="store_true")
-    chosen, _ = choice.parse_known_args()
-    defaults = dict(MATH) if chosen.task == "math" else {}
-    if chosen.tiny:
-        stem = f"{TINY}/{chosen.task}"
+    task = "math" if re.search(r"--task[ =]math\b", " ".join(sys.argv)) else "code"
+    defaults = dict(MATH) if task == "math" else {}
+    if "--tiny" in sys.argv:
+        stem = f"{TINY}/{task}"
         defaults |= TINY_RUN | {"dataset": f"{stem}_train.jsonl", "eval_dataset": f"{stem}_heldout.jsonl"}
     return tyro.cli(Args, default=Args(**defaults))
 
@@ -180,7 +170,7 @@ def check(args: Args) -> None:
     if args.temperature <= 0:
         raise UserError("--temperature must be positive: greedy completions of one prompt are all the same")
     positive = "eval_problems prompts_per_update max_prompt_tokens max_new_tokens rollout_rows minibatches"
-    positive += " reward_timeout_s max_grad_norm micro_batch_tokens max_skipped keep_checkpoints"
+    positive += " reward_timeout_s max_grad_norm micro_batch_tokens"
     not_negative = "train_problems updates workers dynamic_sampling eps_low eps_high beta learning_rate"
     check_sizes(args, positive, f"{not_negative} weight_decay eval_every save_every")
     if args.prompts_per_update % args.minibatches:
@@ -193,7 +183,6 @@ def check(args: Args) -> None:
 
 # ---------------------------------------------------------------- problems and prompts
 
-MAX_TESTS = 15  # DeepCoder's rule: those with the longest inputs
 MATH_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
 
 
@@ -205,73 +194,9 @@ class Problem:
     checks: dict  # code: signature, cases, fn_name; math: answer
 
 
-def parsed(value):
-    """The data sets keep JSON in strings, some of it nested. {} if empty."""
-    return json.loads(value) if isinstance(value, str) and value else value or {}
-
-
-def code_problem(row: dict, source: str) -> tuple[str, dict]:
-    """(prompt, checks) of a row of AReaL-boba-2 or DeepCoder.
-
-    The prompt is the question, then the signature, for a base model to complete (RA3, section 7). Without
-    fn_name the program reads stdin; else a case's input is a JSON argument per line, or their list.
-    """
-    question = row["question"] if "question" in row else column(row, "problem", source)
-    tests = parsed(row["input_output"] if "input_output" in row else column(row, "tests", source))
-    if isinstance(tests, dict):  # boba-2, TACO
-        first, pairs = tests, zip(tests["inputs"], tests["outputs"])
-    else:  # PrimeIntellect, LiveCodeBench, Codeforces
-        first, pairs = tests[0] | parsed(tests[0].get("metadata")), [(t["input"], t["output"]) for t in tests]
-    cases = [{"input": given, "output": wanted} for given, wanted in pairs]
-    known = parsed(row.get("metadata")) | first
-    fn_name = "" if first.get("testtype") == "stdin" else known.get("fn_name") or known.get("func_name") or ""
-    if "testtype" not in first:  # LiveCodeBench's tests all stay
-        cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:MAX_TESTS]
-    for case in cases:
-        if not fn_name:  # TACO has lists of lines
-            case |= {k: "\n".join(map(str, v)) for k, v in case.items() if isinstance(v, list)}
-        elif isinstance(case["output"], list) and len(case["output"]) == 1:  # and its results in lists of one
-            case["output"] = case["output"][0]
-    signature = code_signature(row, cases, fn_name)
-    checks = {"cases": cases, "fn_name": fn_name, "signature": signature}
-    return f'"""\n{question}\n"""\n{signature}\n', checks
-
-
-def code_signature(row: dict, cases: list[dict], fn_name: str) -> str:
-    """What the model goes on from: given, or a solution's, or made up from the number of arguments."""
-    if given := row.get("signature") or row.get("starter_code"):
-        return given.rstrip()
-    if not fn_name:
-        return "def main():"  # D4
-    solutions = row.get("solutions") or []
-    if isinstance(solutions, str):
-        solutions = parsed(solutions) if solutions.startswith("[") else [solutions]
-    for solution in solutions:
-        if found := re.search(rf"def\s+{re.escape(fn_name)}\s*\(([^)]*)\)[^:\n]*:", solution):
-            arguments = re.sub(r"^self\b,?\s*", "", " ".join(found[1].split()))  # of a method
-            return f"def {fn_name}({arguments}):"
-    given = cases[0]["input"]
-    arity = len(given.splitlines() if isinstance(given, str) else given)
-    return f"def {fn_name}({', '.join(f'arg{i + 1}' for i in range(arity))}):"
-
-
-def math_problem(row: dict, source: str) -> tuple[str, dict]:
-    """(prompt, checks) of a row with Skywork-OR1's columns, whose answers are JSON lists."""
-    question = column(row, "prompt", source)[-1]["content"]
-    answer = column(row, "reward_model", source)["ground_truth"]
-    answer = json.loads(answer)[0] if answer.startswith('["') else answer
-    return f"{question}{MATH_INSTRUCTION}", {"answer": answer}
-
-
-def stratified(rows: list[dict], key: str) -> list[dict]:
-    """One row of each difficulty 1-13 in turn, so that the first n are even over the levels (RMT, 5.1)."""
-    levels = {level: [] for level in range(1, 14)}
-    for row in rows:
-        found = column(column(row, "extra_info", "row"), "model_difficulty", "extra_info")
-        level = int(column(found, key, "model_difficulty"))
-        if level in levels:
-            levels[level].append(row)
-    return [row for turn in itertools.zip_longest(*levels.values()) for row in turn if row]
+def code_prompt(question: str, signature: str) -> str:
+    """The question, then the signature, for a base model to complete (RA3, section 7)."""
+    return f'"""\n{question}\n"""\n{signature}\n'
 
 
 def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
@@ -281,7 +206,12 @@ def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
     problems = []
     try:
         for row in stratified(rows, args.difficulty_key) if args.difficulty_key else rows:
-            prompt, checks = code_problem(row, source) if args.task == "code" else math_problem(row, source)
+            if args.task == "code":
+                question, checks = code_problem(row, source)
+                prompt = code_prompt(question, checks["signature"])
+            else:
+                question, checks = math_problem(row, source)
+                prompt = f"{question}{MATH_INSTRUCTION}"
             if args.chat_template:
                 message = [{"role": "user", "content": prompt.strip()}]
                 prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -403,58 +333,6 @@ def code_rewards(problems: list[Problem], completions: list[str], args: Args) ->
     return [(float(verdict["passed"]), verdict["reason"]) for verdict in verdicts]
 
 
-def verify_lines():
-    """The verifier's process: [gold, completion] per line in, [right, reason] per line out, as JSON."""
-    import json
-    import signal
-    import sys
-
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-    for line in sys.stdin:
-        signal.alarm(600)  # ends this process even if the one that would kill it is gone
-        gold, text = json.loads(line)
-        try:
-            last_box = text[text.rfind("\\boxed") :]  # math-verify would make a set of several
-            answer = parse(last_box, extraction_config=boxed, parsing_timeout=None)
-            gold = parse(f"${gold}$", parsing_timeout=None)
-            # gold first: verify is not symmetric
-            right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)
-            reason = "right" if right else "wrong answer" if answer else "no answer"
-        except Exception as error:
-            right, reason = False, f"error: {type(error).__name__}"
-        print(json.dumps([right, reason]), flush=True)
-
-
-class MathVerifier:
-    """math-verify in a process that can be killed: some expressions take for ever, and its own time limit is
-    an alarm, which needs a main thread and waits for the end of an operation on big numbers."""
-
-    process = None
-
-    def __call__(self, gold: str, completion: str, timeout_s: float) -> tuple[float, str]:
-        if self.process is None:
-            command = [sys.executable, "-c", f"{inspect.getsource(verify_lines)}\nverify_lines()"]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
-            self.process = subprocess.Popen(command, **pipes, start_new_session=True)
-            if self("1", "\\boxed{1}", 300.0) != (1.0, "right"):  # the first call is slow
-                raise UserError("math-verify does not start: pip install 'math-verify[antlr4_13_2]'")
-        try:
-            self.process.stdin.write(json.dumps([gold, completion]) + "\n")
-            self.process.stdin.flush()
-            if select.select([self.process.stdout], [], [], timeout_s)[0]:
-                right, reason = json.loads(self.process.stdout.readline())
-                return float(right), reason
-            reason = "timeout"
-        except (OSError, ValueError):
-            reason = "error: the verifier ended"
-        self.process.kill()
-        self.process = None
-        return 0.0, reason
-
-
 class Rollouts:
     """Steps 1 and 2 on all problems: each rank completes and scores its share, and gets all samples."""
 
@@ -491,8 +369,9 @@ class Rollouts:
         for batch, future in waiting:
             for i, (reward, reason) in zip(batch, future.result()):
                 samples[i].reward, samples[i].reason = reward, reason
+        everyone = all_gather_list([samples[i] for i in share], self.ranks)  # the slowest rank's time counts
         seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
-        return all_gather_list([samples[i] for i in share], self.ranks), seconds
+        return everyone, seconds
 
     def text(self, before: list[int], ids: list[int]) -> str:
         """The completion's text; decoded behind the prompt's last token, see token_texts."""
@@ -587,7 +466,10 @@ def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
 
 
 def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, args: Args, ranks: Ranks):
-    """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm)."""
+    """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm).
+
+    Without an optimizer the model stays as it is.
+    """
     nothing = Sample("", [0, 0], [0], [0.0], old_logprobs=[0.0], ref_logprobs=[0.0])
     sums = Counter()
     for batch in sample_batches(samples, args.micro_batch_tokens, ranks):
@@ -607,21 +489,14 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
         gap = (old - padded([s.rollout_logprobs for s in micro], device))[mask]
         sums.update(micro_sums, entropy=entropies[mask].sum().item())
         sums.update(rollout_ratio=gap.exp().sum().item(), rollout_gap=gap.abs().sum().item())
-    norm = grad_norm(model, args.max_grad_norm)
-    if not math.isfinite(all_sum(float(sums["loss"]), ranks)):
-        norm = math.nan
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return sums, norm
+    return sums, optimizer_step(model, optimizer, float(sums["loss"]), args.max_grad_norm, ranks)
 
 
 def culprits(model, samples: list[Sample], normalizer: float, args: Args, ranks: Ranks) -> str:
     """The problems of those samples that make the loss or its gradient NaN or infinite."""
-    still = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def alone(i: int) -> tuple[float, float]:
-        sums, norm = train_minibatch(model, still, samples[i : i + 1], normalizer, args, ranks)
+        sums, norm = train_minibatch(model, None, samples[i : i + 1], normalizer, args, ranks)
         return float(sums["loss"]), norm
 
     return not_finite([f"problem {s.problem}" for s in samples], alone, ranks)
@@ -633,6 +508,12 @@ CURVES = (
     "reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens",
     "rollout/truncated", "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s",
 )
+CONSOLE = (
+    "reward {reward/mean:.3f} | {rollout/completion_tokens:.0f} tokens, {rollout/truncated:.0%} truncated | "
+    "entropy {policy/entropy:.2f} grad {optim/grad_norm:.2f} | rollout {time/rollout_s:.1f} reward "
+    "{time/reward_s:.1f} update {time/update_s:.1f} s, {perf/tokens_per_s:.0f} tokens/s"
+)
+HELDOUT = " | held-out pass@1 {eval/pass@1:.3f}"
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
@@ -670,38 +551,22 @@ def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, 
     }
 
 
-def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
-    """One line per update, with the numbers that matter."""
-    heldout = f", held-out pass@1 {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""
-    minutes_left = seconds_per_update * (updates - metrics["update"]) / 60
-    return (
-        f"{metrics['update']}/{updates} reward {metrics['reward/mean']:.3f}{heldout} | "
-        f"{metrics['rollout/completion_tokens']:.0f} tokens, {metrics['rollout/truncated']:.0%} truncated | "
-        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | "
-        f"rollout {metrics['time/rollout_s']:.1f} reward {metrics['time/reward_s']:.1f} "
-        f"update {metrics['time/update_s']:.1f} s, {metrics['perf/tokens_per_s']:.0f} tokens/s | "
-        f"{minutes_left:.1f} min left"
-    )
-
-
 # ---------------------------------------------------------------- main
 
 
 def plan(args: Args, ranks: Ranks, train: list[Problem], heldout: list[Problem]) -> str:
     """What --dry-run prints: sizes, memory, and one problem."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
-    weights = sum(p.numel() for p in model.parameters())
-    sharded = (16 + 4 * bool(args.beta)) * weights / ranks.world_size  # fp32 weight, gradient, two moments
-    whole = 2 * weights if ranks.device.type == "cuda" else 0  # gathered in bf16 for the rollout
-    epochs = args.updates * args.prompts_per_update / len(train)
+    longest = max(len(problem.prompt_ids) for problem in train) + args.max_new_tokens
+    reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # bytes a parameter
+    rollout = args.rollout_rows, longest
+    memory = memory_plan(
+        args.model, ranks, rollout, args.micro_batch_tokens, args.gradient_checkpointing, reference
+    )
     return (
         f"{args.task}: {len(train)} training and {len(heldout)} held-out problems\n"
         f"{args.updates} updates of {args.prompts_per_update} prompts x {args.group_size} completions in "
-        f"{args.minibatches} minibatches: {epochs:.1f} epochs\n"
-        f"{weights / 1e6:.1f}M parameters, {ranks.world_size} ranks on {ranks.device.type}: "
-        f"{(sharded + whole) / 2**30:.2f} GiB each, plus activations of {args.micro_batch_tokens} tokens\n"
-        f"\n{train[0].prompt}\nchecks: {json.dumps(train[0].checks)[:800]}"
+        f"{args.minibatches} minibatches: {args.updates * args.prompts_per_update / len(train):.1f} epochs\n"
+        f"{memory}\n\n{train[0].prompt}\nchecks: {json.dumps(train[0].checks)[:800]}"
     )
 
 
@@ -722,20 +587,16 @@ def main(args: Args) -> None:
             print(plan(args, ranks, train, heldout), flush=True)
         return
     run = Run(args, __file__, ranks)
-    model = load_model(args.model, ranks)
+    model = load_model(args.model, ranks, recompute=args.gradient_checkpointing)
     longest = max(len(problem.prompt_ids) for problem in train + heldout)
     check_context(model, longest + args.max_new_tokens, "the longest prompt and --max-new-tokens")
     ref_model = load_model(args.model, ranks, train=False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     rollouts = Rollouts(model, tokenizer, args, ranks)
-    fresh = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
-    state = run.restore({"policy": model}, optimizer) if run.state else fresh
-    interrupt, begun, first = Interrupt(), time.time(), state.pop("update", 0)
+    state = run.restore({"policy": model}, optimizer) if run.state else {"update": 0, "cursor": 0}
+    interrupt, first = Interrupt(), state["update"]
     if first == 0:
-        metrics = evaluate(rollouts, heldout, args, run, 0)
-        run.log({"update": 0, **metrics})
-        if ranks.main:
-            print(f"{run.path}: at first held-out pass@1 {metrics['eval/pass@1']:.3f}", flush=True)
+        run.log({"update": 0, **evaluate(rollouts, heldout, args, run, 0)}, HELDOUT, args.updates)
 
     for update in range(first + 1, args.updates + 1):
         samples, groups, seconds = [], [], Counter()
@@ -754,17 +615,17 @@ def main(args: Args) -> None:
             advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
             for sample, advantage in zip(new, advantages.flatten().tolist()):
                 sample.advantage = advantage
-            keep = (rewards.amax(1) > rewards.amin(1)) | (not args.dynamic_sampling)  # [N]
-            starts = [g * args.group_size for g in range(len(rewards)) if keep[g]]
-            groups += [new[start : start + args.group_size] for start in starts]
+            new = [new[i : i + args.group_size] for i in range(0, len(new), args.group_size)]
+            groups += [g for g, r in zip(new, rewards) if not args.dynamic_sampling or r.min() < r.max()]
             if len(groups) >= args.prompts_per_update:
                 break
 
         # 4 update
         begin = time.time()
-        cuts = np.array_split(np.arange(min(len(groups), args.prompts_per_update)), args.minibatches)
-        minibatches = [[s for g in cut for s in groups[g]] for cut in cuts if len(cut)]
-        shares = [rank_share([groups[g] for g in cut], ranks) for cut in cuts if len(cut)]
+        groups = groups[: args.prompts_per_update]
+        parts = np.array_split(np.arange(len(groups)), args.minibatches)
+        minibatches = [[groups[g] for g in part] for part in parts if len(part)]
+        shares = [rank_share(part, ranks) for part in minibatches]
         mine = [sample for share in shares for sample in share]
         if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
             for sample, logprobs in zip(mine, score(model, mine, args)):
@@ -775,22 +636,19 @@ def main(args: Args) -> None:
         sums, norms, cause = Counter(), [], ""
         for part, share in zip(minibatches, shares):
             # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
-            counted, steps = (sum(minibatches, []), len(shares)) if args.loss_type == "dapo" else (part, 1)
-            lengths = torch.tensor([len(s.completion_ids) * s.in_loss for s in counted])
+            counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (part, 1)
+            lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
             normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
             share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks)
             sums.update(share_sums)
             norms.append(norm)
             if not math.isfinite(norm) and not cause:
                 cause = culprits(model, share, normalizer, args, ranks)
-        bad = not all(map(math.isfinite, norms))
-        state["skipped"] += bad
-        state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
         seconds["time/update_s"] = time.time() - begin
 
         # 5 log, evaluate, save
         sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
-        loss, tokens = sums.pop("loss"), max(1.0, sums.pop("tokens"))
+        loss, tokens = sums.pop("loss"), sums.pop("tokens")
         if not args.beta:
             del sums["kl"]  # not measured
         metrics = {
@@ -798,31 +656,22 @@ def main(args: Args) -> None:
             **sample_metrics(samples, args.group_size),
             "rollout/groups": len(groups),
             "policy/loss": loss / max(1, len(shares)),
-            **{f"policy/{key}": value / tokens for key, value in sums.items()},
+            **{f"policy/{key}": value / tokens for key, value in sums.items() if tokens},
             "optim/grad_norm": sum(norms) / max(1, len(norms)),
-            "optim/skipped": state["skipped"],
             "data/epoch": state["cursor"] / len(train),
             **seconds,
             "perf/tokens_per_s": sum(map(len, samples)) / sum(seconds.values()),
         }
-        if ranks.device.type == "cuda":
-            metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         last, interrupted = update == args.updates, interrupt.requested(ranks)
-        if last or (args.eval_every and update % args.eval_every == 0):
+        evaluated = last or (args.eval_every and update % args.eval_every == 0)
+        if evaluated:
             metrics |= evaluate(rollouts, heldout, args, run, update)
-        run.log(metrics)
-        if ranks.main:
-            print(console_line(metrics, args.updates, (time.time() - begun) / (update - first)), flush=True)
-            if bad:
-                print(f"skipped: the loss or gradient is not finite; cause: {cause}", flush=True)
-        if state["skipped_in_a_row"] >= args.max_skipped:
-            raise UserError(f"{args.max_skipped} updates in a row without a finite gradient: {cause}")
+        run.log(metrics, CONSOLE + HELDOUT * bool(evaluated), args.updates, cause)
+        state["update"] = update
         if last or interrupted or (args.save_every and update % args.save_every == 0):
             if last or not interrupted:  # before the state: a run killed between the two does it again
-                path = run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
-                if ranks.main:
-                    print(f"saved {path}", flush=True)
-            run.save(update, state, {"policy": model}, optimizer, args.keep_checkpoints)
+                run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
+            run.save(state, {"policy": model}, optimizer)
             run.curves(CURVES)
             if interrupted and not last:
                 raise KeyboardInterrupt

@@ -3,11 +3,12 @@
 What changes a gradient is in the scripts, with one exception: `token_logprobs` stands here once and is pinned
 by tests. In the order of use:
 
-    1 loading             load_tokenizer, token_texts, load_model
-    2 sharding            shard, gathered, copy_weights, grad_norm
-    3 rows                pad_right, positions; attention for a pass over no padding, and a shared prompt once
+    1 loading             load_tokenizer, token_texts, load_model, memory_plan
+    2 sharding            shard, gathered, copy_weights, optimizer_step
+    3 rows                rank_share, micro_batches, pad_right, positions; attention for a pass without
+                          padding, and once over what a row has in common with the one before
     4 sampling            uniforms, inverse_cdf, RowCache
-    5 log-probabilities   token_logprobs
+    5 log-probabilities   hidden_before, token_logprobs
 
 Shapes: B rows, T tokens, U distinct tokens, V vocabulary, N selected positions, H heads, D channels.
 """
@@ -17,6 +18,8 @@ import math
 import types
 import zlib
 from collections.abc import Sequence
+from functools import partial
+from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common import Ranks, UserError, first_line
+from common import Ranks, UserError, all_max, all_sum, first_line
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -69,33 +72,38 @@ def token_texts(tokenizer, vocab_size: int) -> list[str]:
     """
     letter = tokenizer.encode("a", add_special_tokens=False)[-1]
     texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
-    return [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * (vocab_size - len(tokenizer))
+    texts = [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * vocab_size
+    return texts[:vocab_size]
 
 
-LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # of Cohere, Granite, Gemma 2
+LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # of Cohere, Granite, Gemma
 
 
-def load_model(name: str, ranks: Ranks, train: bool = True):
-    """The causal language model `name` (hub id or folder) in float32 on this rank's device.
+def load_model(name: str, ranks: Ranks, train: bool = True, recompute: bool = False):
+    """The causal language model `name` (hub id or folder) on this rank's device.
 
-    With `train`, the weights are fp32 masters, sharded over the ranks (FSDP2) with bf16 compute on GPU.
-    UserError if there is no such model, or if its logits are not simply those of its output layer.
+    fp32 masters with `train` and on a CPU, else bf16; sharded over the ranks (FSDP2, bf16 compute on a GPU),
+    but for a single CPU rank. recompute: gradient checkpointing of every layer. UserError if there is no such
+    model, or if it cannot be trained because its logits are not simply those of its output layer.
     """
+    dtype = torch.float32 if train or ranks.device.type == "cpu" else torch.bfloat16
     try:
-        AutoConfig.from_pretrained(name)
-        dtype = torch.float32 if train or ranks.device.type == "cpu" else torch.bfloat16
-        # sdpa has a flash kernel of its own, and unlike the flash-attn package it takes RowCache's masks
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # as for the tokenizer
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
     config = model.config.get_text_config()
     changed = [key for key in LOGIT_CHANGES if getattr(config, key, None) not in (None, 1)]
-    if train and changed:
-        raise UserError(f"{name} changes its output layer's logits by {changed[0]}, which is not supported")
+    if train and (changed or not hasattr(model, "lm_head")):
+        what = f"changes its output layer's logits by {changed[0]}" if changed else "has no lm_head"
+        raise UserError(f"{name} {what}, which is not supported")
     model.eval()  # no dropout anywhere; generate needs eval mode to keep its cache
-    model.generation_config = GenerationConfig()  # the model's own may add top-k or a penalty
+    # nothing else of its own, which may add top-k or a penalty
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.requires_grad_(train)
     equip(model)
+    if recompute:
+        for layer in decoder_layers(model):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if ranks.device.type == "cpu" and ranks.world_size == 1:
         return model
     return shard(model.to(ranks.device), ranks)
@@ -105,8 +113,41 @@ def equip(model) -> None:
     """Our forward passes as the model's methods, for FSDP to gather weights before them; our attention."""
     model.token_logprobs = types.MethodType(_token_logprobs, model)
     model.last_hidden_state = types.MethodType(_last_hidden_state, model)
-    if model._supports_attention_backend and not other_layers(model):
+    model.hidden_before = types.MethodType(_hidden_before, model)
+    # sdpa has a flash kernel of its own, and unlike the flash-attn package it takes RowCache's masks
+    if has_attention(model, "sdpa") and model._supports_attention_backend and not other_layers(model):
         model.set_attn_implementation(PREFIX_TREE)
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
+def memory_plan(name: str, ranks: Ranks, rollout: tuple[int, int], tokens: int, recompute: bool, frozen: int):
+    """What --dry-run says about memory: estimates in GiB of a rank, from the config of the model alone.
+
+    rollout: rows at once, tokens of the longest; tokens: of a micro-batch; frozen: bytes a parameter of a
+    second model.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    config, weights = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
+    layers, width = config.num_hidden_layers, 2 if ranks.device.type == "cuda" else 4  # bytes
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    state = (16 + frozen) * weights / ranks.world_size  # fp32 weight, gradient, AdamW's two moments
+    gathered_weights = 0 if ranks.device.type == "cpu" and ranks.world_size == 1 else width * weights
+    cache = 2 * layers * heads * channels * width * math.prod(rollout)
+    of_layer, kept = (20 * config.hidden_size + 4 * inner) * width, config.hidden_size * width  # a token
+    activations = tokens * (layers * kept + of_layer if recompute else layers * of_layer)
+    gib = [f"{number / 2**30:.2f}" for number in (state, gathered_weights, cache, activations)]
+    return (
+        f"{name}: {weights / 1e6:.1f}M parameters; estimated GiB on each of {ranks.world_size} ranks "
+        f"({ranks.device.type}): {gib[0]} of weights and optimizer,\n  and in a rollout {gib[1]} of gathered "
+        f"weights, {gib[2]} of cache ({rollout[0]} rows);\n"
+        f"  in an update {gib[3]} of activations ({tokens} tokens)"
+    )
 
 
 def other_layers(model) -> str:
@@ -131,12 +172,11 @@ def shard(model, ranks: Ranks):
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if ranks.device.type == "cuda" else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
-    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "token_logprobs")
-    register_fsdp_forward_method(model, "last_hidden_state")
+    for method in ("token_logprobs", "last_hidden_state", "hidden_before"):
+        register_fsdp_forward_method(model, method)
     return model
 
 
@@ -162,13 +202,58 @@ def copy_weights(source, target) -> None:
         old.copy_(new)
 
 
-def grad_norm(model, max_norm: float) -> float:
-    """Clip the (global) gradient to `max_norm` and return its norm before; the same number on all ranks."""
+def optimizer_step(model, optimizer, loss: float, max_norm: float, ranks: Ranks) -> float:
+    """Clip the (global) gradient to `max_norm`, step, clear it; its norm before, the same on all ranks.
+
+    If the norm, or the sum of the ranks' losses, is NaN or infinite, it returns NaN and nothing steps; nor
+    without an optimizer.
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if not math.isfinite(norm) or not math.isfinite(all_sum(loss, ranks)):
+        norm = math.nan
+    elif optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return norm
 
 
 # ---------------------------------------------------------------- 3 rows
+
+
+def rank_share(groups: Sequence[list], ranks: Ranks) -> list:
+    """The rows of `groups` that this rank trains on: as many as the others', whole groups if they divide."""
+    groups, n = sorted(groups, key=lambda rows: sum(map(len, rows))), ranks.world_size
+    dealt = [row for rank in range(n) for rows in groups[rank::n] for row in rows]  # about equal work
+    return dealt[ranks.share(len(dealt))]
+
+
+def micro_batches(
+    rows: Sequence[list[int]], max_tokens: int, ranks: Ranks | None = None, groups: Sequence | None = None
+) -> list[list[int]]:
+    """Indices of rows of token ids, the longest first, cut into parts of max_tokens (at least one row each).
+
+    Rows with the same entry in `groups` come together. Tokens are counted with padding, but not those with
+    which a row begins like the row before it: `token_logprobs` runs over them once. With `ranks` given, every
+    rank returns the same number of micro-batches (FSDP's collectives must pair up); the missing ones are
+    empty lists, for which the caller runs one row with weight zero.
+    """
+    groups = range(len(rows)) if groups is None else groups
+    longest: dict = {}
+    for group, row in zip(groups, rows):
+        longest[group] = max(longest.get(group, 0), len(row))
+    batches: list[list[int]] = []
+    tokens, width, before = math.inf, 0, []
+    for i in sorted(range(len(rows)), key=lambda i: (-longest[groups[i]], groups[i], rows[i])):
+        shared = len(commonprefix([rows[i], before]))
+        if tokens + width - shared > max_tokens:
+            batches.append([])
+            tokens, width, shared = 0, longest[groups[i]], 0
+        batches[-1].append(i)
+        tokens, before = tokens + width - shared, rows[i]
+    if ranks is not None:
+        batches += [[]] * (int(all_max(len(batches), ranks)) - len(batches))
+    return batches
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device=None) -> torch.Tensor:
@@ -194,8 +279,8 @@ def positions(where: Sequence[np.ndarray], device=None) -> tuple[torch.Tensor, t
 PREFIX_TREE = "prefix_tree"  # our attention, among transformers' implementations
 
 
-def has_prefix_tree(model) -> bool:
-    return model.config.get_text_config()._attn_implementation == PREFIX_TREE
+def has_attention(model, *names: str) -> bool:
+    return model.config.get_text_config()._attn_implementation in names
 
 
 def distinct_tokens(
@@ -246,7 +331,8 @@ AttentionMaskInterface.register(PREFIX_TREE, sdpa_mask)
 
 
 def masks(model, full: torch.Tensor, sliding: torch.Tensor):
-    """The attention masks as the model takes them: one for each kind of layer, if it has such."""
+    """The attention masks as the model takes them: one for each kind of layer, if it has such. Without a
+    window both are the same."""
     if hasattr(model.config.get_text_config(), "layer_types"):
         return {"full_attention": full, "sliding_attention": sliding}
     return sliding
@@ -261,7 +347,7 @@ def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
     All sampling noise is drawn so, for the whole global batch at once, and each rank takes its rows. A run is
     then the same on any number of ranks, and resumes without any generator state.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()) | len(repr(key)) << 32)
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
     return torch.rand(tuple(shape), generator=generator)
 
 
@@ -286,13 +372,16 @@ class RowCache:
     """
 
     def __init__(self, model, rows: int) -> None:
-        if what := other_layers(model):
+        what = other_layers(model)
+        if what or not has_attention(model, "sdpa", PREFIX_TREE):
+            what = what or "no scaled_dot_product_attention"
             raise UserError(f"rollouts need a model with attention only; {type(model).__name__} has {what}")
         self.model, self.rows, self.stored = model, rows, {}
         self.window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
 
     def feed(self, rows: list[int], starts: list[int], tokens: list) -> torch.Tensor:
-        """Last hidden states [B, C, D] of these rows' next tokens (padded to C), which begin at `starts`.
+        """Last hidden states [B, C, D] of next tokens (padded to C), which begin at `starts`, of these rows,
+        which ascend.
 
         The model runs over no padding, and once over what texts fed from their start have in common with the
         one before.
@@ -301,7 +390,7 @@ class RowCache:
         last = max(start + length for start, length in zip(starts, lengths))
         rows, starts, lengths = torch.tensor([rows, starts, lengths], device=device)
         ids = pad_right(tokens, 0, device)  # [B, C]
-        packed = distinct_tokens(ids, lengths, share) if has_prefix_tree(self.model) else None
+        packed = distinct_tokens(ids, lengths, share) if has_attention(self.model, PREFIX_TREE) else None
         return self.feed_tensors(rows, starts, ids, lengths, last, packed)
 
     def feed_tensors(self, rows, starts, ids, lengths, last: int, packed=None) -> torch.Tensor:
@@ -314,7 +403,7 @@ class RowCache:
         mask = local = columns <= own  # [B, 1, C, used]: a token sees the columns up to its own
         if self.window < math.inf:
             local = mask & (columns > own - self.window)
-        self.where, self.packed = (rows, places), packed
+        self.where, self.packed = (rows, places), packed  # for `update`, which the layers call meanwhile
         position_ids = torch.minimum(places, ends - 1)  # padding may be beyond the model's context
         options = {"attention_mask": masks(self.model, mask, local), "cache": self}
         if packed is None:
@@ -377,19 +466,25 @@ def _last_hidden_state(self, input_ids, cache=None, **kw) -> torch.Tensor:
     return self.get_decoder()(input_ids=input_ids, **options).last_hidden_state
 
 
+def _hidden_before(self, input_ids, rows, cols) -> torch.Tensor:
+    """[N, D], of which lm_head makes the logits of the tokens at rows, cols; see token_logprobs."""
+    if not has_attention(self, PREFIX_TREE):
+        return _last_hidden_state(self, input_ids)[rows, cols - 1]  # t - 1 predicts token t
+    # of each row only the tokens before its last chosen position are needed
+    lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
+    index, cells = distinct_tokens(input_ids, lengths)  # [B, T], [U]
+    # given a mask, the model makes none; an attention that is not `attend` fails on this empty one
+    empty = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=cells.device)
+    options = {"attention_mask": masks(self, empty, empty), "packed": (index, cells)}
+    place, tokens = (cells % input_ids.shape[1])[None], input_ids.flatten()[cells][None]  # [1, U]
+    hidden = _last_hidden_state(self, tokens, position_ids=place, **options)
+    return embedding(index[rows, cols - 1], hidden[0])  # t - 1 predicts token t
+
+
 def _token_logprobs(
     self, input_ids, rows, cols, targets=None, event=None, merged=None, temperature=1.0, entropy=False
 ):
-    if has_prefix_tree(self):
-        # of each row only the tokens before its last chosen position are needed
-        lengths = input_ids.new_ones(len(input_ids)).scatter_reduce(0, rows, cols, "amax")  # [B]
-        index, cells = distinct_tokens(input_ids, lengths)  # [B, T], [U]
-        no_mask = masks(self, *[cells.new_ones(1, 1, 0, 0).bool()] * 2)  # not `attend`: an error
-        options = {"position_ids": (cells % input_ids.shape[1])[None], "packed": (index, cells)}
-        hidden = _last_hidden_state(self, input_ids.flatten()[cells][None], attention_mask=no_mask, **options)
-        hidden = embedding(index[rows, cols - 1], hidden[0])  # [N, D]: t - 1 predicts token t
-    else:
-        hidden = _last_hidden_state(self, input_ids)[rows, cols - 1]  # [N, D]
+    hidden = _hidden_before(self, input_ids, rows, cols)  # [N, D]
     targets = input_ids[rows, cols] if targets is None else targets
     chunk = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size)
     merged = targets == EVENT if merged is None else merged

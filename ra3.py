@@ -4,8 +4,8 @@ Paper: "Learning to Reason as Action Abstractions with Scalable Mid-Training RL"
 is the default here, version 1 where an option says so. Equation numbers are version 2's.
 
 An expert's snippet is cut into actions a_1 .. a_T, one line of code each. Before every action the policy q
-chooses a latent z_t: *act* (nothing) or *think* (one comment line). The algorithm, with the steps that `main`
-names again:
+chooses a latent z_t: *act* (nothing) or *think* (one comment line). The algorithm, with the steps that
+`e_step`, `m_step` and `main` name again:
 
   for every EM iteration i, starting from the model pi_i:
     E-step, rl_updates times; q starts as a copy of pi_i, pi_i itself is frozen:
@@ -18,8 +18,8 @@ names again:
       4 update     next-token prediction on it  (4.2); the result is pi_{i+1}
     5 log, evaluate, save
 
-Notation: pi policy, q sampler of thoughts, z_t latent, a_t action, l_t `line_logprobs`, c `penalty`, G
-`group_size`. Shapes: S snippets, G rollouts of each, R = S*G rows, W steps, T actions (padded), V vocabulary.
+Notation: pi policy, q sampler of thoughts, z_t latent, a_t action, l_t `lines`, c `penalty`, G `group_size`.
+Shapes: S snippets, G rollouts of each, R = S*G rows, W steps, T actions (padded), V vocabulary.
 
 Deviations from the paper, and what it leaves open (docs/ra3.md has all, with both values):
   D1 thinking is decided by the first token of the line itself ("#" or not), so the code keeps its
@@ -40,8 +40,6 @@ import html
 import itertools
 import json
 import math
-import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -54,12 +52,12 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 from common import (
-    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, launch, micro_batches,
-    not_finite, setup, write_whole,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, launch, not_finite, setup,
+    write_whole,
 )
 from modeling import (
-    EVENT, LOGITS_PER_CHUNK, RowCache, copy_weights, gathered, grad_norm, inverse_cdf, load_model,
-    load_tokenizer, pad_right, positions, token_logprobs, uniforms,
+    EVENT, LOGITS_PER_CHUNK, RowCache, copy_weights, gathered, inverse_cdf, load_model, load_tokenizer,
+    memory_plan, micro_batches, optimizer_step, pad_right, positions, token_logprobs, uniforms,
 )
 from snippets import KINDS, Snippet, SnippetStream, Vocabulary, bootstrap_text
 
@@ -103,7 +101,7 @@ class Args:
     algo: Literal["ra3", "ntp"] = "ra3"
     """ntp: the M-step alone, with every latent act: the baseline, on the same snippets"""
     em_iterations: int = 1
-    """number of EM iterations i"""
+    """number of EM iterations i (the paper: several; one reads 225K snippets)"""
     group_size: int = 3
     """G: rollouts of each snippet in the E-step"""
     penalty: float = 0.05
@@ -148,6 +146,8 @@ class Args:
     """gradients are clipped to this global norm (the paper names none)"""
     micro_batch_tokens: int = 16384
     """tokens of a forward-backward pass on a rank (shared ones once); memory and speed only"""
+    gradient_checkpointing: bool = False
+    """keep no activations inside layers, compute them again: much less memory, a third more time"""
     # ---- evaluation and saving
     eval_snippets: int = 256
     """held-out snippets"""
@@ -466,9 +466,8 @@ def update(model, optimizer, rollouts, loss_of, ranks: Ranks, args: Args) -> tup
     """One optimiser step on all ranks' rollouts: (global loss, sum of the second value, gradient norm).
 
     loss_of(rollouts) -> (part of the global loss, a sum to report). If the loss or gradient is not finite
-    nothing changes and the norm returned is NaN.
+    nothing changes and the norm returned is NaN; nor does anything change without an optimizer.
     """
-    optimizer.zero_grad(set_to_none=True)
     total, reported = 0.0, 0.0
     for batch in rollout_batches(rollouts, args, ranks):  # as many on every rank: the missing ones are empty
         loss, extra = loss_of([rollouts[i] for i in batch or [0]])
@@ -476,27 +475,22 @@ def update(model, optimizer, rollouts, loss_of, ranks: Ranks, args: Args) -> tup
         (loss * weight * ranks.world_size).backward()  # FSDP averages over ranks; our losses add up over them
         total += weight * loss.item()
         reported += weight * extra.item()
-    total, reported = all_sum([total, reported], ranks)
-    norm = grad_norm(model, args.max_grad_norm)
-    if not (math.isfinite(norm) and math.isfinite(total)):
-        return total, reported, math.nan
-    optimizer.step()
-    return total, reported, norm
+    norm = optimizer_step(model, optimizer, total, args.max_grad_norm, ranks)
+    return *all_sum([total, reported], ranks), norm
 
 
 def culprits(model, rollouts, loss_of, ranks: Ranks, args: Args) -> str:
     """The snippets that make the loss or its gradient NaN or infinite."""
-    still = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def alone(i: int) -> tuple[float, float]:
         part = rollouts[i : i + 1] or rollouts[:1]
-        return loss_of(part)[0].item(), update(model, still, part, loss_of, ranks, args)[2]
+        return loss_of(part)[0].item(), update(model, None, part, loss_of, ranks, args)[2]
 
     return not_finite([f"snippet {r.snippet.text[:60]!r}" for r in rollouts], alone, ranks)
 
 
-def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> dict[str, float]:
-    """One E-step update: q = policy, pi_i = frozen; snippets: the global batch. Returns its metrics."""
+def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_index) -> tuple[dict, str]:
+    """One E-step update: q = policy, pi_i = frozen; snippets: the global batch. -> metrics, why it failed."""
     G, clock = args.group_size, [time.perf_counter()]
     # 1 sample
     rows = [s for s in snippets for _ in range(G)]  # groups: G rows
@@ -531,13 +525,13 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
         "reward/ce_code": sums["line"] / sums["expert_tokens"],
         "policy/entropy": entropy / sums["decisions"],
         **rollout_metrics(sums),
-        **timing(clock, sums["tokens"], args.rl_learning_rate, norm),
-        "cause": cause,
-    }
+        **timing(clock, sums["tokens"]),
+        "optim/grad_norm": norm,
+    }, cause
 
 
-def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabulary, args, ranks) -> dict:
-    """One M-step update of pi = policy on this rank's rollouts. Returns its metrics."""
+def m_step(policy, optimizer, rollouts, sampling_s: float, vocabulary, args, ranks) -> tuple[dict, str]:
+    """One M-step update of pi = policy on this rank's rollouts. -> metrics, why it failed."""
     clock = [time.perf_counter() - sampling_s, *[time.perf_counter()] * 2]  # nothing to score
     sums = rollout_sums(rollouts)
     rollouts = [r.without_malformed() for r in rollouts]
@@ -554,9 +548,9 @@ def m_step(policy, optimizer, rollouts: list[Rollout], sampling_s: float, vocabu
         "train/loss": loss,
         "train/ce_code": expert_loss / sums["expert_tokens"],
         **rollout_metrics(sums),
-        **timing(clock, sums["tokens"], args.ntp_learning_rate, norm),
-        "cause": cause,
-    }
+        **timing(clock, sums["tokens"]),
+        "optim/grad_norm": norm,
+    }, cause
 
 
 # ---------------------------------------------------------------- 5 log, evaluate, save
@@ -590,21 +584,10 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def timing(clock: list[float], tokens: float, learning_rate: float, norm: float) -> dict[str, float]:
+def timing(clock: list[float], tokens: float) -> dict[str, float]:
     seconds = np.diff(clock)
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {
-        "optim/grad_norm": norm,
-        "optim/learning_rate": learning_rate,
-        "time/rollout_s": seconds[0],
-        "time/score_s": seconds[1],
-        "time/update_s": seconds[2],
-        "perf/tokens_per_s": tokens / sum(seconds),
-        "perf/peak_memory_gib": memory,
-    }
+    names = ("time/rollout_s", "time/score_s", "time/update_s")
+    return dict(zip(names, seconds)) | {"perf/tokens_per_s": tokens / sum(seconds)}
 
 
 def evaluate(model, snippets, title: str, vocabulary, args, run: Run) -> tuple[dict, list[Rollout]]:
@@ -703,11 +686,15 @@ def check(args: Args, ranks: Ranks) -> None:
         if size <= 0 or size % ranks.world_size:
             nearest = max(ranks.world_size, size // ranks.world_size * ranks.world_size)
             raise UserError(f"--{flag} {size} does not divide by {ranks.world_size} ranks: use {nearest}")
-    positive = "group_size em_iterations ntp_updates max_latent_tokens temperature rollout_rows save_every"
-    not_negative = "rl_updates return_horizon penalty_warmup max_snippets eval_every"
-    rates = "eval_snippets rl_learning_rate ntp_learning_rate weight_decay malformed_penalty entropy_coef"
-    sizes = "micro_batch_tokens max_grad_norm max_snippet_tokens"
-    check_sizes(args, f"{positive} {sizes}", f"{not_negative} {rates}")
+    positive = "group_size em_iterations ntp_updates max_latent_tokens temperature rollout_rows save_every "
+    positive += "micro_batch_tokens max_grad_norm max_snippet_tokens"
+    not_negative = "rl_updates return_horizon penalty_warmup max_snippets eval_every eval_snippets "
+    not_negative += "rl_learning_rate ntp_learning_rate weight_decay malformed_penalty entropy_coef"
+    check_sizes(args, positive, not_negative)
+    if args.algo == "ntp" and args.q_model:
+        raise UserError("--algo ntp has no thoughts, so it takes no --q-model")
+    if args.algo == "ra3" and not args.q_model and args.group_size < 2:
+        raise UserError("--group-size must be at least 2: advantages compare rollouts of one snippet")
     if min(args.dataset_weights, default=1) <= 0:
         raise UserError(f"--dataset-weights must be positive, got {args.dataset_weights}")
     if args.max_snippet_tokens < 4:
@@ -723,7 +710,8 @@ def main(args: Args) -> None:
     ranks = setup(args.seed)
     check(args, ranks)
     name = args.q_model if args.bootstrap_only and args.q_model else args.model
-    tokenizer, policy = load_tokenizer(name), load_model(name, ranks)
+    tokenizer = load_tokenizer(name)
+    policy = load_model(name, ranks, recompute=args.gradient_checkpointing)
     config = policy.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 10**9
     vocabulary = Vocabulary(tokenizer, config.vocab_size, ranks.device)
@@ -735,7 +723,9 @@ def main(args: Args) -> None:
         bootstrap(policy, vocabulary, context, run, args, ranks)
         return
     learns_q = args.algo == "ra3" and not args.q_model  # else there is no E-step
-    frozen = None if args.algo == "ntp" else load_model(args.q_model or args.model, ranks)
+    frozen = None
+    if args.algo != "ntp":  # trained in turn
+        frozen = load_model(args.q_model or args.model, ranks, recompute=args.gradient_checkpointing)
     if frozen is not None and frozen.config.get_text_config().vocab_size != config.vocab_size:
         raise UserError(f"--q-model {args.q_model} has another vocabulary than {args.model}")
     rl_updates = args.rl_updates if learns_q else 0
@@ -744,7 +734,7 @@ def main(args: Args) -> None:
 
     # what a checkpoint holds beside the tensors; used: M-step updates done since cursors["M"]
     state = run.state or {"update": 0, "cursors": {"E": 0, "M": 0}, "used": 0, "stages": []}
-    cursors, stages, first = state["cursors"], state["stages"], state["update"]
+    cursors, stages = state["cursors"], state["stages"]
     models, optimizer = {"policy": policy} | ({"frozen": frozen} if learns_q else {}), None
     if run.state is not None:
         optimizer = new_optimizer(policy, 0.0, args)  # restored with its learning rate
@@ -753,13 +743,12 @@ def main(args: Args) -> None:
     held_out = SnippetStream(args, "eval", vocabulary, context).batch(args.eval_snippets)
     # M-step updates that are sampled at once, and what is left of them: (rollouts, seconds) of each
     ahead = 1 if frozen is None else max(1, args.rollout_rows * ranks.world_size // args.ntp_batch_size)
-    sampled, rollouts, bad_updates = [], [], 0
-    interrupt, started = Interrupt(), time.perf_counter()
+    sampled, rollouts, interrupt = [], [], Interrupt()
     if not stages:
         metrics, rollouts = evaluate(policy, held_out, "before, pi_0", vocabulary, args, run)
         stages.append(("before", metrics))
-        run.log({"update": 0, "phase": "start", **metrics})
-    for update_number in range(first + 1, total + 1):
+        run.log({"update": 0, "phase": "start", **metrics}, HELDOUT, total)
+    for update_number in range(state["update"] + 1, total + 1):
         iteration, k = divmod(update_number - 1, per_iteration)
         phase = "E" if k < rl_updates else "M"
         if k == 0 and learns_q:
@@ -768,13 +757,12 @@ def main(args: Args) -> None:
             if k == 0:
                 optimizer = new_optimizer(policy, args.rl_learning_rate, args)
             snippets, index = streams["E"].batch(args.rl_batch_size), iteration * rl_updates + k
-            metrics = e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, index)
+            metrics, cause = e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, index)
             cursors["E"] = streams["E"].cursor
         else:
             if k == rl_updates:
                 if learns_q:  # q_i is frozen and samples; pi starts again from pi_i
                     policy, frozen = frozen, policy
-                    frozen.zero_grad()  # its gradient would stay in memory
                     models = {"policy": policy, "frozen": frozen}
                 optimizer = new_optimizer(policy, args.ntp_learning_rate, args)
             if not sampled:  # 1 sample; a resumed run samples the same updates again, and skips those done
@@ -784,37 +772,27 @@ def main(args: Args) -> None:
                 keys = [("M", update_number - 1 - used + i) for i in range(count)]
                 sampled = sample(frozen, batches, keys, vocabulary, args, ranks)[used:]
                 sampling_s = (time.perf_counter() - begin) / count
-            metrics = m_step(policy, optimizer, sampled.pop(0), sampling_s, vocabulary, args, ranks)
+            metrics, cause = m_step(policy, optimizer, sampled.pop(0), sampling_s, vocabulary, args, ranks)
             state["used"] += 1
             if not sampled:
                 cursors["M"], state["used"] = streams["M"].cursor, 0
         # 5 log, evaluate, save
-        state["update"], cause = update_number, metrics.pop("cause")
-        bad_updates = bad_updates + 1 if math.isnan(metrics["optim/grad_norm"]) else 0
-        metrics |= {"optim/skipped": float(bad_updates > 0), "data/texts": float(streams[phase].cursor)}
-        last_of_phase = k + 1 in (rl_updates, per_iteration)
-        if last_of_phase or (args.eval_every and update_number % args.eval_every == 0):
+        state["update"], last_of_phase = update_number, k + 1 in (rl_updates, per_iteration)
+        evaluated = last_of_phase or (args.eval_every and update_number % args.eval_every == 0)
+        if evaluated:
             title = f"after {phase}{iteration + 1}" if last_of_phase else f"update {update_number}"
-            evaluated, rollouts = evaluate(policy, held_out, title, vocabulary, args, run)
-            metrics |= evaluated
+            heldout_metrics, rollouts = evaluate(policy, held_out, title, vocabulary, args, run)
+            metrics |= heldout_metrics
             if last_of_phase:
-                stages.append((title, evaluated))
-        metrics = {"update": update_number, "phase": phase, "iteration": iteration + 1, **metrics}
-        run.log(metrics)
-        if ranks.main:
-            console(metrics, total, (time.perf_counter() - started) / (update_number - first))
-            if cause:
-                print(f"skipped: the loss or gradient is not finite; cause: {cause}", flush=True)
-        if bad_updates == 3:
-            raise UserError(
-                f"three updates in a row without a finite loss and gradient: {cause}; the last checkpoint is "
-                "good. Try a smaller learning rate"
-            )
+                stages.append((title, heldout_metrics))
+        metrics |= {"update": update_number, "phase": phase, "iteration": iteration + 1}
+        metrics["data/texts"] = streams[phase].cursor
+        run.log(metrics, CONSOLE[phase] + HELDOUT * bool(evaluated), total, cause)
         if last_of_phase:
             run.export(policy, tokenizer, f"em_{iteration + 1:03d}" + "_q" * (phase == "E"))
         stop = interrupt.requested(ranks)
         if stop or update_number % args.save_every == 0 or last_of_phase:
-            run.save(update_number, state, models, optimizer)
+            run.save(state, models, optimizer)
         if last_of_phase or stop:
             run.curves(CURVES)
         if stop:
@@ -827,38 +805,32 @@ CURVES = ["reward/mean", "rollout/think_rate", "rollout/think_rate/assert", "rol
 CURVES += ["rollout/format_rate", "policy/entropy", "train/ce_code", "eval/ce_code", "optim/grad_norm"]
 
 
-CONSOLE = ["reward/mean", "train/loss", "train/ce_code", "rollout/think_rate", "rollout/latent_tokens"]
-CONSOLE += ["optim/grad_norm", "time/rollout_s", "time/score_s", "time/update_s", "perf/tokens_per_s"]
-CONSOLE += ["perf/peak_memory_gib", "eval/ce_code"]
-
-
-def console(metrics: dict, total: int, seconds_per_update: float) -> None:
-    """One line an update."""
-    shown = [f"{key} {metrics[key]:.3g}" for key in CONSOLE if key in metrics]
-    left = seconds_per_update * (total - metrics["update"]) / 60
-    line = f"{metrics['phase']} {metrics['update']}/{total}  {'  '.join(shown)}  eta {left:.1f} min"
-    print(re.sub(r" [a-z]+/", " ", line), flush=True)
+TAIL = (
+    " | think {rollout/think_rate:.1%} ({rollout/latent_tokens:.1f} tokens) | grad {optim/grad_norm:.2f} | "
+    "rollout {time/rollout_s:.1f} score {time/score_s:.1f} update {time/update_s:.1f} s, "
+    "{perf/tokens_per_s:.0f} tokens/s, {perf/peak_memory_gib:.1f} GiB"
+)
+CONSOLE = {"E": "E reward {reward/mean:+.3f}" + TAIL, "M": "M loss {train/loss:.3f}" + TAIL}
+HELDOUT = " | held-out ce {eval/ce_code:.4f}"
 
 
 def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
     """Print the plan, one bootstrapped snippet and a memory estimate."""
     snippets = SnippetStream(args, "M", vocabulary, context).batch(ranks.world_size)
     (rollouts,) = sample(policy, [snippets], [("dry run",)], vocabulary, args, ranks)
-    parameters = sum(p.numel() for p in policy.parameters())
-    copies = (1 if args.algo == "ntp" else 2) * 4 + 4 + 8  # fp32 weights, gradient, AdamW (bytes)
+    width = max(s.width(args.max_latent_tokens) for s in snippets)
+    memory = memory_plan(
+        args.model, ranks, (args.rollout_rows, width), args.micro_batch_tokens, args.gradient_checkpointing,
+        0 if args.algo == "ntp" else 4,
+    )  # fmt: skip
     rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
     if ranks.main:
         print(
-            f"model {args.model}: {parameters / 1e6:.1f}M parameters, context {context}\n"
             f"data {', '.join(args.dataset)}; an action is a {args.granularity}\n"
             f"{args.em_iterations} EM iteration(s) of {rl} E-step updates "
             f"({args.rl_batch_size} snippets x {args.group_size})\n"
             f"  and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets)\n"
-            f"memory on each of {ranks.world_size} rank(s): "
-            f"{parameters * copies / ranks.world_size / 2**30:.2f} GiB of weights and optimizer, "
-            f"{parameters * 2 / 2**30:.2f} GiB gathered for rollouts on GPU (bf16),\n"
-            f"  plus {args.micro_batch_tokens} tokens' activations, the cache of {args.rollout_rows} rows\n"
-            f"\n{rendered(rollouts[0], vocabulary)}"
+            f"{memory}\n\n{rendered(rollouts[0], vocabulary)}"
         )
 
 

@@ -30,32 +30,30 @@ Deviations from the paper, and what it leaves open (docs/rmt.md has all, with bo
 """
 
 import bisect
-import hashlib
 import itertools
 import math
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import (
-    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, column, draw_problems,
-    launch, micro_batches, not_finite, rank_share, read_rows, setup, together,
+    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, draw_problems, launch,
+    not_finite, setup,
 )
 from modeling import (
-    LOGITS_PER_CHUNK, RowCache, check_context, eos_ids, gathered, grad_norm, inverse_cdf, load_model,
-    load_tokenizer, pad_right, padded, token_logprobs, token_texts, uniforms,
+    RowCache, check_context, eos_ids, gathered, inverse_cdf, load_model, load_tokenizer, memory_plan,
+    micro_batches, optimizer_step, pad_right, padded, positions, rank_share, token_logprobs, token_texts,
+    uniforms,
 )
+from texts import bos_ids, draw_entropies, proxy_entropies, read_texts, score_texts
 
 
 @dataclass
@@ -149,17 +147,15 @@ class Args:
     """the global gradient is clipped to this norm (RPT's)"""
     micro_batch_tokens: int = 16384
     """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
-    max_skipped: int = 5
-    """updates with a NaN or infinite gradient are skipped; stop after this many in a row"""
+    gradient_checkpointing: bool = True
+    """keep no activations inside layers, compute them again: much less memory, a third more time"""
     # ---- evaluation and saving
     eval_every: int = 20
     """updates between evaluations; 0: only before the first and after the last"""
     eval_positions: int = 200
     """held-out positions per difficulty"""
     save_every: int = 50
-    """updates between checkpoints; 0: only after the last"""
-    keep_checkpoints: int = 2
-    """resumable states kept; the exported models all stay"""
+    """updates between checkpoints; 0: only after the last. The last two states are kept, and all models"""
 
 
 TINY_RUN = {  # lengths and optimisation settings for two million parameters; the method is a large run's
@@ -167,7 +163,8 @@ TINY_RUN = {  # lengths and optimisation settings for two million parameters; th
     "dataset_weights": (0.9, 0.1), "text_column": ("text",), "train_texts": 600, "eval_texts": 100,
     "max_text_tokens": 64, "prompts_per_update": 16, "max_new_tokens": 64, "initial_budget": 24,
     "budget_decay": 0.4, "ntp_weight": 1.0, "updates": 120, "learning_rate": 1e-4, "max_grad_norm": 1.0,
-    "micro_batch_tokens": 2048, "eval_every": 40, "eval_positions": 128, "save_every": 0,
+    "micro_batch_tokens": 2048, "gradient_checkpointing": False, "eval_every": 40, "eval_positions": 128,
+    "save_every": 0,
 }
 
 
@@ -183,7 +180,7 @@ def check(args: Args) -> None:
     if args.temperature <= 0:
         raise UserError("--temperature must be positive: greedy completions of one prompt are all the same")
     positive = "train_texts eval_texts max_text_tokens prompts_per_update rl_positions_per_text rollout_rows"
-    positive += " max_new_tokens max_grad_norm micro_batch_tokens max_skipped eval_positions keep_checkpoints"
+    positive += " max_new_tokens max_grad_norm micro_batch_tokens eval_positions"
     not_negative = "updates length_weight r_max beta ntp_weight learning_rate weight_decay"
     check_sizes(args, positive, f"{not_negative} eval_every save_every")
     if min(args.dataset_weights, default=1) <= 0:
@@ -199,18 +196,13 @@ def check(args: Args) -> None:
         raise UserError("a budget needs --initial-budget >= --min-budget >= 1 and 0 < --budget-decay < 1")
 
 
-# ---------------------------------------------------------------- texts and prompts
+# ---------------------------------------------------------------- prompts
 
 INSTRUCTION = (
     "Complete the given text by predicting the next token. {think} within <think></think>, "
     "then put the next token in \\boxed{{}}.\n### Text\n"
 )
 SUFFIX = "\n### Prediction\n"
-POOL = 20  # the texts used are a random choice of so many times more, read from the start of a source
-
-
-def bos_ids(tokenizer) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def prompt_frame(tokenizer, budget: int, chat_template: bool) -> tuple[list[int], list[int], bool]:
@@ -228,92 +220,9 @@ def prompt_frame(tokenizer, budget: int, chat_template: bool) -> tuple[list[int]
     return head if in_chat else bos_ids(tokenizer) + head, tail, rendered.rstrip().endswith("<think>")
 
 
-def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
-    """(training texts, held-out texts) as token ids, both with the same share of every source."""
-    total, train, heldout = args.train_texts + args.eval_texts, [], []
-    weights = args.dataset_weights
-    if len(weights) != len(args.dataset):
-        weights = [1.0] * len(args.dataset)
-    for source, weight in zip(args.dataset, weights):
-        texts, wanted = [], math.ceil(total * weight / sum(weights))
-        for row in read_rows(source, split="test" if "Omni-MATH" in source else "train"):  # it has no other
-            text = "\n".join(str(column(row, name, source) or "") for name in args.text_column)
-            ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-            cuts = [ids[i : i + args.max_text_tokens] for i in range(0, len(ids), args.max_text_tokens)]
-            texts += [cut for cut in cuts if len(cut) > 1]
-            if len(texts) >= POOL * wanted:
-                break
-        order = uniforms([len(texts)], "split").argsort().tolist()[:wanted]  # not by the seed
-        cut = round(len(order) * args.eval_texts / total)
-        heldout += [texts[i] for i in order[:cut]]
-        train += [texts[i] for i in order[cut:]]
-    if not train or not heldout:
-        found = f"{len(train)} training, {len(heldout)} held-out texts"
-        raise UserError(f"{found} in {', '.join(args.dataset)}: give more data, or longer texts")
-    return train, heldout
-
-
 # ---------------------------------------------------------------- 0 prepare
 
-TOP_TOKENS = 16  # the entropy is that of the 16 most likely next tokens (RPT), renormalised
 LEVELS = ("easy", "medium", "hard")
-
-
-def top_entropy(logits: torch.Tensor, k: int = TOP_TOKENS) -> torch.Tensor:
-    """Entropy (nats) of the k most likely next tokens, their probabilities renormalised. [..., V] -> [...]"""
-    logprobs = logits.topk(min(k, logits.shape[-1]), dim=-1).values.float().log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
-@torch.no_grad()
-def score_texts(model, texts: list[list[int]], bos: list[int], max_tokens: int, ranks: Ranks, title=""):
-    """(entropies, most likely tokens) at every position of every text: two lists of arrays, on all ranks.
-
-    Entry t is about token t given the tokens before it; both are 0 where there are none.
-    """
-    mine = texts[ranks.share(len(texts))]
-    entropies, predictions = [None] * len(mine), [None] * len(mine)
-    batches, skip = micro_batches(mine, max_tokens), 1 - len(bos)
-    chunk = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)  # positions
-    with gathered(model):
-        for batch in tqdm(batches, title, disable=not (title and ranks.main), leave=False):
-            input_ids = pad_right([bos + mine[i] for i in batch], 0, ranks.device)  # [B, L]
-            parts = model.last_hidden_state(input_ids).flatten(0, 1).split(chunk)  # [up to chunk, D] each
-            parts = [(top_entropy(logits), logits.argmax(-1)) for logits in map(model.lm_head, parts)]
-            found = [torch.cat(x).view(input_ids.shape).cpu().numpy() for x in zip(*parts)]  # [B, L] both
-            for row, i in enumerate(batch):  # the shift by one: column t is about token t + 1
-                kept = slice(0, len(mine[i]) - skip)
-                entropies[i], predictions[i] = (np.pad(x[row, kept], (skip, 0)) for x in found)
-    return all_gather_list(entropies, ranks), all_gather_list(predictions, ranks)
-
-
-def cached_entropies(
-    load: Callable, name: str, texts: list, bos: list[int], folder: Path, max_tokens: int, ranks: Ranks
-) -> list[np.ndarray]:
-    """Entropies at every position of every text under the model `name`; after the first time from `folder`.
-
-    The file is named by a hash of the model's files (sizes and times; on the hub: the commit) and of all
-    token ids, so that other weights, another tokenizer, other texts or cuts never meet it.
-    """
-    files = [f for f in sorted(Path(name).glob("*")) if f.suffix in (".json", ".safetensors", ".bin")]
-    model = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    lengths = [len(text) for text in texts]
-    model = model or [name, AutoConfig.from_pretrained(name)._commit_hash]
-    key = hashlib.sha256(repr([TOP_TOKENS, bos, lengths, model]).encode() + np.concatenate(texts).tobytes())
-    path = folder / f"{key.hexdigest()[:24]}.npy"
-    if all_sum(float(path.is_file()), ranks) == ranks.world_size:
-        return np.split(np.load(path), np.cumsum(lengths)[:-1])
-    title = f"entropies of {len(texts)} texts, once"
-    entropies, _ = score_texts(load(), texts, bos, max_tokens, ranks, title)
-
-    def write() -> None:
-        if ranks.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_suffix(".partial.npy"), np.concatenate(entropies))
-            path.with_suffix(".partial.npy").replace(path)
-
-    together(write, ranks)
-    return entropies
 
 
 def boxable_tokens(tokenizer, texts: list[str]) -> np.ndarray:
@@ -324,45 +233,28 @@ def boxable_tokens(tokenizer, texts: list[str]) -> np.ndarray:
     return boxable
 
 
-def difficulty(entropies: np.ndarray, text: list[int], boxable: np.ndarray, thresholds) -> np.ndarray:
+def difficulty(entropies: np.ndarray, text: list[int], first: int, boxable: np.ndarray, thresholds):
     """Level of every position of a text: 0 easy, 1 medium, 2 hard, each up to the next threshold; -1: no RL.
 
-    The first position has no prefix, and what cannot stand in a box cannot be answered.
+    Positions before `first` have no prefix, and what cannot stand in a box cannot be answered.
     """
     levels = np.digitize(entropies, thresholds) - 1
     levels[~boxable[text]] = -1
-    levels[0] = -1
+    levels[:first] = -1
     return levels
 
 
 def prepare(model, tokenizer, texts: list, boxable: np.ndarray, args: Args, run: Run) -> list[np.ndarray]:
     """Step 0: the level of every position of every text; entropy.png shows how many there are."""
-    name, ranks = args.proxy_model or args.model, run.ranks
-    if args.proxy_model:
-        other, probe = load_tokenizer(name), [tokenizer.decode(text) for text in texts[:50]]
-        if other(probe).input_ids != tokenizer(probe).input_ids:
-            raise UserError(f"--proxy-model {name} and {args.model} tokenise the texts differently")
-
-    def proxy():
-        return load_model(name, ranks, train=False) if args.proxy_model else model
-
-    folder, bos = run.path.parent / "entropies", bos_ids(tokenizer)
-    entropies = cached_entropies(proxy, name, texts, bos, folder, args.micro_batch_tokens, ranks)
-    levels = [difficulty(e, text, boxable, args.thresholds) for e, text in zip(entropies, texts)]
+    entropies = proxy_entropies(model, tokenizer, texts, args, run)
+    first = 1 + len(bos_ids(tokenizer))  # position with a prefix
+    levels = [difficulty(e, text, first, boxable, args.thresholds) for e, text in zip(entropies, texts)]
     counts = np.bincount(np.concatenate(levels) + 1, minlength=4)
     if not counts[1:].any():
         raise UserError(f"no position reaches an entropy of {args.thresholds[0]} nats: lower --thresholds")
-    if ranks.main:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 3), layout="constrained")
-        axis = figure.subplots()
-        axis.hist(np.concatenate(entropies), bins=60, log=True)
-        for threshold in args.thresholds:
-            axis.axvline(threshold, color="0.4", linestyle="--", linewidth=1)
+    if run.ranks.main:
         shares = ", ".join(f"{n} {c / counts.sum():.1%}" for n, c in zip(("no RL", *LEVELS), counts))
-        axis.set(xlabel=f"entropy of the top {TOP_TOKENS} tokens (nats)", ylabel="positions", title=shares)
-        figure.savefig(run.path / "entropy.png", dpi=110)
+        draw_entropies(entropies, args.thresholds, shares, run.path / "entropy.png")
         print(f"{run.path}: {counts.sum()} positions: {shares}", flush=True)
     return levels
 
@@ -374,7 +266,7 @@ DROP_EVERY = 16  # tokens after which the rows that have ended leave the batch
 
 def token_budget(step: int, total_steps: int, initial: int, minimum: int, decay: float) -> int:
     """B_t: how many tokens the prompt asks the thought to have; `step` t of `total_steps` T."""
-    return max(minimum, math.floor(initial * decay ** (step / total_steps)))  # eq. (1)
+    return max(minimum, math.floor(initial * decay ** (step / max(1, total_steps))))  # eq. (1)
 
 
 def budget_at(step: int, args: Args) -> int:
@@ -419,20 +311,12 @@ def choose_positions(levels: list[np.ndarray], update: int, args: Args) -> list[
     return [where[p] for p in draw_positions(flat, probs, noise)]
 
 
-@dataclass(frozen=True)
-class Position:
-    """A position to reason about; RMT's counterpart of a problem."""
-
-    level: int
-    prompt_ids: list[int]
-    truth: list[str]  # texts of the token at this position and of some after it
-
-
 @dataclass
 class Sample:
     """One completion and all that the steps find out about it. Every rank holds all samples of an update."""
 
-    position: Position | None
+    level: int
+    truth: list[str]  # texts of the token at this position and of some after it
     prompt_ids: list[int]
     completion_ids: list[int]
     rollout_logprobs: list[float]  # noted while sampling
@@ -449,13 +333,15 @@ class Sample:
 
 
 def end_table(texts: list[str], eos: set[int]) -> torch.Tensor:
-    """What is_end must know of every token: bool [6, V]."""
+    """What is_end must know of every token: bool [8, V]."""
     return torch.tensor([
         [token in eos for token in range(len(texts))],
         ["</think>" in text for text in texts],
         [text.endswith("</") for text in texts],  # a tag may be several tokens
         [text.startswith("think") for text in texts],
-        ["box" in text for text in texts],
+        ["\\box" in text for text in texts],
+        [text.endswith("\\") for text in texts],
+        [text.startswith("box") for text in texts],
         ["}" in text for text in texts],
     ])
 
@@ -465,8 +351,9 @@ def is_end(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
     eos, and the first closing brace after \\boxed after </think>.
     """
-    eos, tag, tag_head, tag_tail, box, brace = table[:, tokens]  # [B, 1 + T] each
+    eos, tag, tag_head, tag_tail, box, box_head, box_tail, brace = table[:, tokens]  # [B, 1 + T] each
     tag[:, 1:] |= tag_head[:, :-1] & tag_tail[:, 1:]
+    box[:, 1:] |= box_head[:, :-1] & box_tail[:, 1:]
     boxing = (box & (tag.cumsum(1) > 0)).cumsum(1) > 0
     return (eos | (brace & boxing))[:, 1:]
 
@@ -562,10 +449,7 @@ class Rollouts:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.table = end_table(self.texts, eos_ids(tokenizer, args.model)).to(model.device)
-
-    def position(self, text: list[int], index: int, level: int, head: list[int], tail: list[int]) -> Position:
-        truth = [self.texts[token] for token in text[index : index + 32]]
-        return Position(level, head + text[:index] + tail, truth)
+        self.skip = len(bos_ids(tokenizer))  # a text's BOS is not part of a prompt
 
     def reward(self, sample: Sample, budget: int, opened: bool) -> None:
         """Step 2."""
@@ -574,27 +458,33 @@ class Rollouts:
             return  # D3
         args, w = self.args, self.args.length_weight if budget else 0.0
         sample.thought_tokens, answer = response
-        sample.match = float(matches(answer, sample.position.truth, args.match))
+        sample.match = float(matches(answer, sample.truth, args.match))
         sample.length_reward = length_reward(sample.thought_tokens, budget, args.r_max) if budget else 0.0
         sample.reward = (1 - w) * sample.match + w * sample.length_reward  # eq. (5)
 
-    def __call__(self, positions: list[Position], noise: torch.Tensor, budget: int, opened: bool):
-        """(a Sample for every entry of the global list `positions`, seconds); noise [len(positions), T]."""
+    def __call__(self, places: list[tuple], noise: torch.Tensor, budget: int):
+        """(a Sample for every entry of the global list `places`, seconds); noise [len(places), T].
+
+        places: (text, position in it, level).
+        """
         start, samples = time.time(), {}
-        share = range(len(positions))[self.ranks.share(len(positions))]
-        mine = sorted(share, key=lambda i: len(positions[i].prompt_ids))
+        head, tail, opened = prompt_frame(self.tokenizer, budget, self.args.chat_template)
+        share = range(len(places))[self.ranks.share(len(places))]
+        mine = sorted(share, key=lambda i: places[i][1])
         with gathered(self.model):
             for first in range(0, len(mine), self.args.rollout_rows):
                 batch = mine[first : first + self.args.rollout_rows]
-                prompt_ids = [positions[i].prompt_ids for i in batch]
+                prompt_ids = [head + places[i][0][self.skip : places[i][1]] + tail for i in batch]
                 rows = rollout(self.model, prompt_ids, noise[batch], self.args.temperature, self.table)
-                for i, row in zip(batch, rows):
-                    samples[i] = Sample(positions[i], positions[i].prompt_ids, *row)
+                for i, ids, row in zip(batch, prompt_ids, rows):
+                    text, t, level = places[i]
+                    samples[i] = Sample(level, [self.texts[token] for token in text[t : t + 32]], ids, *row)
         generated = time.time()
         for sample in samples.values():
             self.reward(sample, budget, opened)
+        everyone = all_gather_list([samples[i] for i in share], self.ranks)  # the slowest rank's time counts
         seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
-        return all_gather_list([samples[i] for i in share], self.ranks), seconds
+        return everyone, seconds
 
 
 # ---------------------------------------------------------------- 3 advantage
@@ -627,17 +517,13 @@ def rl_loss(logprobs, ref_logprobs, advantages, mask, beta: float, responses: in
     return -objective.sum() / responses, (kl * mask).sum().item()  # eq. (7)
 
 
-def ntp_loss(model, texts: list[list[int]], chosen: list[set[int]], bos: list[int], tokens: int):
+def ntp_loss(model, texts: list[list[int]], kept: list[np.ndarray], tokens: int):
     """This micro-batch's part of L_NTP: mean negative log-likelihood (nats) of the positions not in C.
 
-    chosen: the positions in C of every text; `tokens` counts the others in the whole update.
+    kept: those positions of every text, int64, where m_pos = 1; `tokens` counts them in the whole update.
     """
-    first = 1 - len(bos)  # without BOS nothing predicts the first token
-    kept = [[t for t in range(first, len(text)) if t not in c] for text, c in zip(texts, chosen)]  # m_pos = 1
-    rows = torch.tensor([row for row, cols in enumerate(kept) for _ in cols], device=model.device)  # [K]
-    cols = torch.tensor([len(bos) + t for cols in kept for t in cols], device=model.device)
-    input_ids = pad_right([bos + text for text in texts], 0, model.device)  # [B, L]
-    logprobs, _ = token_logprobs(model, input_ids, rows, cols)  # [K]
+    rows, cols = positions(kept, model.device)  # [K]
+    logprobs, _ = token_logprobs(model, pad_right(texts, 0, model.device), rows, cols)  # [K]
     return -logprobs.sum() / tokens  # eq. (8), D2
 
 
@@ -674,12 +560,13 @@ def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
     return scores
 
 
-def train_batch(model, optimizer, samples, responses: int, texts, chosen, tokens: int, bos, args, ranks):
+def train_batch(model, optimizer, samples, texts, responses: int, tokens: int, args: Args, ranks: Ranks):
     """One optimizer step on this rank's responses and texts: (sums over them, gradient norm).
 
-    responses, tokens: the global denominators of rl_loss and ntp_loss.
+    texts: (ids, kept positions) each. responses, tokens: the global denominators of rl_loss and ntp_loss.
+    Without an optimizer the model stays as it is.
     """
-    nothing = Sample(None, [0, 0], [0], [0.0], ref_logprobs=[0.0])
+    nothing = Sample(0, [], [0, 0], [0], [0.0], ref_logprobs=[0.0])
     sums = Counter()
     for batch in sample_batches(samples, args.micro_batch_tokens, ranks):
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
@@ -692,30 +579,24 @@ def train_batch(model, optimizer, samples, responses: int, texts, chosen, tokens
         gap = (logprobs.detach() - padded([s.rollout_logprobs for s in micro], device))[mask]
         sums.update(rl_loss=loss.item(), kl=kl, tokens=mask.sum().item())
         sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
-    for batch in micro_batches(texts if args.ntp_weight else [], args.micro_batch_tokens, ranks):
-        micro = ([texts[i] for i in batch], [chosen[i] for i in batch]) if batch else ([[0, 0]], [set()])
-        loss = ntp_loss(model, *micro, bos, tokens) * bool(batch)
+    rows = [ids for ids, _ in texts] if args.ntp_weight else []
+    for batch in micro_batches(rows, args.micro_batch_tokens, ranks):
+        micro = [texts[i] for i in batch] or [([0, 0], np.ones(1, dtype=np.int64))]
+        loss = ntp_loss(model, *zip(*micro), tokens) * bool(batch)
         (args.ntp_weight * loss * ranks.world_size).backward()  # eq. (9), D1: the gradients add up
         sums.update(ntp_loss=loss.item())
-    norm = grad_norm(model, args.max_grad_norm)
-    if not math.isfinite(all_sum(float(sums["rl_loss"] + sums["ntp_loss"]), ranks)):
-        norm = math.nan
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return sums, norm
+    loss = float(sums["rl_loss"] + sums["ntp_loss"])
+    return sums, optimizer_step(model, optimizer, loss, args.max_grad_norm, ranks)
 
 
-def culprits(model, tokenizer, samples, texts, chosen, bos: list[int], args: Args, ranks: Ranks) -> str:
+def culprits(model, tokenizer, samples, texts, args: Args, ranks: Ranks) -> str:
     """Those prompts and texts that make the loss or its gradient NaN or infinite."""
     names = [f"prompt ...{tokenizer.decode(s.prompt_ids[-40:])!r}" for s in samples]
-    names += [f"text {tokenizer.decode(text[:20])!r}" for text in texts]
-    still = torch.optim.SGD(model.parameters(), lr=0.0)
-    rows = [([s], [], []) for s in samples] + [([], [text], [c]) for text, c in zip(texts, chosen)]
+    names += [f"text {tokenizer.decode(ids[:20])!r}" for ids, _ in texts]
+    rows = [([s], []) for s in samples] + [([], [text]) for text in texts]
 
     def alone(i: int) -> tuple[float, float]:
-        sample, text, taken = rows[i] if i < len(rows) else ([], [], [])
-        sums, norm = train_batch(model, still, sample, 1, text, taken, 1, bos, args, ranks)
+        sums, norm = train_batch(model, None, *(rows[i] if i < len(rows) else ([], [])), 1, 1, args, ranks)
         return float(sums["rl_loss"] + sums["ntp_loss"]), norm
 
     return not_finite(names, alone, ranks)
@@ -727,12 +608,19 @@ CURVES = (
     "eval/ntr", "eval/ntp", "rollout/thought_tokens", "reward/match", "reward/length", "rollout/malformed",
     "policy/ntp_loss", "policy/entropy", "time/rollout_s",
 )
+CONSOLE = (
+    "match {reward/match:.3f} | thought {rollout/thought_tokens:.1f} of {rollout/budget} tokens, "
+    "{rollout/malformed:.0%} malformed | ntp {policy/ntp_loss:.3f} | entropy {policy/entropy:.2f} grad "
+    "{optim/grad_norm:.2f} | rollout {time/rollout_s:.1f} update {time/update_s:.1f} s, "
+    "{perf/tokens_per_s:.0f} tokens/s"
+)
+HELDOUT = " | held-out reasoning {eval/ntr:.3f}, prediction {eval/ntp:.3f}"
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
     """What the samples of an update tell by themselves."""
     rewards = torch.tensor([s.reward for s in samples]).view(-1, group_size)  # [N, G]
-    counts = Counter(LEVELS[s.position.level] for s in samples)
+    counts = Counter(LEVELS[s.level] for s in samples)
     return {
         "reward/mean": rewards.mean().item(),
         "reward/match": mean(s.match for s in samples),
@@ -748,14 +636,20 @@ def sample_metrics(samples: list[Sample], group_size: int) -> dict:
 
 def mean(values) -> float:
     values = list(values)
-    return float(sum(values) / max(1, len(values)))
+    return float(sum(values) / len(values)) if values else math.nan
 
 
 def heldout_positions(levels: list[np.ndarray], count: int) -> list[tuple[int, int, int]]:
-    """(text, position, level) to evaluate on, `count` per level; nested as in RPT: easy is at least easy."""
+    """(text, position, level) to evaluate on, `count` per level; nested as in RPT: easy is at least easy.
+
+    UserError if a level has none.
+    """
     chosen = []
     for level in range(len(LEVELS)):
         where = [(k, t) for k, row in enumerate(levels) for t in np.flatnonzero(row >= level).tolist()]
+        if not where:
+            reason = "raise --eval-texts or lower --thresholds"
+            raise UserError(f"no held-out position is {LEVELS[level]}: {reason}")
         order = uniforms([len(where)], "held-out positions").argsort().tolist()
         chosen += [(*where[i], level) for i in order[:count]]
     return chosen
@@ -767,25 +661,22 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
     Next-token prediction: the most likely token. Next-token reasoning: the box of one sampled response.
     """
     start, tokenizer, budget = time.time(), rollouts.tokenizer, budget_at(update, args)
-    bos, max_tokens = bos_ids(tokenizer), args.micro_batch_tokens
-    _, predictions = score_texts(rollouts.model, texts, bos, max_tokens, run.ranks)
-    head, tail, opened = prompt_frame(tokenizer, budget, args.chat_template)
-    positions = [rollouts.position(texts[k], t, level, head, tail) for k, t, level in chosen]
-    noise = uniforms([len(positions), args.max_new_tokens], args.seed, "evaluation")
-    samples, seconds = rollouts(positions, noise, budget, opened)
+    _, predictions = score_texts(rollouts.model, texts, args.micro_batch_tokens, run.ranks)
+    noise = uniforms([len(chosen), args.max_new_tokens], args.seed, "evaluation")
+    samples, seconds = rollouts([(texts[k], t, level) for k, t, level in chosen], noise, budget)
     if run.ranks.main:
         with open(run.path / "samples.md", "a") as file:
             for s in samples[:: max(1, len(samples) // 6)]:
                 verdict = "malformed" if s.thought_tokens < 0 else "right" if s.match else "wrong"
                 prompt, response = tokenizer.decode(s.prompt_ids), tokenizer.decode(s.completion_ids)
-                level, token = LEVELS[s.position.level], s.position.truth[0]
-                file.write(f"## update {update}, {level}, next token {token!r}: {verdict}\n\n")
+                title = f"update {update}, {LEVELS[s.level]}, next token {s.truth[0]!r}: {verdict}"
+                file.write(f"## {title}\n\n")
                 file.write(f"~~~~\n{prompt}[->]{response}\n~~~~\n\n")
     metrics = {}
     for level, name in enumerate(LEVELS):
         right = [predictions[k][t] == texts[k][t] for k, t, d in chosen if d == level]
         metrics[f"eval/ntp_{name}"] = mean(right)
-        metrics[f"eval/ntr_{name}"] = mean(s.match for s in samples if s.position.level == level)
+        metrics[f"eval/ntr_{name}"] = mean(s.match for s in samples if s.level == level)
     for kind in ("ntp", "ntr"):
         metrics[f"eval/{kind}"] = mean(metrics[f"eval/{kind}_{name}"] for name in LEVELS)  # the "Average"
     return metrics | {
@@ -798,40 +689,25 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
     }
 
 
-def console_line(metrics: dict, updates: int, seconds_per_update: float) -> str:
-    """One line per update, with the numbers that matter."""
-    heldout = f", held-out ntr {metrics['eval/ntr']:.3f}" if "eval/ntr" in metrics else ""
-    minutes_left = seconds_per_update * (updates - metrics["update"]) / 60
-    return (
-        f"{metrics['update']}/{updates} match {metrics['reward/match']:.3f}{heldout} | "
-        f"thought {metrics['rollout/thought_tokens']:.1f} of {metrics['rollout/budget']} tokens, "
-        f"{metrics['rollout/malformed']:.0%} malformed | ntp {metrics['policy/ntp_loss']:.3f} | "
-        f"entropy {metrics['policy/entropy']:.2f} grad {metrics['optim/grad_norm']:.2f} | "
-        f"rollout {metrics['time/rollout_s']:.1f} update {metrics['time/update_s']:.1f} s, "
-        f"{metrics['perf/tokens_per_s']:.0f} tokens/s | {minutes_left:.1f} min left"
-    )
-
-
 # ---------------------------------------------------------------- main
 
 
 def plan(args: Args, ranks: Ranks, train: list[list[int]], heldout: list[list[int]], tokenizer) -> str:
     """What --dry-run prints: sizes, memory, and one prompt."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
-    weights = sum(p.numel() for p in model.parameters())
-    sharded = (16 + 4 * bool(args.beta)) * weights / ranks.world_size  # fp32 weight, gradient, two moments
-    whole = 2 * weights if ranks.device.type == "cuda" else 0  # gathered in bf16 for the rollout
     head, tail, _ = prompt_frame(tokenizer, budget_at(0, args), args.chat_template)
+    longest = len(head + tail) + max(map(len, train)) + args.max_new_tokens
+    reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # bytes a parameter
+    rollout = args.rollout_rows, longest
+    memory = memory_plan(
+        args.model, ranks, rollout, args.micro_batch_tokens, args.gradient_checkpointing, reference
+    )
     epochs = args.updates * args.prompts_per_update / len(train)
     return (
         f"{len(train)} training and {len(heldout)} held-out texts, {sum(map(len, train))} training tokens\n"
         f"{args.updates} updates of {args.prompts_per_update} texts, {args.rl_positions_per_text} x "
         f"{args.group_size} responses each: {epochs:.1f} epochs; "
         f"budget {budget_at(0, args)} to {budget_at(args.updates, args)} tokens\n"
-        f"{weights / 1e6:.1f}M parameters, {ranks.world_size} ranks on {ranks.device.type}: "
-        f"{(sharded + whole) / 2**30:.2f} GiB each, plus activations of {args.micro_batch_tokens} tokens\n"
-        f"\na prompt:\n{tokenizer.decode(head + train[0][: len(train[0]) // 2] + tail)}"
+        f"{memory}\n\na prompt:\n{tokenizer.decode(head + train[0][: len(train[0]) // 2] + tail)}"
     )
 
 
@@ -845,25 +721,22 @@ def main(args: Args) -> None:
             print(plan(args, ranks, train, heldout, tokenizer), flush=True)
         return
     run = Run(args, __file__, ranks)
-    model = load_model(args.model, ranks)
+    model = load_model(args.model, ranks, recompute=args.gradient_checkpointing)
     head, tail, _ = prompt_frame(tokenizer, budget_at(0, args), args.chat_template)
     longest = len(head + tail) + max(map(len, train + heldout))
     check_context(model, longest + args.max_new_tokens, "the longest prompt and --max-new-tokens")
     ref_model = load_model(args.model, ranks, train=False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    rollouts, bos = Rollouts(model, tokenizer, args, ranks), bos_ids(tokenizer)
+    rollouts = Rollouts(model, tokenizer, args, ranks)
 
     # 0 prepare; before a restore, because the default proxy is the initial model
     levels = prepare(model, tokenizer, train + heldout, boxable_tokens(tokenizer, rollouts.texts), args, run)
     to_evaluate = heldout_positions(levels[len(train) :], args.eval_positions)
-    fresh = {"cursor": 0, "skipped": 0, "skipped_in_a_row": 0}
-    state = run.restore({"policy": model}, optimizer) if run.state else fresh
-    interrupt, begun, first = Interrupt(), time.time(), state.pop("update", 0)
+    state = run.restore({"policy": model}, optimizer) if run.state else {"update": 0, "cursor": 0}
+    interrupt, first = Interrupt(), state["update"]
     if first == 0:
         metrics = evaluate(rollouts, heldout, to_evaluate, args, run, 0)
-        run.log({"update": 0, **metrics})
-        if ranks.main:
-            print(", ".join(f"{key} {value:.3g}" for key, value in metrics.items()), flush=True)
+        run.log({"update": 0, **metrics}, HELDOUT, args.updates)
     if args.eval_only:
         return
 
@@ -872,14 +745,12 @@ def main(args: Args) -> None:
         drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
         state["cursor"] += len(drawn)
         texts, budget = [train[i] for i in drawn], budget_at(update - 1, args)
-        head, tail, opened = prompt_frame(tokenizer, budget, args.chat_template)
         chosen = choose_positions([levels[i] for i in drawn], update, args)
         if not chosen:
             raise UserError(f"update {update}: no candidate in its texts; raise --prompts-per-update")
-        positions = [rollouts.position(texts[k], t, levels[drawn[k]][t], head, tail) for k, t in chosen]
-        positions = [position for position in positions for _ in range(args.group_size)]  # groups: G rows
-        noise = uniforms([len(positions), args.max_new_tokens], args.seed, update, "rollout")
-        samples, seconds = rollouts(positions, noise, budget, opened)
+        places = [(texts[k], t, levels[drawn[k]][t]) for k, t in chosen for _ in range(args.group_size)]
+        noise = uniforms([len(places), args.max_new_tokens], args.seed, update, "rollout")
+        samples, seconds = rollouts(places, noise, budget)
 
         # 3 advantage
         rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
@@ -894,55 +765,44 @@ def main(args: Args) -> None:
         if ref_model is not None:
             for sample, logprobs in zip(mine, score(ref_model, mine, args)):
                 sample.ref_logprobs = logprobs
-        taken = [{t for k, t in chosen if k == row} for row in range(len(texts))]  # C, text by text
-        rows = sorted(range(len(texts)), key=lambda k: len(texts[k]))[ranks.rank :: ranks.world_size]
-        ntp_tokens = sum(len(bos) + len(text) - 1 for text in texts) - len(chosen)
-        my_texts, my_chosen = [texts[k] for k in rows], [taken[k] for k in rows]
-        sums, norm = train_batch(
-            model, optimizer, mine, len(samples), my_texts, my_chosen, ntp_tokens, bos, args, ranks
-        )
-        bad = not math.isfinite(norm)
-        cause = culprits(model, tokenizer, mine, my_texts, my_chosen, bos, args, ranks) if bad else ""
-        state["skipped"] += bad
-        state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * bad
+        taken = set(chosen)  # C
+        kept = [[t for t in range(1, len(text)) if (k, t) not in taken] for k, text in enumerate(texts)]
+        ntp_tokens = max(1, sum(map(len, kept)))
+        rows = [(text, np.array(cols, dtype=np.int64)) for text, cols in zip(texts, kept)]
+        rows = sorted(rows, key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
+        sums, norm = train_batch(model, optimizer, mine, rows, len(samples), ntp_tokens, args, ranks)
+        cause = "" if math.isfinite(norm) else culprits(model, tokenizer, mine, rows, args, ranks)
         seconds["time/update_s"] = time.time() - begin
 
         # 5 log, evaluate, save
         sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
-        tokens = max(1.0, sums.pop("tokens"))
-        rl, ntp = sums.pop("rl_loss"), sums.pop("ntp_loss")
+        tokens, rl, ntp = sums.pop("tokens"), sums.pop("rl_loss"), sums.pop("ntp_loss")
+        if not args.beta:
+            del sums["kl"]  # not measured
         metrics = {
             "update": update,
             **sample_metrics(samples, args.group_size),
             "rollout/budget": budget,
             "policy/loss": rl + args.ntp_weight * ntp,  # eq. (9)
             "policy/rl_loss": rl,
-            "policy/ntp_loss": ntp,
+            **({"policy/ntp_loss": ntp} if args.ntp_weight else {}),
             **{f"policy/{key}": value / tokens for key, value in sums.items()},
             "optim/grad_norm": norm,
-            "optim/skipped": state["skipped"],
             "data/epoch": state["cursor"] / len(train),
             **seconds,
-            "perf/tokens_per_s": (sum(map(len, samples)) + ntp_tokens) / sum(seconds.values()),
         }
-        if ranks.device.type == "cuda":
-            metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        read = sum(map(len, samples)) + ntp_tokens * bool(args.ntp_weight)
+        metrics["perf/tokens_per_s"] = read / sum(seconds.values())
         last, interrupted = update == args.updates, interrupt.requested(ranks)
-        if last or (args.eval_every and update % args.eval_every == 0):
+        evaluated = last or (args.eval_every and update % args.eval_every == 0)
+        if evaluated:
             metrics |= evaluate(rollouts, heldout, to_evaluate, args, run, update)
-        run.log(metrics)
-        if ranks.main:
-            print(console_line(metrics, args.updates, (time.time() - begun) / (update - first)), flush=True)
-            if bad:
-                print(f"skipped: the loss or gradient is not finite; cause: {cause}", flush=True)
-        if state["skipped_in_a_row"] >= args.max_skipped:
-            raise UserError(f"{args.max_skipped} updates in a row without a finite gradient: {cause}")
+        run.log(metrics, CONSOLE + HELDOUT * bool(evaluated), args.updates, cause)
+        state["update"] = update
         if last or interrupted or (args.save_every and update % args.save_every == 0):
             if last or not interrupted:  # before the state: a run killed between the two does it again
-                path = run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
-                if ranks.main:
-                    print(f"saved {path}", flush=True)
-            run.save(update, state, {"policy": model}, optimizer, args.keep_checkpoints)
+                run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
+            run.save(state, {"policy": model}, optimizer)
             run.curves(CURVES)
             if interrupted and not last:
                 raise KeyboardInterrupt

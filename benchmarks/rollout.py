@@ -36,7 +36,7 @@ from snippets import Vocabulary  # noqa: E402
 
 
 def forward_only(model, snippets, noise, v, args, result):
-    for batch in common.micro_batches([list(ids) for ids, _ in result], 4096):
+    for batch in modeling.micro_batches([list(ids) for ids, _ in result], 4096):
         where = [np.flatnonzero(result[i][1] != ra3.FORCED) for i in batch]  # what q decided about
         ids = modeling.pad_right([result[i][0] for i in batch], 0, model.device)
         modeling.token_logprobs(model, ids, *modeling.positions(where, model.device))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
 import modeling
-from common import Ranks, UserError, micro_batches, read_rows
+from common import Ranks, UserError, read_rows
 from modeling import EVENT, inverse_cdf, token_logprobs, uniforms
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 def test_token_logprobs_against_plain_arithmetic(folder, attention, per_chunk, monkeypatch):
     monkeypatch.setattr(modeling, "LOGITS_PER_CHUNK", per_chunk)
     model, plain = modeling.load_model(folder, RANKS), AutoModelForCausalLM.from_pretrained(folder)
-    assert modeling.has_prefix_tree(model)
+    assert modeling.has_attention(model, modeling.PREFIX_TREE)
     model.set_attn_implementation(attention)
     ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
     rows, cols = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([1, 4, 8, 3, 5])
@@ -105,10 +105,10 @@ def test_uniforms_depend_on_the_key_alone():
 def test_micro_batches_hold_every_row_once_within_the_limit():
     lengths = [5, 1, 9, 9, 3, 20, 2]
     rows = [[i] * length for i, length in enumerate(lengths)]  # which begin with nothing in common
-    batches = micro_batches(rows, 18)
+    batches = modeling.micro_batches(rows, 18)
     assert sorted(i for b in batches for i in b) == list(range(7))
     assert all(len(b) * max(lengths[i] for i in b) <= 18 or len(b) == 1 for b in batches)
-    assert len(micro_batches(rows, 1)) == 7
+    assert len(modeling.micro_batches(rows, 1)) == 7
 
 
 def test_micro_batches_count_what_a_group_shares_once():
@@ -116,19 +116,19 @@ def test_micro_batches_count_what_a_group_shares_once():
     rows = [[*first, 3, 3], [*second, 3, 3, 3], [*first, 4, 4], [*second, 4, 4], [*first, 3, 5]]
     groups = [1, 2, 1, 2, 1]
     # 13 + 3 tokens, then 12 + 1 + 2: [3, 5] comes after [3, 3]
-    assert micro_batches(rows, 16, groups=groups) == [[1, 3], [0, 4, 2]]
-    assert micro_batches(rows, 14, groups=groups) == [[1], [3], [0, 4], [2]]
+    assert modeling.micro_batches(rows, 16, groups=groups) == [[1, 3], [0, 4, 2]]
+    assert modeling.micro_batches(rows, 14, groups=groups) == [[1], [3], [0, 4], [2]]
     # side by side the second group has the first one's width, 13: 13 + 3 + 13 + 2 + 3
-    assert micro_batches(rows, 34, groups=groups) == [[1, 3, 0, 4, 2]]
-    assert micro_batches(rows, 33, groups=groups) == [[1, 3, 0, 4], [2]]
+    assert modeling.micro_batches(rows, 34, groups=groups) == [[1, 3, 0, 4, 2]]
+    assert modeling.micro_batches(rows, 33, groups=groups) == [[1, 3, 0, 4], [2]]
 
 
 def test_a_rank_trains_on_whole_groups_if_they_divide():
     groups = [[[name] * (number + row) for row in range(3)] for number, name in enumerate("abcdefgh")]
-    shares = [common.rank_share(groups, Ranks(rank, 4, None)) for rank in range(4)]
+    shares = [modeling.rank_share(groups, Ranks(rank, 4, None)) for rank in range(4)]
     assert sorted(sum(shares, [])) == sorted(sum(groups, []))
     assert all(len(share) == 6 and len({row[0] for row in share if row}) == 2 for share in shares)
-    shares = [common.rank_share(groups[:3], Ranks(rank, 2, None)) for rank in range(2)]
+    shares = [modeling.rank_share(groups[:3], Ranks(rank, 2, None)) for rank in range(2)]
     assert sorted(sum(shares, [])) == sorted(sum(groups[:3], [])) and {len(s) for s in shares} == {4, 5}
 
 
@@ -150,6 +150,20 @@ def test_read_rows(tmp_path):
     (code / "bad.py").write_bytes(b"x = '\xff\xfe'\n")  # not in its encoding: left out
     found = list(read_rows(str(tmp_path / "code")))
     assert [row["path"] for row in found] == ["sub/a.py"] and "\u00e9" in found[0]["text"]
+
+
+def test_folders_of_code_and_of_tables(tmp_path):
+    code, tables = tmp_path / "code", tmp_path / "tables"
+    for name in ("mine.py", "sub/more.py", ".venv/lib/site-packages/numpy.py", "venv/site-packages/x.py"):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_text("x = 1\n")
+    (code / "requirements.txt").write_text("numpy\n")
+    (code / "fixture.jsonl").write_text("{}\n")
+    assert [row["path"] for row in read_rows(str(code))] == ["mine.py", "sub/more.py"]
+    tables.mkdir()
+    (tables / "loader.py").write_text("x = 1\n")  # a data set of the hub that comes with its script
+    (tables / "test.jsonl").write_text('{"a": 1}\n')
+    assert list(read_rows(str(tables))) == [{"a": 1}]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +211,7 @@ def test_checkpoints_are_whole_or_absent(folder, tmp_path, monkeypatch):
         return loss.item()
 
     step()
-    run.save(1, {"cursor": 7}, {"policy": model}, optimizer)
+    run.save({"update": 1, "cursor": 7}, {"policy": model}, optimizer)
     expected = [step(), step()]
     run.log({"update": 2, "x": 1.0})
     # a full disk in the middle of the second checkpoint
@@ -205,12 +219,11 @@ def test_checkpoints_are_whole_or_absent(folder, tmp_path, monkeypatch):
         common.dcp, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(UserError, match="No space left"):
-        run.save(3, {"cursor": 9}, {"policy": model}, optimizer)
+        run.save({"update": 3, "cursor": 9}, {"policy": model}, optimizer)
     monkeypatch.undo()
     (tmp_path / "r" / "checkpoints" / "state_000004").mkdir()  # torn: no state.json
     again = common.Run(Arguments(folder, str(tmp_path / "r"), resume="auto"), common.__file__, RANKS)
-    assert again.state == {"update": 1, "cursor": 7}
-    again.restore({"policy": model}, optimizer)
+    assert again.restore({"policy": model}, optimizer) == {"update": 1, "cursor": 7}
     assert [step(), step()] == expected  # bit for bit
     assert (tmp_path / "r" / "metrics.jsonl").read_text() == ""  # update 2 is to be done again
     with pytest.raises(UserError, match="--penalty 0.1 -> 0.2"):
@@ -226,13 +239,88 @@ def test_old_checkpoints_are_removed_and_models_export(folder, tmp_path):
     model, tokenizer = modeling.load_model(folder, RANKS), modeling.load_tokenizer(str(common.TINY / "model"))
     run = common.Run(Arguments(folder, str(tmp_path / "r")), common.__file__, RANKS)
     for update in range(1, 5):
-        run.save(update, {}, {"policy": model}, None)
+        run.save({"update": update}, {"policy": model}, None)
     kept = sorted(p for p in os.listdir(tmp_path / "r" / "checkpoints") if p.startswith("state"))
     assert kept == ["state_000003", "state_000004"]
-    loaded = AutoModelForCausalLM.from_pretrained(run.export(model, tokenizer, "em_001"))
+    model.generation_config.eos_token_id = [0, 3]  # a chat model's
+    run.export(model, tokenizer, "em_001")
+    exported = str(run.path / "checkpoints" / "em_001")
+    assert modeling.eos_ids(tokenizer, exported) == {tokenizer.eos_token_id, 0, 3}
+    again = modeling.load_model(exported, RANKS)
+    assert again.generation_config.eos_token_id == [0, 3]
+    loaded = AutoModelForCausalLM.from_pretrained(exported)
     ids = torch.arange(6)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_of_a_head_of_its_own(folder, tied, tmp_path):
+    """The config says that it is tied; transformers believes the weights, and so does the export."""
+    common.setup(0)
+    tokenizer = modeling.load_tokenizer(str(common.TINY / "model"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.tie_word_embeddings
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    modeling.equip(model)
+    run = common.Run(Arguments("m", str(tmp_path / "r")), common.__file__, RANKS)
+    run.export(model, tokenizer, "x")
+    loaded = AutoModelForCausalLM.from_pretrained(run.path / "checkpoints" / "x")
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_resume_auto_takes_the_newest_run_that_has_a_checkpoint(folder, tmp_path, monkeypatch):
+    common.setup(0)
+    monkeypatch.chdir(tmp_path)
+    model = modeling.load_model(folder, RANKS)
+    times = iter(["20260101-000000", "20260102-000000", "20260103-000000"])
+    monkeypatch.setattr(common.time, "strftime", lambda _: next(times))
+    first = common.Run(Arguments(folder, ""), common.__file__, RANKS)
+    first.save({"update": 1}, {"policy": model}, None)
+    second = common.Run(Arguments(folder, ""), common.__file__, RANKS)  # an evaluation, say
+    second.log({"update": 0})
+    assert second.path != first.path
+    again = common.Run(Arguments(folder, "", resume="auto"), common.__file__, RANKS)
+    assert again.path == first.path and again.state["update"] == 1
+    assert (second.path / "metrics.jsonl").read_text()
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(folder):
+    common.setup(0)
+    ids = torch.randint(1, 40, (4, 24))
+    rows, cols = torch.arange(4).repeat_interleave(20), torch.arange(4, 24).repeat(4)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model, sizes = modeling.load_model(folder, RANKS, recompute=recompute), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = token_logprobs(model, ids, rows, cols)[0].sum()
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        with torch.no_grad():  # rollouts, with and without a cache of their own
+            model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
+            modeling.RowCache(model, 1).feed([0], [0], [[1, 2, 3]])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model():
+    tokenizer = modeling.load_tokenizer(str(common.TINY / "model"))
+    texts = modeling.token_texts(tokenizer, len(tokenizer) + 2)
+    assert len(texts) == len(tokenizer) + 2 and texts[-2:] == ["", ""]
+    assert modeling.token_texts(tokenizer, 100) == texts[:100]
+
+
+def test_the_plan_says_what_training_needs(folder):
+    plan = modeling.memory_plan(folder, RANKS, (1000, 100), 10**6, False, 4)
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert f"{20 * parameters / 2**30:.2f} of weights and optimizer" in plan and "0.00 of gathered" in plan
+    less = modeling.memory_plan(folder, RANKS, (1000, 100), 10**6, True, 4)
+    needs = [float(text.split("in an update ")[1].split()[0]) for text in (plan, less)]
+    assert 0 < needs[1] < needs[0]
 
 
 def test_a_model_that_changes_its_logits_is_refused(tmp_path):

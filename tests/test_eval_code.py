@@ -22,6 +22,7 @@ import torch
 import common
 import modeling
 import eval_code
+import problems
 from eval_code import Args, Problem
 
 ROOT = Path(eval_code.__file__).parent
@@ -207,7 +208,8 @@ def test_contest_prompts_are_those_of_training():
     for row in (functional, stdin):
         row_of_training = {"problem": row["question_content"], "tests": row["public_test_cases"]}
         row_of_training |= {key: row[key] for key in ("starter_code", "metadata")}
-        prompt, _ = grpo_rlvr.code_problem(row_of_training, "rows")
+        question, checks = problems.code_problem(row_of_training, "rows")
+        prompt = grpo_rlvr.code_prompt(question, checks["signature"])
         assert eval_code.livecodebench_problem(row, Args()).prompt == prompt
 
 

@@ -5,6 +5,7 @@ sandbox.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -20,7 +21,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+import common
 import modeling
+import problems
 import grpo_rlvr
 from common import TINY, Ranks, UserError, launch
 from modeling import load_model, load_tokenizer, uniforms
@@ -438,10 +441,11 @@ def test_bad_gradients_are_skipped_then_stop_the_run(toy, monkeypatch):
         return loss * math.nan, sums
 
     monkeypatch.setattr(grpo_rlvr, "grpo_loss", nan)
-    args = toy(max_skipped=2, save_every=1)
+    monkeypatch.setattr(common, "MAX_SKIPPED", 2)
+    args = toy(save_every=1)
     with pytest.raises(UserError, match="2 updates in a row.*[0-9]"):
         grpo_rlvr.main(args)
-    assert [row.get("optim/skipped") for row in metrics_of(args)] == [None, 1, 2]
+    assert [row.get("optim/skipped") for row in metrics_of(args)] == [0, 1, 2]
     start, after = load_file(Path(args.model) / "model.safetensors"), weights_of(args, "update_000001")
     assert all(torch.equal(start[key], after[key]) for key in start)
 
@@ -457,10 +461,8 @@ def write(tmp_path, rows) -> str:
 
 def read(tmp_path, rows, **changes) -> dict[str, Problem]:
     tokenizer = load_tokenizer(str(TINY / "model"))
-    problems = grpo_rlvr.read_problems(write(tmp_path, rows), Args(**changes), tokenizer)
-    return {
-        problem.prompt.split("\n")[1 if changes.get("task") != "math" else 0]: problem for problem in problems
-    }
+    found = grpo_rlvr.read_problems(write(tmp_path, rows), Args(**changes), tokenizer)
+    return {problem.prompt.split("\n")[1 if changes.get("task") != "math" else 0]: problem for problem in found}
 
 
 def test_code_schemas(tmp_path):
@@ -469,6 +471,7 @@ def test_code_schemas(tmp_path):
         {"input": "3\n4", "output": "7", "testtype": "functional", "metadata": '{"func_name": "plus"}'}
     ] * 20
     prime = [{"type": "function_call", "input": [2, 3], "output": [5], "fn_name": "total"}]
+    lists = {"inputs": ["1", "2"], "outputs": [[1], []], "fn_name": "some"}  # results that are lists
     taco = {"inputs": [["1 2", "3"]] + [f"{i}" for i in range(30)], "outputs": [["6"]] + ["x"] * 30}
     starter = "class Solution:\n    def plus(self, a, b):\n        "
     solution = (
@@ -480,6 +483,7 @@ def test_code_schemas(tmp_path):
         {"problem": "lcb", "tests": json.dumps(lcb), "starter_code": starter,
          "metadata": json.dumps({"func_name": "plus"})},
         {"problem": "prime", "tests": json.dumps(prime), "solutions": [solution]},
+        {"problem": "lists", "tests": json.dumps(lists)},
         {"problem": "taco", "tests": json.dumps(taco), "solutions": ["import sys"]},
         {"problem": "codeforces", "tests": [{"input": "1\n", "output": "2\n"}]},
     ])  # fmt: skip
@@ -490,19 +494,20 @@ def test_code_schemas(tmp_path):
     assert len(found["lcb"].checks["cases"]) == 20 and found["lcb"].checks["fn_name"] == "plus"
     assert found["prime"].prompt.endswith("def total(a, *, b: int = 3):\n")
     assert found["prime"].checks["cases"] == [{"input": [2, 3], "output": 5}]
+    assert [case["output"] for case in found["lists"].checks["cases"]] == [[1], []]
     assert found["taco"].prompt.endswith("def main():\n") and found["taco"].checks["fn_name"] == ""
-    assert len(found["taco"].checks["cases"]) == grpo_rlvr.MAX_TESTS  # those with the longest inputs
+    assert len(found["taco"].checks["cases"]) == problems.MAX_TESTS  # those with the longest inputs
     assert found["taco"].checks["cases"][0] == {"input": "1 2\n3", "output": "6"}
     assert found["codeforces"].checks["cases"] == [{"input": "1\n", "output": "2\n"}]
 
 
 def test_math_schema_and_stratification(problems_file):
     tokenizer = load_tokenizer(str(TINY / "model"))
-    problems = grpo_rlvr.read_problems(problems_file, Args(task="math", difficulty_key="M"), tokenizer)
-    levels = [int(problem.name) % 17 for problem in problems]
+    found = grpo_rlvr.read_problems(problems_file, Args(task="math", difficulty_key="M"), tokenizer)
+    levels = [int(problem.name) % 17 for problem in found]
     assert sorted(levels[:13]) == list(range(1, 14)) and sorted(levels[13:26]) == list(range(1, 14))
     assert set(levels) == set(range(1, 14))
-    for problem in problems:
+    for problem in found:
         assert problem.checks["answer"] == str(int(problem.name) + 1)
         assert problem.prompt.endswith(
             "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
@@ -549,16 +554,25 @@ def test_code_rewards():
         (reads, "    print(int(input()) ** 2)\n", 1, "passed"),
         (in_class, "        return n * n\n", 1, "passed"),
     ]
-    problems = [Problem("p", "", [], case[0]) for case in cases]
+    posed = [Problem("p", "", [], case[0]) for case in cases]
     scores = grpo_rlvr.code_rewards(
-        problems, [case[1] for case in cases], Args(reward_timeout_s=1.0, workers=1)
+        posed, [case[1] for case in cases], Args(reward_timeout_s=1.0, workers=1)
     )
     for (_, body, reward, reason), (actual, actual_reason) in zip(cases, scores):
         assert actual == reward and actual_reason.startswith(reason), (body, actual_reason)
 
 
+def test_an_idle_verifier_stays(monkeypatch):
+    real = inspect.getsource
+    monkeypatch.setattr(problems.inspect, "getsource", lambda f: real(f).replace("alarm(600)", "alarm(1)"))
+    verify = problems.MathVerifier()
+    assert verify("13", "\\boxed{13}", 20.0) == (1.0, "right")
+    time.sleep(1.5)
+    assert verify("13", "\\boxed{13}", 20.0) == (1.0, "right")
+
+
 def test_math_rewards():
-    verify = grpo_rlvr.MathVerifier()
+    verify = problems.MathVerifier()
     cases = [
         ("\\frac{1}{2}", "so it is \\boxed{0.5}", 1, "right"),
         ("13", "first \\boxed{12}, no: \\boxed{13}.", 1, "right"),
