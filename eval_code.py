@@ -8,8 +8,9 @@ arXiv 2509.25810v2), which evaluates with the BigCode harness:
   3 judge     run each completion, cut at its first stop word, in the sandbox, while 2 goes on
   4 report    pass@k = 1 - C(n-c, k) / C(n, k) for c right completions among n, averaged over the problems
 
-A sample's noise depends on (seed, benchmark, task, sample) alone, not on ranks or batches. A killed run goes
-on with what is missing when the same command is given again with the same --output-dir.
+A sample's noise depends on (seed, benchmark, task, temperature, sample) alone, not on ranks or batches. A
+killed run goes on with the batches that are missing when the same command is given again with the same
+--output-dir.
 Shapes: B rows, T tokens of the padded prompt, M = max_new_tokens, V vocabulary.
 
 Deviations from BigCode (docs/eval_code.md has all):
@@ -17,6 +18,7 @@ Deviations from BigCode (docs/eval_code.md has all):
      is none, and every sample is judged a second time, cut there: `humaneval_cut` beside `humaneval`.
   D2 512 is the number of new tokens, as in the authors' scripts; BigCode's default counts the prompt, too.
   D3 MBPP's `test_setup_code` (one test task has it) runs before the tests; BigCode leaves it out.
+  D4 on a GPU the model runs in bf16; BigCode's default is fp32.
 
   python eval_code.py --tiny                                                                  # this machine
   python eval_code.py --model runs/my_run/checkpoints/em_001 --thoughts                       # one GPU
@@ -110,7 +112,7 @@ THOUGHT_STOP = "\n#"  # D1
 
 @dataclass
 class Problem:
-    """A program is opening + completion + closing."""
+    """A program is opening + completion + closing, behind CONTEST_IMPORTS if it has cases."""
 
     task_id: str
     prompt: str
@@ -130,15 +132,14 @@ def humaneval_problem(row: dict, args: Args) -> Problem:
 def mbpp_problem(row: dict, args: Args) -> Problem:
     """MBPP, and MBPP+, which calls the description `prompt` and has a `test` instead of the examples."""
     examples, description = row["test_list"], row["prompt"] if "prompt" in row else row["text"]
-    functions = re.findall(r"^def\s+((\w+)\s*\(.*\))", row["code"], re.MULTILINE)  # [("f(a, b)", "f"), ...]
-    tested = [(head, name) for head, name in functions if re.search(rf"\b{name}\b", examples[0])]
-    if not tested:
-        raise ValueError("the first test calls no function of `code`")
-    head, name = tested[0]
+    functions = re.findall(r"^def\s+((\w+)\s*\([^)]*\))", row["code"], re.MULTILINE)  # [("f(a)", "f"), ...]
+    head, name = next((f for f in functions if re.search(rf"\b{f[1]}\b", examples[0])), (None, None))
     tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])  # D3
     checks = {"tests": tests, "entry_point": name}
     if args.mbpp_prompt == "bigcode":
         return Problem(row["task_id"], f'"""\n{description}\n{examples[0]}\n"""\n', "", MBPP_STOPS, checks)
+    if head is None:
+        raise ValueError("the first test calls no function of `code`")
     prompt = "\n    ".join([f"def {head}:", f'""" {description}', *examples[:2], '"""']) + "\n"
     return Problem(row["task_id"], prompt, prompt, (*MBPP_STOPS, "\ndef"), checks)
 
@@ -172,7 +173,7 @@ def codeforces_problem(row: dict, args: Args) -> Problem:
 
 
 # LiveCodeBench's repository holds a loading script, which `datasets` refuses to run, so its files are named.
-LCB_WINDOW = ("2024-08-01", "2025-02-01")  # contest dates of DeepCoder's 279; a local file is taken whole
+LCB_WINDOW = ("2024-08-01", "2025-02-01")  # contest dates of DeepCoder's 279; rows without a date all count
 LCB_FILES = "json:hf://datasets/livecodebench/code_generation_lite/test*.jsonl"
 CODEFORCES = "agentica-org/DeepCoder-Preview-Dataset:codeforces"
 BENCHMARKS = {  # title, hub source, split, timeout in s (BigCode's; of the contests: per test), reader
@@ -196,8 +197,9 @@ def load_problems(args: Args) -> list[Problem]:
         _, hub, split, timeout_s, read = BENCHMARKS[name]
         source, earlier = file or hub, len(problems)
         rows = common.read_rows(source, split)
-        if source == LCB_FILES:
-            rows = (row for row in rows if LCB_WINDOW[0] <= str(row["contest_date"])[:10] <= LCB_WINDOW[1])
+        if name == "livecodebench":
+            first, last = LCB_WINDOW
+            rows = (row for row in rows if first <= str(row.get("contest_date", first))[:10] <= last)
         for index, row in enumerate(itertools.islice(rows, args.limit or None)):
             where = f"{source}, row {index}"
             try:
@@ -223,20 +225,12 @@ def load_problems(args: Args) -> list[Problem]:
 Job = tuple[Problem, dict]  # a sample and the problem that it is to solve
 
 
-def key(sample: dict) -> tuple:
-    """What a sample is known by."""
-    return sample["benchmark"], sample["task_id"], sample["temperature"], sample["sample"]
-
-
 def plan_samples(args: Args, problems: list[Problem]) -> list[Job]:
     """What to generate: of each problem one greedy completion (temperature 0) and n sampled ones."""
-    jobs = []
-    for problem in problems:
-        known = {"benchmark": problem.benchmark, "task_id": problem.task_id, "prompt": problem.prompt}
-        jobs.append((problem, {**known, "temperature": 0.0, "sample": 0}))
-        for number in range(args.n_samples):
-            jobs.append((problem, {**known, "temperature": args.temperature, "sample": number}))
-    return jobs
+    draws = [(0.0, 0), *((args.temperature, number) for number in range(args.n_samples))]
+    names = ("benchmark", "task_id", "prompt", "temperature", "sample")
+    known = [(problem, (problem.benchmark, problem.task_id, problem.prompt)) for problem in problems]
+    return [(problem, dict(zip(names, (*about, *draw)))) for problem, about in known for draw in draws]
 
 
 def read_samples(args: Args, problems: list[Problem]) -> list[Job]:
@@ -281,7 +275,8 @@ def complete(model, tokenizer, eos: set[int], batch: list[Job], args: Args) -> N
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     width = inputs.input_ids.shape[1]  # T
     modeling.check_context(model, width + args.max_new_tokens, "the longest prompt and --max-new-tokens")
-    noise = [modeling.uniforms([args.max_new_tokens], args.seed, *key(sample)) for sample in samples]
+    names = [[sample[k] for k in ("benchmark", "task_id", "temperature", "sample")] for sample in samples]
+    noise = [modeling.uniforms([args.max_new_tokens], args.seed, *name) for name in names]
     noise = torch.stack(noise).to(model.device)  # [B, M]
     temperatures = torch.tensor([sample["temperature"] for sample in samples], device=model.device)  # [B]
     unstopped = {THOUGHT_STOP} if args.thoughts else set()  # D1
@@ -319,7 +314,8 @@ MODULES = (
     "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools, "
     "operator, io, sys, json, builtins, typing"
 )
-CONTEST_IMPORTS = "".join(f"from {name} import *\n" for name in MODULES.split(", ")) + f"import {MODULES}\n"
+CONTEST_IMPORTS = "".join(f"from {name} import *\n" for name in MODULES.split(", "))
+CONTEST_IMPORTS += f"import {MODULES}\nsys.setrecursionlimit(50000)\n"
 
 
 def programs(jobs: list[Job], stop_words=()) -> list[dict]:
@@ -333,16 +329,15 @@ def programs(jobs: list[Job], stop_words=()) -> list[dict]:
     return found
 
 
-def judge(jobs: list[Job], write, args: Args) -> None:
-    """Run the programs in the sandbox; each sample goes to `write` as soon as it has its verdict."""
+def judge(jobs: list[Job], file: Path, args: Args) -> None:
+    """Run a batch's programs in the sandbox, equal ones once; when it has a `file`, the batch is done."""
     workers = args.workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     thinking = [job for job in jobs if args.thoughts and THOUGHT_STOP in job[0].stop_words]  # D1
-    verdicts = common.run_tests(programs(thinking, [THOUGHT_STOP]), workers=workers)
-    for (_, sample), verdict in zip(thinking, verdicts):
+    verdicts = common.run_tests(programs(jobs) + programs(thinking, [THOUGHT_STOP]), workers=workers)
+    for (_, sample), verdict in zip(thinking, verdicts[len(jobs) :]):
         sample["passed_cut"] = verdict["passed"]
-    common.run_tests(
-        programs(jobs), workers=workers, on_result=lambda i, verdict: write({**jobs[i][1], **verdict})
-    )
+    lines = [json.dumps({**sample, **verdict}) + "\n" for (_, sample), verdict in zip(jobs, verdicts)]
+    common.write_whole(file, "".join(lines))
 
 
 # ---------------------------------------------------------------- 4 report
@@ -368,20 +363,21 @@ def summarise(samples: list[dict], ks: tuple[int, ...], contests: dict) -> dict:
     if samples[0]["benchmark"] == "codeforces":
         counted = [sample for sample in samples if sample["temperature"] == 0] or samples
         summary["tests_passed"] = fmean(sample["tests_passed"] / sample["tests_total"] for sample in counted)
-        if contests:
-            summary["rating"] = codeforces_rating(drawn or greedy, contests)
+        rating = codeforces_rating(drawn or greedy, contests)
+        if not math.isnan(rating):
+            summary["rating"] = rating
     return summary
 
 
 def codeforces_rating(attempts: dict[str, list[bool]], contests: dict) -> float:
     """Mean over contests of the rating at which as many participants are expected to be better as were.
 
-    The method of CodeElo (arXiv 2501.01257). attempts: "1914A" -> verdicts in order; contests: "1914" ->
-    {"standings", "rating_changes"}, the answers of Codeforces' API as AReaL-boba-2-RL-Code ships them. Failed
-    attempts before the right one cost 50 points, or 10 minutes where problems have no points. NaN without a
-    contest that rates over 200 participants.
+    The method of CodeElo (arXiv 2501.01257). attempts: "1914A" or "1914/A" -> verdicts in order; contests:
+    "1914" -> {"standings", "rating_changes"}, the answers of Codeforces' API as AReaL-boba-2-RL-Code ships
+    them. Failed attempts before the right one cost 50 points, or 10 minutes where problems have no points.
+    NaN without a contest that rates over 200 participants.
     """
-    ratings = []
+    ratings, attempts = [], {task.replace("/", ""): verdicts for task, verdicts in attempts.items()}
     for contest in {re.match(r"\d*", task)[0] for task in attempts} & contests.keys():
         standings, changes = (contests[contest][name]["result"] for name in ("standings", "rating_changes"))
         old = {change["handle"]: change["oldRating"] for change in changes}
@@ -422,16 +418,15 @@ def table(results: dict, label: str, ks: tuple[int, ...]) -> str:
     return "\n".join(f"{title:24}" + "".join(f"{cell:{width}}" for cell in cells) for title, *cells in lines)
 
 
-def report(folder: Path, jobs: list[Job], label: str, args: Args) -> None:
-    """Write results.json and print the table. UserError if a verdict is missing."""
-    judged, samples = read_judged(folder / "samples.jsonl"), defaultdict(list)
-    for _, sample in jobs:
-        if key(sample) not in judged:
-            raise UserError(f"{folder} lacks the verdict of {key(sample)}: run the same command again")
-        samples[sample["benchmark"]].append(judged[key(sample)])
+def report(folder: Path, files: list[Path], label: str, args: Args) -> None:
+    """Join the batches to samples.jsonl, write results.json and print the table."""
+    lines, samples = "".join(file.read_text() for file in files), defaultdict(list)
+    common.write_whole(folder / "samples.jsonl", lines)
+    for sample in map(json.loads, lines.splitlines()):
+        samples[sample["benchmark"]].append(sample)
     contests = json.loads(Path(args.contests).read_text()) if args.contests else {}
     results = {}
-    for name, found in samples.items():
+    for name, found in sorted(samples.items()):
         results[name] = summarise(found, args.k, contests)
         if "passed_cut" in found[0]:  # D1
             found = [{**sample, "passed": sample["passed_cut"]} for sample in found]
@@ -443,28 +438,21 @@ def report(folder: Path, jobs: list[Job], label: str, args: Args) -> None:
 # ---------------------------------------------------------------- the evaluation
 
 
-def open_folder(folder: Path, args: Args, ranks: common.Ranks) -> set:
-    """Begin or continue an evaluation -> keys of what is judged. UserError if its arguments were others."""
-    speed_only = ("output_dir", "batch_size", "workers")  # may change when an evaluation is continued
+def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: common.Ranks) -> None:
+    """Begin or continue an evaluation. UserError if its arguments, or what it is to judge, were others."""
+    speed_only = ("output_dir", "workers")  # may change when an evaluation is continued
     now = json.loads(json.dumps({name: v for name, v in asdict(args).items() if name not in speed_only}))
-    if (folder / "samples.jsonl").exists():
+    now["contents"] = 0  # a hash: the files may have changed under their names
+    for part in (*(problem.checks for problem in problems), *(sample for _, sample in jobs)):
+        now["contents"] = zlib.crc32(json.dumps(part).encode(), now["contents"])
+    if (folder / "args.json").exists():
         before = json.loads((folder / "args.json").read_text())
         differ = [f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if v != before.get(name)]
         if differ:
             raise UserError(f"{folder} holds an evaluation with other arguments ({', '.join(differ)})")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(now, indent=1))
-    (folder / "env.txt").write_text(common.environment(ranks))
-    return set(read_judged(folder / "samples.jsonl"))
-
-
-def read_judged(file: Path) -> dict[tuple, dict]:
-    """key -> sample. A last line torn by a kill is removed from the file."""
-    content = file.read_bytes() if file.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(file, len(whole))
-    return {key(sample): sample for sample in map(json.loads, whole.splitlines())}
+    (folder / "batches").mkdir(parents=True, exist_ok=True)
+    common.write_whole(folder / "args.json", json.dumps(now, indent=1))
+    common.write_whole(folder / "env.txt", common.environment(ranks))
 
 
 def main(args: Args) -> None:
@@ -484,41 +472,31 @@ def main(args: Args) -> None:
     # whole, so samples are the same to the last bit. Longest prompts first: a lack of memory shows at once
     problems = load_problems(args)
     jobs = read_samples(args, problems) if args.samples else plan_samples(args, problems)
-    done = common.together(lambda: open_folder(folder, args, ranks) if ranks.main else None, ranks)
-    done = common.all_gather_list([done], ranks)[0]
-
-    longest = sorted(jobs, key=lambda job: -len(job[0].prompt))
-    batches = [longest[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
-    batches = [batch for batch in batches if any(key(sample) not in done for _, sample in batch)]
-    mine = batches[ranks.rank :: ranks.world_size]
+    jobs.sort(key=lambda job: -len(job[0].prompt))
+    common.together(lambda: open_folder(folder, problems, jobs, args, ranks) if ranks.main else None, ranks)
+    batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    files = [folder / "batches" / f"{n:05d}.jsonl" for n in range(len(batches))]
+    missing = [n for n, file in enumerate(files) if not file.exists()]
+    missing = common.all_gather_list([missing], ranks)[0]  # that of rank 0: all must agree
     model = None
-    if batches and not args.samples:
+    if missing and not args.samples:
         tokenizer = modeling.load_tokenizer(args.model)
         eos = modeling.eos_ids(tokenizer, args.model)
         model = modeling.load_model(args.model, ranks, train=False)
 
-    # 2 sample and 3 judge, at the same time. One unbuffered append per line: the ranks share the file
-    bar = tqdm(total=sum(map(len, mine)), unit="sample", disable=not ranks.main)
-    samples_file = open(folder / "samples.jsonl", "ab", buffering=0)  # noqa: SIM115
-
-    def write(sample: dict) -> None:
-        samples_file.write((json.dumps(sample) + "\n").encode())
-        bar.update()
-
+    # 2 sample and 3 judge, at the same time
     background, verdicts = ThreadPoolExecutor(1), []
     with modeling.gathered(model) if model else contextlib.nullcontext():
-        for batch in mine:
+        for n in tqdm(missing[ranks.rank :: ranks.world_size], unit="batch", disable=not ranks.main):
             if model:
-                complete(model, tokenizer, eos, batch, args)
-            missing = [(problem, sample) for problem, sample in batch if key(sample) not in done]
-            verdicts.append(background.submit(judge, missing, write, args))
+                complete(model, tokenizer, eos, batches[n], args)
+            verdicts.append(background.submit(judge, batches[n], files[n], args))
             if verdicts[0].done():
                 verdicts.pop(0).result()  # raises what went wrong in the background
     common.together(lambda: [verdict.result() for verdict in verdicts], ranks)
-    bar.close()
 
     # 4 report
-    common.together(lambda: report(folder, jobs, label, args) if ranks.main else None, ranks)
+    common.together(lambda: report(folder, files, label, args) if ranks.main else None, ranks)
 
 
 if __name__ == "__main__":

@@ -318,6 +318,7 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
 # ---------------------------------------------------------------- 2 score
 
 PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, sys\nfrom typing import *\n"
+PREAMBLE += "sys.setrecursionlimit(50000)\n"
 
 
 def code_rewards(problems: list[Problem], completions: list[str], args: Args) -> list[tuple[float, str]]:

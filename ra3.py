@@ -555,6 +555,18 @@ def m_step(policy, optimizer, rollouts, sampling_s: float, vocabulary, args, ran
 
 # ---------------------------------------------------------------- 5 log, evaluate, save
 
+CURVES = (
+    "reward/mean", "rollout/think_rate", "rollout/think_rate/assert", "rollout/latent_tokens",
+    "rollout/format_rate", "policy/entropy", "train/ce_code", "eval/ce_code", "optim/grad_norm",
+)
+TAIL = (
+    " | think {rollout/think_rate:.1%} ({rollout/latent_tokens:.1f} tokens) | grad {optim/grad_norm:.2f} | "
+    "rollout {time/rollout_s:.1f} score {time/score_s:.1f} update {time/update_s:.1f} s, "
+    "{perf/tokens_per_s:.0f} tokens/s, {perf/peak_memory_gib:.1f} GiB"
+)
+CONSOLE = {"E": "E reward {reward/mean:+.3f}" + TAIL, "M": "M loss {train/loss:.3f}" + TAIL}
+HELDOUT = " | held-out ce {eval/ce_code:.4f}"
+
 
 def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
     """Counts to be added up over ranks, the same keys on all: of/KIND and at/KIND, decisions and thoughts."""
@@ -679,6 +691,9 @@ def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args,
             print(f"{count} snippets  {(count - first) / (time.perf_counter() - started):.1f}/s", flush=True)
 
 
+# ---------------------------------------------------------------- main
+
+
 def check(args: Args, ranks: Ranks) -> None:
     """UserError for sizes that cannot work, naming the nearest that can."""
     for name in ("rl_batch_size", "ntp_batch_size"):
@@ -699,6 +714,26 @@ def check(args: Args, ranks: Ranks) -> None:
         raise UserError(f"--dataset-weights must be positive, got {args.dataset_weights}")
     if args.max_snippet_tokens < 4:
         raise UserError(f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code")
+
+
+def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
+    """Print the plan, one bootstrapped snippet and a memory estimate."""
+    snippets = SnippetStream(args, "M", vocabulary, context).batch(ranks.world_size)
+    (rollouts,) = sample(policy, [snippets], [("dry run",)], vocabulary, args, ranks)
+    width = max(s.width(args.max_latent_tokens) for s in snippets)
+    memory = memory_plan(
+        args.model, ranks, (args.rollout_rows, width), args.micro_batch_tokens, args.gradient_checkpointing,
+        0 if args.algo == "ntp" else 4,
+    )  # fmt: skip
+    rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
+    if ranks.main:
+        print(
+            f"data {', '.join(args.dataset)}; an action is a {args.granularity}\n"
+            f"{args.em_iterations} EM iteration(s) of {rl} E-step updates "
+            f"({args.rl_batch_size} snippets x {args.group_size})\n"
+            f"  and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets)\n"
+            f"{memory}\n\n{rendered(rollouts[0], vocabulary)}"
+        )
 
 
 def new_optimizer(model, learning_rate: float, args: Args) -> torch.optim.AdamW:
@@ -799,39 +834,6 @@ def main(args: Args) -> None:
             raise KeyboardInterrupt
     if ranks.main and held_out:
         print_table(stages, rollouts, vocabulary, run)
-
-
-CURVES = ["reward/mean", "rollout/think_rate", "rollout/think_rate/assert", "rollout/latent_tokens"]
-CURVES += ["rollout/format_rate", "policy/entropy", "train/ce_code", "eval/ce_code", "optim/grad_norm"]
-
-
-TAIL = (
-    " | think {rollout/think_rate:.1%} ({rollout/latent_tokens:.1f} tokens) | grad {optim/grad_norm:.2f} | "
-    "rollout {time/rollout_s:.1f} score {time/score_s:.1f} update {time/update_s:.1f} s, "
-    "{perf/tokens_per_s:.0f} tokens/s, {perf/peak_memory_gib:.1f} GiB"
-)
-CONSOLE = {"E": "E reward {reward/mean:+.3f}" + TAIL, "M": "M loss {train/loss:.3f}" + TAIL}
-HELDOUT = " | held-out ce {eval/ce_code:.4f}"
-
-
-def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
-    """Print the plan, one bootstrapped snippet and a memory estimate."""
-    snippets = SnippetStream(args, "M", vocabulary, context).batch(ranks.world_size)
-    (rollouts,) = sample(policy, [snippets], [("dry run",)], vocabulary, args, ranks)
-    width = max(s.width(args.max_latent_tokens) for s in snippets)
-    memory = memory_plan(
-        args.model, ranks, (args.rollout_rows, width), args.micro_batch_tokens, args.gradient_checkpointing,
-        0 if args.algo == "ntp" else 4,
-    )  # fmt: skip
-    rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
-    if ranks.main:
-        print(
-            f"data {', '.join(args.dataset)}; an action is a {args.granularity}\n"
-            f"{args.em_iterations} EM iteration(s) of {rl} E-step updates "
-            f"({args.rl_batch_size} snippets x {args.group_size})\n"
-            f"  and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets)\n"
-            f"{memory}\n\n{rendered(rollouts[0], vocabulary)}"
-        )
 
 
 if __name__ == "__main__":

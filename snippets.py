@@ -247,10 +247,10 @@ def segment(
     tail = [tokenizer.eos_token_id]
     if not fits(len(ids) + 1, len(boundaries)):
         actions = max((k for k in range(1, len(boundaries)) if fits(boundaries[k], k)), default=0)
-        end = boundaries[actions] if actions else 0
-        if not actions:  # not even one action fits: its beginning
-            end = max(1, min(len(ids), max_tokens - 1, context - 1 - worst[min(1, len(boundaries))]))
-            actions = sum(boundary < end for boundary in boundaries[:1])
+        end = boundaries[actions] if actions else min(len(ids), max_tokens - 1, context - 1)
+        if granularity == "snippet":  # there is one action: its beginning, and its latent
+            end = max(1, min(end, context - 1 - worst[-1]))
+            actions = sum(boundary < end for boundary in boundaries)
         boundaries, indents, kinds, tail = boundaries[:actions], indents[:actions], kinds[:actions], []
         ids, text, starts = ids[:end], text[: starts[end]], starts[: end + 1]
     return Snippet(

@@ -3,7 +3,7 @@
     python benchmarks/midtraining.py                                          # the embedded model and corpus
     python benchmarks/midtraining.py --length 384 --rates 0.1                 # longer snippets
 
-All are ra3.py's own steps (`e_step`, `sample_ahead`, `m_step`; NTP has no sampler) with the sizes of --tiny,
+All are ra3.py's own steps (`e_step`, `sample`, `m_step`; NTP has no sampler) with the sizes of --tiny,
 and learning rate 0, so that every round does the same work. A constant added to the logits of the tokens that
 open a thought sets the think rate of the sampler q. As in ra3.py, as many M-steps are sampled at once as
 --rollout-rows allows. The steps take turns in every round; the median counts. A corpus token is one of the
@@ -99,8 +99,11 @@ def add_think_bias(model, snippets, vocabulary, rate):
 
 def m_steps(pi, q, optimizer, snippets, updates, vocabulary, args, ranks):
     """M-step updates, sampled at once as in ra3.main, or without q NTP updates; the last one's metrics."""
-    for rollouts, seconds in ra3.sample_ahead(q, [snippets] * updates, 0, vocabulary, args, ranks):
-        metrics = ra3.m_step(pi, optimizer, rollouts, seconds, vocabulary, args, ranks)
+    start, keys = time.perf_counter(), [("M", i) for i in range(updates)]
+    sampled = ra3.sample(q, [snippets] * updates, keys, vocabulary, args, ranks)
+    seconds = (time.perf_counter() - start) / updates
+    for rollouts in sampled:
+        metrics, _ = ra3.m_step(pi, optimizer, rollouts, seconds, vocabulary, args, ranks)
     return metrics
 
 
@@ -133,7 +136,8 @@ def main():
         """(seconds on the clock, CPU seconds, metrics) of one update."""
         add_think_bias(q, snippets, v, rate)
         if step == "E":
-            return clock(ra3.e_step, q, pi, still[q], snippets, v, args, ranks, 20)
+            wall, cpu, (metrics, _) = clock(ra3.e_step, q, pi, still[q], snippets, v, args, ranks, 20)
+            return wall, cpu, metrics
         q_or_none = None if step == "NTP" else q
         wall, cpu, metrics = clock(m_steps, pi, q_or_none, still[pi], snippets, ahead, v, args, ranks)
         return wall / ahead, cpu / ahead, metrics

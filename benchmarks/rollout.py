@@ -85,7 +85,7 @@ def turn_by_turn(model, snippets, noise, v, args, _, keep=True):
         for k, (i, place, size) in enumerate(zip(going, places, lengths)):
             fed[i] = place * keep
             if v.opens[drawn[k, 0]]:
-                moved[i] += ra3.insert_thought(rows[i], place, t, drawn[k, :size].tolist(), [0.0] * size, v)
+                moved[i] += ra3.insert_thought(rows[i], place, t, drawn[k, :size].tolist(), v)
                 fed[i] += (size - 1) * keep  # without the last one, which may be replaced by a newline
             else:
                 rows[i].targets[place] = ra3.EVENT

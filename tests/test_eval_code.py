@@ -62,9 +62,13 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def key(sample: dict) -> tuple:
+    return sample["benchmark"], sample["task_id"], sample["temperature"], sample["sample"]
+
+
 def read_lines(folder: Path) -> dict:
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    records = {eval_code.key(line): line for line in lines}
+    records = {key(line): line for line in lines}
     assert len(records) == len(lines), "a sample was written twice"
     return records
 
@@ -170,9 +174,9 @@ def test_rows_of_the_hub_become_programs(tmp_path, name, row, right, wrong):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
         args = Args(benchmarks=(f"{name}={path}",), workers=1)
         [problem] = eval_code.load_problems(args)
-    verdicts = []
     records = [(problem, {"completion": text}) for text in (right, wrong)]
-    eval_code.judge(records, verdicts.append, args)
+    eval_code.judge(records, tmp_path / "batch.jsonl", args)
+    verdicts = [json.loads(line) for line in (tmp_path / "batch.jsonl").read_text().splitlines()]
     assert {v["completion"]: v["passed"] for v in verdicts} == {right: True, wrong: False}, verdicts
     if name == "codeforces":  # all cases run: 0 is right for the first of four
         failed = next(v for v in verdicts if not v["passed"])
@@ -408,7 +412,7 @@ def generate(tiny, problems: list[Problem], temperatures=(0.0, 0.7), batch_size=
     for start in range(0, len(jobs), batch_size):
         eos = modeling.eos_ids(tokenizer, MODEL)
         eval_code.complete(model, tokenizer, eos, jobs[start : start + batch_size], args)
-    return {eval_code.key(sample): (sample["completion"], sample["truncated"]) for _, sample in jobs}
+    return {key(sample): (sample["completion"], sample["truncated"]) for _, sample in jobs}
 
 
 def prompts_of_all_lengths(count: int) -> list[Problem]:
@@ -564,18 +568,33 @@ def test_ctrl_c_leaves_no_process_and_no_folder(tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("written", [0, 0.3, 0.8])
-def test_a_killed_evaluation_goes_on(finished, tmp_path, written):
-    """Lines are appended one write each, so a kill leaves the beginning of the file, or a torn last line."""
-    lines = (finished / "samples.jsonl").read_bytes()
-    (tmp_path / "samples.jsonl").write_bytes(lines[: int(written * len(lines))])
+@pytest.mark.parametrize("kept", [0, 2, 5])
+def test_a_killed_evaluation_goes_on(finished, tmp_path, kept, monkeypatch):
+    """A batch has a file, or has none: a kill while one is written leaves another name behind."""
+    (tmp_path / "batches").mkdir()
+    names = sorted(path.name for path in (finished / "batches").iterdir())
+    assert len(names) == 5  # five problems, four samples each, four in a batch
+    for name in names[:kept]:
+        (tmp_path / "batches" / name).write_bytes((finished / "batches" / name).read_bytes())
+    if kept < 5:
+        (tmp_path / "batches" / f".{names[kept]}.partial").write_text('{"torn')
     (tmp_path / "args.json").write_text((finished / "args.json").read_text())
-    eval_code.main(Args(**SMALL | {"batch_size": 3}, output_dir=str(tmp_path)))  # how fast it runs may change
-    assert (tmp_path / "samples.jsonl").read_bytes()[
-        : int(written * 0.9 * len(lines))
-    ] in lines  # kept, not redone
+    generated, complete = [], eval_code.complete
+    monkeypatch.setattr(eval_code, "complete", lambda *args: generated.append(1) or complete(*args))
+    eval_code.main(Args(**SMALL | {"workers": 2}, output_dir=str(tmp_path)))  # how fast it runs may change
+    assert len(generated) == 5 - kept
     assert completions(tmp_path) == completions(finished)
     assert (tmp_path / "results.json").read_text() == (finished / "results.json").read_text()
+
+
+def test_what_has_changed_under_its_name_is_not_taken_for_judged(tmp_path):
+    wrong, right = ({"task_id": "HumanEval/0", "completion": text} for text in ("    pass\n", "    return a + b\n"))
+    assert score(tmp_path, "humaneval", [HUMANEVAL], [wrong], k=(1,))["humaneval"]["pass@1"] == 0
+    with pytest.raises(common.UserError, match="other arguments .contents: "):
+        score(tmp_path, "humaneval", [HUMANEVAL], [right], k=(1,))
+    changed = HUMANEVAL | {"test": HUMANEVAL["test"].replace("== 3", "== 4")}
+    with pytest.raises(common.UserError, match="other arguments .contents: "):
+        score(tmp_path, "humaneval", [changed], [wrong], k=(1,))
 
 
 def test_a_finished_evaluation_is_only_reported_again(finished, monkeypatch, capsys):

@@ -10,15 +10,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import common
 import modeling
 import grpo_rlvr
 import rmt
+import texts
 from common import TINY, Ranks, UserError, launch
 from modeling import load_model, load_tokenizer, uniforms
 
@@ -39,6 +42,9 @@ PIECES = [
     "}.\n",
     "",
     "<eos>",
+    " box",
+    "boxed",
+    "\\",
 ]
 EOS = PIECES.index("<eos>")
 SHARED = (
@@ -122,7 +128,8 @@ def test_difficulty_levels():
     text = ids(" the", " cat", "s", "{", "\ufffd", " the", " cat", " the")
     boxable = np.array([piece in (" the", " cat", "s") for piece in PIECES])
     entropy = np.array([3.0, 0.49, 0.5, 3.0, 3.0, 1.0, 1.5, 0.99])
-    assert rmt.difficulty(entropy, text, boxable, (0.5, 1.0, 1.5)).tolist() == [-1, -1, 0, -1, -1, 1, 2, 0]
+    for first, expected in ((1, [-1, -1, 0, -1, -1, 1, 2, 0]), (3, [-1, -1, -1, -1, -1, 1, 2, 0])):
+        assert rmt.difficulty(entropy, text, first, boxable, (0.5, 1.0, 1.5)).tolist() == expected
 
 
 # ---------------------------------------------------------------- responses and rewards
@@ -196,55 +203,51 @@ def test_token_texts_and_boxable(tokenizer):
 
 def test_top_entropy_against_brute_force():
     logits = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
-    for row, entropy in zip(logits, rmt.top_entropy(logits)):
+    for row, entropy in zip(logits, texts.top_entropy(logits)):
         best = sorted(row.softmax(-1).tolist(), reverse=True)[:16]
         assert entropy.item() == pytest.approx(
             -sum(p / sum(best) * math.log(p / sum(best)) for p in best), abs=1e-5
         )
-    assert rmt.top_entropy(torch.zeros(64)).item() == pytest.approx(math.log(16))
+    assert texts.top_entropy(torch.zeros(64)).item() == pytest.approx(math.log(16))
 
 
-@pytest.mark.parametrize("bos", [[], [1]])
-def test_score_texts_position_by_position(bos, monkeypatch):
-    monkeypatch.setattr(rmt, "LOGITS_PER_CHUNK", 3 * 64)  # so that the logits are made in parts
+def test_score_texts_position_by_position(monkeypatch):
+    monkeypatch.setattr(texts, "LOGITS_PER_CHUNK", 3 * 64)  # so that the logits are made in parts
     model = tiny_llama()
     modeling.equip(model)
-    texts = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
-    entropies, predictions = rmt.score_texts(model, texts, bos, 8, ONE, "")
-    for text, entropy, prediction in zip(texts, entropies, predictions):
-        assert len(entropy) == len(prediction) == len(text)
-        for t in range(len(text)):
-            prefix = bos + text[:t]
-            if not prefix:
-                assert entropy[t] == 0
-                continue
-            logits = model(torch.tensor([prefix])).logits[0, -1]
-            assert entropy[t] == pytest.approx(rmt.top_entropy(logits).item(), abs=1e-4)
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
+    entropies, predictions = texts.score_texts(model, rows, 8, ONE, "")
+    for row, entropy, prediction in zip(rows, entropies, predictions):
+        assert len(entropy) == len(prediction) == len(row) and entropy[0] == 0
+        for t in range(1, len(row)):
+            logits = model(torch.tensor([row[:t]])).logits[0, -1]
+            assert entropy[t] == pytest.approx(texts.top_entropy(logits).item(), abs=1e-4)
             assert prediction[t] == logits.argmax()
 
 
-def test_entropy_cache_is_reused_and_invalidated(tmp_path, monkeypatch):
+def test_entropies_are_kept_and_invalidated(tokenizer, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        rmt,
-        "score_texts",
-        lambda model, texts, *a: (calls.append(1), [np.full(len(t), 0.7, np.float32) for t in texts])[::-1],
-    )
+
+    def stand_in(model, rows, *_):
+        calls.append(1)
+        return [np.full(len(row), 0.7, np.float32) for row in rows], None
+
+    monkeypatch.setattr(texts, "score_texts", stand_in)
     tiny_llama().save_pretrained(tmp_path / "model")
-    texts, cache = [[5, 6, 7], [8, 9]], tmp_path / "cache"
+    args = rmt.Args(model=str(tmp_path / "model"))
+    run = SimpleNamespace(path=tmp_path / "run", ranks=ONE)
 
-    def entropy(texts=texts, bos=()):
-        return rmt.cached_entropies(lambda: None, str(tmp_path / "model"), texts, list(bos), cache, 64, ONE)
+    def entropies(rows):
+        return texts.proxy_entropies(None, tokenizer, rows, args, run)
 
-    first, again = entropy(), entropy()
+    first, again = entropies([[5, 6, 7], [8, 9]]), entropies([[5, 6, 7], [8, 9]])
     assert len(calls) == 1 and [e.tolist() for e in first] == [e.tolist() for e in again]
-    entropy(texts=[[5, 6], [7, 8, 9]])  # other windows over the same tokens
-    entropy(texts=[[5, 6, 7], [8, 10]])
-    entropy(bos=[1])
-    assert len(calls) == 4
+    entropies([[5, 6], [7, 8, 9]])  # other windows over the same tokens
+    entropies([[5, 6, 7], [8, 10]])
+    assert len(calls) == 3
     tiny_llama(seed=1).save_pretrained(tmp_path / "model")  # other weights under the same name
-    entropy()
-    assert len(calls) == 5 and len(list(cache.glob("*.npy"))) == 5
+    entropies([[5, 6, 7], [8, 9]])
+    assert len(calls) == 4 and len(list((tmp_path / "entropies").glob("*.npy"))) == 4
 
 
 # ---------------------------------------------------------------- where a response ends
@@ -272,6 +275,7 @@ def ends_of(*pieces, prompt=" the"):
         ),  # the prompt opened the thought; a tag of several tokens
         (("<think>", "s", "think", "\\boxed{", "}", "<eos>"), 5),
         (("<think>", "s", "\\boxed{", "}"), None),
+        (("<think>", "s", "</think>", " box", "{", "s", "}", "\\", "boxed", "{", "s", "}"), 11),  # no \\box
     ],
 )
 def test_a_response_ends_at_the_closing_brace(pieces, end):
@@ -342,33 +346,33 @@ def test_rl_loss_is_equation_7_by_autograd():
     )
 
 
-@pytest.mark.parametrize("bos", [[], [1]])
-def test_ntp_loss_leaves_out_exactly_the_chosen_positions(bos, tmp_path):
+def test_ntp_loss_leaves_out_exactly_the_chosen_positions(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     model = load_model(str(tmp_path), ONE)
-    texts, chosen = [[5, 6, 7, 8, 9], [10, 11, 12]], [{2, 4}, {1}]
-    terms = {}
-    for b, text in enumerate(texts):
-        for t in range(len(text)):
-            if bos + text[:t]:
-                logprobs = model(torch.tensor([bos + text[:t]])).logits[0, -1].log_softmax(-1)
-                terms[b, t] = -logprobs[text[t]]
-    kept = [value for (b, t), value in terms.items() if t not in chosen[b]]
-    loss = rmt.ntp_loss(model, texts, chosen, bos, tokens=len(kept))
-    assert loss.item() == pytest.approx(torch.stack(kept).mean().item(), abs=1e-5)
+    rows, kept = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14]], [[1, 3], [2], []]  # of the last one nothing is left
+    terms = []
+    for row, cols in zip(rows, kept):
+        for t in cols:
+            terms.append(-model(torch.tensor([row[:t]])).logits[0, -1].log_softmax(-1)[row[t]])
+    kept = [np.array(cols, dtype=np.int64) for cols in kept]
+    loss = rmt.ntp_loss(model, rows, kept, tokens=3)
+    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
     got = torch.autograd.grad(loss, list(model.parameters()))
-    want = torch.autograd.grad(torch.stack(kept).mean(), list(model.parameters()))
+    want = torch.autograd.grad(torch.stack(terms).mean(), list(model.parameters()))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
+    nothing = rmt.ntp_loss(model, rows[2:], kept[2:], tokens=1)
+    nothing.backward()
+    assert nothing.item() == 0
 
 
 def test_a_step_raises_the_rewarded_response_and_the_text(tmp_path):
     """Eq. (9) with its sign put right: both terms improve, and micro-batches add up to one batch."""
     tiny_llama().save_pretrained(tmp_path)
-    text, taken = [20, 21, 22, 23, 24, 25], {3}
+    text, kept = [20, 21, 22, 23, 24, 25], np.array([1, 2, 4, 5])
     after = []
     for micro_batch_tokens in (4096, 1):
         model = load_model(str(tmp_path), ONE)
-        samples = [rmt.Sample(None, [5, 6, 7], completion, [0.0] * len(completion), True, advantage=advantage)
+        samples = [rmt.Sample(0, [], [5, 6, 7], completion, [0.0] * len(completion), True, advantage=advantage)
                    for completion, advantage in (([30, 31], 1.0), ([32, 33, 34], -1.0))]  # fmt: skip
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
         args = rmt.Args(micro_batch_tokens=micro_batch_tokens, temperature=1.0, max_grad_norm=100.0)
@@ -376,12 +380,10 @@ def test_a_step_raises_the_rewarded_response_and_the_text(tmp_path):
         def measure(model=model, samples=samples):
             with torch.no_grad():
                 rl = rmt.completion_logprobs(model, samples, 1.0)[0].sum(1)
-                return [*rl.tolist(), rmt.ntp_loss(model, [text], [taken], [], 4).item()]
+                return [*rl.tolist(), rmt.ntp_loss(model, [text], [kept], 4).item()]
 
         before = measure()
-        sums, norm = rmt.train_batch(
-            model, optimizer, samples, 2, [text, text], [taken, taken], 8, [], args, ONE
-        )
+        sums, norm = rmt.train_batch(model, optimizer, samples, [(text, kept)] * 2, 2, 8, args, ONE)
         good, bad, ntp = measure()
         assert good > before[0] and bad < before[1] and ntp < before[2]
         assert sums["ntp_loss"] == pytest.approx(before[2], abs=1e-5)
@@ -394,12 +396,11 @@ def test_ntp_weight_scales_its_gradient_and_zero_leaves_it_out(tmp_path):
     norms = {}
     for weight in (0.0, 0.1, 0.2):
         model = load_model(str(tmp_path), ONE)
-        sample = rmt.Sample(None, [5, 6], [7, 8], [0.0, 0.0], True, advantage=0.0)
+        sample = rmt.Sample(0, [], [5, 6], [7, 8], [0.0, 0.0], True, advantage=0.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         args = rmt.Args(ntp_weight=weight)
-        _, norms[weight] = rmt.train_batch(
-            model, optimizer, [sample], 1, [[9, 10, 11]], [{1}], 1, [], args, ONE
-        )
+        rows = [([9, 10, 11], np.array([2]))]
+        _, norms[weight] = rmt.train_batch(model, optimizer, [sample], rows, 1, 1, args, ONE)
     assert norms[0.0] == 0 and norms[0.2] == pytest.approx(2 * norms[0.1], rel=1e-4) and norms[0.1] > 0
 
 
@@ -434,6 +435,10 @@ def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
     again, _ = rmt.read_texts(dataclasses.replace(args, seed=5), tokenizer)
     assert train == again  # not by the run's seed
     assert not {tuple(text) for text in train if len(text) == 24} & {tuple(text) for text in heldout}
+    tokenizer.bos_token, before = tokenizer.eos_token, tokenizer.bos_token
+    begun, _ = rmt.read_texts(args, tokenizer)  # BOS comes before each, and takes no room of theirs
+    tokenizer.bos_token = before
+    assert begun == [[tokenizer.eos_token_id, *text] for text in train]
     with pytest.raises(UserError, match="no column `text`; it has: problem, solution"):
         rmt.read_texts(dataclasses.replace(args, text_column=("text",)), tokenizer)
 
@@ -524,9 +529,26 @@ def test_a_gradient_that_is_not_finite_is_skipped(small_run, monkeypatch):
     original = rmt.rl_loss
     monkeypatch.setattr(rmt, "rl_loss", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
     folder = small_run.parent / "nan"
-    with pytest.raises(UserError, match="2 updates in a row without a finite gradient"):
-        rmt.main(rmt.Args(**SMALL | {"max_skipped": 2}, output_dir=str(folder)))
+    monkeypatch.setattr(common, "MAX_SKIPPED", 2)
+    with pytest.raises(UserError, match="2 updates in a row without a finite loss and gradient"):
+        rmt.main(rmt.Args(**SMALL, output_dir=str(folder)))
     assert [row["optim/skipped"] for row in run_metrics(folder)[1:]] == [1, 2]
+
+
+def test_levels_without_a_position(small_run):
+    with pytest.raises(UserError, match="no position reaches an entropy of 7 nats"):
+        rmt.main(rmt.Args(**SMALL | {"thresholds": (7, 8, 9)}, output_dir=str(small_run.parent / "easy")))
+    levels = [np.array([-1, 0, 1]), np.array([-1, 1])]
+    with pytest.raises(UserError, match="no held-out position is hard: raise --eval-texts"):
+        rmt.heldout_positions(levels, 4)
+    found = rmt.heldout_positions([*levels, np.array([2])], 9)  # nested: what is hard is also easy
+    assert [sum(level == d for *_, level in found) for d in range(3)] == [4, 3, 1]
+
+
+def test_a_run_of_no_updates_evaluates(small_run):
+    folder = small_run.parent / "none"
+    rmt.main(rmt.Args(**SMALL | {"updates": 0}, output_dir=str(folder)))
+    assert without_times(run_metrics(folder)[0]) == without_times(run_metrics(small_run)[0])
 
 
 def test_two_ranks_of_the_script_equal_one(small_run):
