@@ -28,8 +28,8 @@ Deviations from the paper, and what it leaves open (docs/ra3.md has all, with bo
   D3 a malformed thought costs 2 in place of c. The paper gives it zero reward and its authors' code -2: both
      are *more* than a line that the model finds hard, l_t < -2, and then pay for breaking the format.
   D4 the penalty-free warm-up is that of the first E-step only.
-  D5 the likelihood of a line's first token is that given the decision (renormalised without "#"): see
-     `expert_logprobs`.
+  D5 the likelihood of a line's first token is that given the decision (renormalised without "#", unless the
+     expert's line begins with a comment itself): see `expert_logprobs`.
 
   python ra3.py --tiny                                                     # this machine: no network, no GPU
   python ra3.py --model Qwen/Qwen2.5-1.5B --rl-batch-size 256              # one GPU
@@ -94,7 +94,7 @@ class Args:
     max_snippets: int = 0
     """read no more snippets than this; 0: all"""
     max_snippet_tokens: int = 1024
-    """longer texts are cut at top-level statements, and what is still longer at an action's end (tokens)"""
+    """longer texts are cut at top-level statements, and if still longer, behind an action (tokens)"""
     granularity: Literal["line", "block", "snippet"] = "line"
     """how much code an action spans; `snippet`: one latent for all of it, as in BRiTE"""
     # ---- algorithm
@@ -533,6 +533,7 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
 def m_step(policy, optimizer, rollouts, sampling_s: float, vocabulary, args, ranks) -> tuple[dict, str]:
     """One M-step update of pi = policy on this rank's rollouts. -> metrics, why it failed."""
     clock = [time.perf_counter() - sampling_s, *[time.perf_counter()] * 2]  # nothing to score
+    # 4 update
     sums = rollout_sums(rollouts)
     rollouts = [r.without_malformed() for r in rollouts]
     sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)

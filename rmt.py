@@ -2,7 +2,7 @@
 
 Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Without its three parts
 (--no-budget --no-curriculum --ntp-weight 0: the ablations of table 4) it is RPT, "Reinforcement
-Pre-Training", arXiv 2506.08007. `diff grpo_rlvr.py rmt.py` shows what it adds to GRPO.
+Pre-Training", arXiv 2506.08007. Sampler, advantages and log-probabilities are grpo_rlvr.py's, word for word.
 
   0 prepare    entropy of every position under a proxy model, once: easy, medium, hard; the rest takes no RL
   1 sample     positions by the curriculum; G responses to each: think about B_t tokens, box the next token
@@ -367,15 +367,15 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     (size, steps), device, noise = noise.shape, model.device, noise.to(model.device)
     prompts = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}  # the N different ones
     which = torch.tensor([prompts[tuple(ids)] for ids in prompt_ids], device=device)  # [B]
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)  # [N]
+    prompt_lengths = torch.tensor([len(ids) for ids in prompts], device=device)[which]  # [B]
     cache, longest = RowCache(model, len(prompts)), max(map(len, prompts))
     hidden = cache.feed(range(len(prompts)), [0] * len(prompts), list(prompts))  # [N, L, D]
-    hidden = hidden[which, lengths[which] - 1]  # [B, D], of every prompt's last token
+    hidden = hidden[which, prompt_lengths - 1]  # [B, D], of every prompt's last token
     cache.keep(which)
     tokens = torch.zeros(size, 1 + steps, dtype=torch.long, device=device)  # [B, 1 + T]
     tokens[:, 0] = torch.tensor([ids[-1] for ids in prompt_ids])  # is_end looks at the token before
     logprobs = torch.zeros_like(noise)  # [B, T]
-    rows, places = torch.arange(size, device=device), lengths[which]  # still going; of a row's next token
+    rows, places = torch.arange(size, device=device), prompt_lengths  # still going; of a row's next token
     for step in range(steps):
         all_logprobs = (model.lm_head(hidden).float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
         noise_now = noise[rows, step]

@@ -212,7 +212,8 @@ def segment(
     granularity: str = "line",
     source: str = "",
 ) -> Snippet | None:
-    """Cut one text into actions; a text that is too long ends with the last action that fits.
+    """Cut one text into actions; a text that is too long ends with the last action that fits, or, if it is
+    one action (`snippet`), anywhere.
 
     A boundary is the token that holds the first non-space character of an action; a line whose first token
     also holds the end of the line before has none. Fits: at most max_tokens tokens, and at most `context`
