@@ -143,13 +143,13 @@ MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
     "task": "math", "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "chat_template": True,
     "dataset": "Skywork/Skywork-OR1-RL-Data", "difficulty_key": "DeepSeek-R1-Distill-Qwen-7B",
     "train_problems": 4096, "eval_problems": 600, "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0,
-    "eps_high": 0.2, "minibatches": 1, "updates": 320, "gradient_checkpointing": True,
+    "eps_high": 0.2, "minibatches": 1, "updates": 320, "gradient_checkpointing": True, "rollout_rows": 16,
 }
 TINY_RUN = {  # optimisation settings for two million parameters; the reward is that of a large run
     "tiny": True, "model": f"{TINY}/model", "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
     "chat_template": False, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64,
-    "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 1e-4,
-    "micro_batch_tokens": 2048, "gradient_checkpointing": False, "save_every": 0,
+    "rollout_rows": 256, "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40,
+    "learning_rate": 1e-4, "micro_batch_tokens": 2048, "gradient_checkpointing": False, "save_every": 0,
 }
 
 

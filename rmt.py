@@ -103,7 +103,7 @@ class Args:
     """completions are truncated here (tokens)"""
     temperature: float = 0.8
     """of the sampled distribution, and so of every log-probability (RPT's; not in the paper)"""
-    rollout_rows: int = 256
+    rollout_rows: int = 16
     """completions that one rank generates at once; memory and speed only"""
     # ---- budget, curriculum, reward
     budget: bool = True
@@ -161,10 +161,10 @@ class Args:
 TINY_RUN = {  # lengths and optimisation settings for two million parameters; the method is a large run's
     "tiny": True, "model": f"{TINY}/model", "dataset": (f"{TINY}/text.jsonl", "stdlib"),
     "dataset_weights": (0.9, 0.1), "text_column": ("text",), "train_texts": 600, "eval_texts": 100,
-    "max_text_tokens": 64, "prompts_per_update": 16, "max_new_tokens": 64, "initial_budget": 24,
-    "budget_decay": 0.4, "ntp_weight": 1.0, "updates": 120, "learning_rate": 1e-4, "max_grad_norm": 1.0,
-    "micro_batch_tokens": 2048, "gradient_checkpointing": False, "eval_every": 40, "eval_positions": 128,
-    "save_every": 0,
+    "max_text_tokens": 64, "prompts_per_update": 16, "max_new_tokens": 64, "rollout_rows": 256,
+    "initial_budget": 24, "budget_decay": 0.4, "ntp_weight": 1.0, "updates": 120, "learning_rate": 1e-4,
+    "max_grad_norm": 1.0, "micro_batch_tokens": 2048, "gradient_checkpointing": False, "eval_every": 40,
+    "eval_positions": 128, "save_every": 0,
 }
 
 
