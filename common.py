@@ -372,7 +372,7 @@ class Run:
         if self.args.resume not in ("", "auto") and found is None:
             raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
         now = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
-        if found is not None:
+        if self.args.resume and (self.path / "args.json").exists():
             before = json.loads((self.path / "args.json").read_text())
             differ = [k for k in now if k not in NOT_DEFINING and now[k] != before.get(k)]
             if differ:
@@ -381,11 +381,12 @@ class Run:
         state = json.loads((found / "state.json").read_text()) if found else None
         if not self.ranks.main:
             return state
-        if found is None and (self.path / "metrics.jsonl").exists():
+        written = [self.path / name for name in ("metrics.jsonl", "bootstrapped.jsonl")]
+        if found is None and any(file.exists() for file in written):
             if self.args.resume != "auto":
                 reason = "already holds a run; choose another --output-dir, or --resume auto"
                 raise UserError(f"{self.path} {reason}")
-            (self.path / "metrics.jsonl").unlink()  # it was killed before its first checkpoint
+            written[0].unlink(missing_ok=True)  # it was killed before its first checkpoint
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for torn in self.path.glob("checkpoints/.*.partial"):  # an earlier run was killed there
             shutil.rmtree(torn)

@@ -321,15 +321,15 @@ def rollout_batch(model, snippets: list[Snippet], noise, vocabulary: Vocabulary,
 
 def sample(model, batches: list[list[Snippet]], keys: list, vocabulary, args, ranks) -> list[list[Rollout]]:
     """This rank's rollouts of each global batch, all sampled at once: a GPU takes about as long for many rows
-    as for a few. The noise of a row follows from its batch's key and its place there, so it is the same on
-    any number of ranks. Without a model (NTP) every latent is act.
+    as for a few. keys: of each batch the key of its first row's noise; the last number counts on, so noise is
+    the same on any number of ranks. Without a model (NTP) every latent is act.
     """
     shares = [range(len(snippets))[ranks.share(len(snippets))] for snippets in batches]
     rows = [snippets[i] for snippets, share in zip(batches, shares) for i in share]
     if model is None:
         rollouts = iter([all_act(snippet) for snippet in rows])
     else:
-        names = [(args.seed, *key, i) for key, share in zip(keys, shares) for i in share]
+        names = [(args.seed, *key, first + i) for (*key, first), share in zip(keys, shares) for i in share]
         noise = [uniforms([s.width(args.max_latent_tokens)], *name) for s, name in zip(rows, names)]
         with gathered(model):
             rollouts = iter(rollout(model, rows, noise, vocabulary, args))
@@ -494,7 +494,7 @@ def e_step(policy, frozen, optimizer, snippets, vocabulary, args, ranks, update_
     G, clock = args.group_size, [time.perf_counter()]
     # 1 sample
     rows = [s for s in snippets for _ in range(G)]  # groups: G rows
-    (rollouts,) = sample(policy, [rows], [("E", update_index)], vocabulary, args, ranks)  # R of them
+    (rollouts,) = sample(policy, [rows], [("E", update_index, 0)], vocabulary, args, ranks)  # R of them
     clock.append(time.perf_counter())
     # 2 score
     with gathered(frozen):
@@ -611,7 +611,7 @@ def evaluate(model, snippets, title: str, vocabulary, args, run: Run) -> tuple[d
     """
     if not snippets:
         return {}, []
-    (rollouts,) = sample(model, [snippets], [("eval",)], vocabulary, args, run.ranks)
+    (rollouts,) = sample(model, [snippets], [("eval", 0)], vocabulary, args, run.ranks)
     with gathered(model):
         thinking = expert_logprobs(model, [r.without_malformed() for r in rollouts], vocabulary, args)
         acting = expert_logprobs(model, [all_act(r.snippet) for r in rollouts], vocabulary, args)
@@ -662,13 +662,11 @@ def print_table(stages: list[tuple[str, dict]], rollouts: list[Rollout], vocabul
 def bootstrap(model, vocabulary: Vocabulary, context: int, run: Run, args: Args, ranks: Ranks) -> None:
     """--bootstrap-only: bootstrapped.jsonl, an object a snippet: text, bootstrapped, latents [{line, text}].
 
-    With --resume, an earlier file is continued.
+    With --resume auto, an earlier file is continued.
     """
     target, started = run.path / "bootstrapped.jsonl", time.perf_counter()
     # without the last line's end, a run was killed there: that line is torn
     earlier = target.read_text(encoding="utf-8").split("\n")[:-1] if target.exists() else []
-    if earlier and not args.resume:
-        raise UserError(f"{target} exists; choose another --output-dir, or --resume auto")
     count = first = len(earlier)
     all_sum(0.0, ranks)  # every rank has read the file before rank 0 cuts it
     if ranks.main:
@@ -720,7 +718,7 @@ def check(args: Args, ranks: Ranks) -> None:
 def dry_run(policy, vocabulary: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
     """Print the plan, one bootstrapped snippet and a memory estimate."""
     snippets = SnippetStream(args, "M", vocabulary, context).batch(ranks.world_size)
-    (rollouts,) = sample(policy, [snippets], [("dry run",)], vocabulary, args, ranks)
+    (rollouts,) = sample(policy, [snippets], [("dry run", 0)], vocabulary, args, ranks)
     width = max(s.width(args.max_latent_tokens) for s in snippets)
     memory = memory_plan(
         args.model, ranks, (args.rollout_rows, width), args.micro_batch_tokens, args.gradient_checkpointing,
@@ -805,7 +803,7 @@ def main(args: Args) -> None:
                 begin, used = time.perf_counter(), state["used"]
                 count = min(max(ahead, used + 1), per_iteration - k + used)
                 batches = [streams["M"].batch(args.ntp_batch_size) for _ in range(count)]
-                keys = [("M", update_number - 1 - used + i) for i in range(count)]
+                keys = [("M", update_number - 1 - used + i, 0) for i in range(count)]
                 sampled = sample(frozen, batches, keys, vocabulary, args, ranks)[used:]
                 sampling_s = (time.perf_counter() - begin) / count
             metrics, cause = m_step(policy, optimizer, sampled.pop(0), sampling_s, vocabulary, args, ranks)

@@ -212,8 +212,8 @@ def segment(
     granularity: str = "line",
     source: str = "",
 ) -> Snippet | None:
-    """Cut one text into actions; a text that is too long ends with the last action that fits, or, if it is
-    one action (`snippet`), anywhere.
+    """Cut one text into actions; a text that is too long ends with the last action that fits, or, if not even
+    the first one does, inside of that.
 
     A boundary is the token that holds the first non-space character of an action; a line whose first token
     also holds the end of the line before has none. Fits: at most max_tokens tokens, and at most `context`
@@ -249,9 +249,10 @@ def segment(
     if not fits(len(ids) + 1, len(boundaries)):
         actions = max((k for k in range(1, len(boundaries)) if fits(boundaries[k], k)), default=0)
         end = boundaries[actions] if actions else min(len(ids), max_tokens - 1, context - 1)
-        if granularity == "snippet":  # there is one action: its beginning, and its latent
-            end = max(1, min(end, context - 1 - worst[-1]))
-            actions = sum(boundary < end for boundary in boundaries)
+        room = context - 1 - worst[min(1, len(boundaries))]
+        if not actions and room > 0:  # not even one action fits: its beginning
+            end = min(end, room)
+            actions = sum(boundary < end for boundary in boundaries[:1])
         boundaries, indents, kinds, tail = boundaries[:actions], indents[:actions], kinds[:actions], []
         ids, text, starts = ids[:end], text[: starts[end]], starts[: end + 1]
     return Snippet(

@@ -99,7 +99,7 @@ def add_think_bias(model, snippets, vocabulary, rate):
 
 def m_steps(pi, q, optimizer, snippets, updates, vocabulary, args, ranks):
     """M-step updates, sampled at once as in ra3.main, or without q NTP updates; the last one's metrics."""
-    start, keys = time.perf_counter(), [("M", i) for i in range(updates)]
+    start, keys = time.perf_counter(), [("M", i, 0) for i in range(updates)]
     sampled = ra3.sample(q, [snippets] * updates, keys, vocabulary, args, ranks)
     seconds = (time.perf_counter() - start) / updates
     for rollouts in sampled:

@@ -314,11 +314,11 @@ def test_updates_sampled_at_once_equal_those_sampled_one_by_one():
     longer = segment("a\n" * 9, vocabulary, 64, 1024, 4)
     assert longer.width(4) > snippet.width(4)  # the noise of an update is as wide as its longest snippet
     batches, ranks = [[snippet] * 4, [snippet, longer] * 2, [snippet] * 2], Ranks(1, 2, None)
-    at_once = ra3.sample(model, batches, [("M", i) for i in (7, 8, 9)], vocabulary, args, ranks)
+    at_once = ra3.sample(model, batches, [("M", i, 0) for i in (7, 8, 9)], vocabulary, args, ranks)
     assert [len(rollouts) for rollouts in at_once] == [2, 2, 1]
     thoughts = 0
     for index, (batch, rollouts) in enumerate(zip(batches, at_once), start=7):
-        (alone,) = ra3.sample(model, [batch], [("M", index)], vocabulary, args, ranks)
+        (alone,) = ra3.sample(model, [batch], [("M", index, 0)], vocabulary, args, ranks)
         for a, b in zip(rollouts, alone, strict=True):
             assert (a.ids == b.ids).all()
             thoughts += len(a.thoughts(vocabulary))
@@ -665,6 +665,24 @@ def test_bootstrap_only(tmp_path):
             assert latent["text"].startswith("#")
             lines.insert(latent["line"], latent["text"])
         assert "\n".join(lines) == row["bootstrapped"]
+    # killed in the middle of a line, and continued with batches of another size
+    whole, flags = (tmp_path / "d" / "bootstrapped.jsonl").read_text(), ["--output-dir", str(tmp_path / "d")]
+    (tmp_path / "d" / "bootstrapped.jsonl").write_text(whole[: len(whole) // 2])
+    flags = [*QUICK, *flags, "--bootstrap-only", "--max-snippets", "30"]
+    ra3.main(tyro.cli(ra3.Args, args=[*flags, "--resume", "auto", "--rollout-rows", "7"], default=ra3.TINY_DEFAULTS))
+    assert (tmp_path / "d" / "bootstrapped.jsonl").read_text() == whole
+    for more, words in (([], "already holds a run; choose another"), (["--resume", "auto"], "--seed 0 -> 3")):
+        with pytest.raises(UserError, match=words):
+            ra3.main(tyro.cli(ra3.Args, args=[*flags, *more, "--seed", "3"], default=ra3.TINY_DEFAULTS))
+
+
+def test_what_cannot_work_is_refused():
+    wrong = {"at least 2": {"group_size": 1}, "takes no --q-model": {"algo": "ntp", "q_model": "x"}}
+    wrong["--ntp-updates must be positive"] = {"ntp_updates": 0}
+    for words, changes in wrong.items():
+        with pytest.raises(UserError, match=words):
+            ra3.check(dataclasses.replace(ARGS, **changes), RANKS)
+    ra3.check(dataclasses.replace(ARGS, group_size=1, algo="ntp"), RANKS)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ import transformers
 from safetensors.torch import load_file
 
 import common
+import modeling
 import problems
 import ra3
 from common import TINY, Ranks, UserError
@@ -273,6 +274,29 @@ def test_positions_beyond_the_first_epoch_are_part_of_that(sizes, whole):
         assert metrics_of(whole(script))[-1]["data/epoch"] > 2
     state = json.loads((whole("ra3") / "checkpoints" / "state_000006" / "state.json").read_text())
     assert state["cursors"]["E"] >= 16 and state["cursors"]["M"] >= 48
+
+
+def count_recomputed(module, log):
+    checkpoint = modeling.checkpoint
+
+    def counting(*args, **kw):
+        Path(log).write_text("called")
+        return checkpoint(*args, **kw)
+
+    modeling.checkpoint = counting
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradient_checkpointing_changes_no_weight(script, sizes, whole, tmp_path):
+    default = importlib.import_module(script).Args().gradient_checkpointing
+    for value in (False, True):
+        folder, log = tmp_path / str(value), tmp_path / f"{value}.called"
+        codes, errors = run(script, sizes, folder, count_recomputed, str(log), gradient_checkpointing=value)
+        assert codes == [0], errors
+        assert log.exists() == value
+        if value != default:
+            right, found = weights_of(whole(script)), weights_of(folder)
+            assert right.keys() == found.keys() and all(torch.equal(right[key], found[key]) for key in right)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -543,7 +567,7 @@ ALL = {
     "nothing to resume": ({"resume": "@none"}, "holds no complete checkpoint"),
 }
 SOME = {
-    "ra3": {"too long": ({"max_snippet_tokens": 4}, "can be used")},
+    "ra3": {"too long": ({"model": "@short", "max_latent_tokens": 16}, "can be used")},
     "rmt": {
         "too long": ({"model": "@short"}, "the model's context is 16"),
         "too short": ({"max_text_tokens": 1}, "give more data, or longer texts"),

@@ -63,6 +63,10 @@ def test_a_snippet_that_is_too_long_keeps_its_one_latent():
         assert actions == len(snippet.boundaries) == len(snippet.kinds) == len(snippet.indents) > 0
         assert len(snippet.ids) <= 64 and snippet.width(16) <= context
         assert len(snippet.ids) > (40 if context == 60 else 55)
+    for limit in (64, 8):  # a first action that is too long, and one for whose latent there is no room
+        snippet = segment(f"x = {list(range(99))}\n", vocabulary, limit, 20, 16)
+        assert (len(snippet.boundaries), len(snippet.ids)) == (1, 4)
+        assert len(segment("x = 1\n" * 9, vocabulary, limit, 17, 16).boundaries) == 0
 
 
 def test_cut_file_gives_whole_statements_back():
