@@ -445,7 +445,7 @@ def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: comm
     now["contents"] = 0  # a hash: the files may have changed under their names
     for part in (*(problem.checks for problem in problems), *(sample for _, sample in jobs)):
         now["contents"] = zlib.crc32(json.dumps(part).encode(), now["contents"])
-    if (folder / "args.json").exists():
+    if any((folder / "batches").glob("*.jsonl")):
         before = json.loads((folder / "args.json").read_text())
         differ = [f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if v != before.get(name)]
         if differ:
@@ -485,15 +485,18 @@ def main(args: Args) -> None:
         model = modeling.load_model(args.model, ranks, train=False)
 
     # 2 sample and 3 judge, at the same time
-    background, verdicts = ThreadPoolExecutor(1), []
+    background, verdicts, mine = ThreadPoolExecutor(1), [], missing[ranks.rank :: ranks.world_size]
+    bar = tqdm(total=len(mine), unit="batch", disable=not ranks.main)
     with modeling.gathered(model) if model else contextlib.nullcontext():
-        for n in tqdm(missing[ranks.rank :: ranks.world_size], unit="batch", disable=not ranks.main):
+        for n in mine:
             if model:
                 complete(model, tokenizer, eos, batches[n], args)
             verdicts.append(background.submit(judge, batches[n], files[n], args))
+            verdicts[-1].add_done_callback(lambda _: bar.update())
             if verdicts[0].done():
                 verdicts.pop(0).result()  # raises what went wrong in the background
     common.together(lambda: [verdict.result() for verdict in verdicts], ranks)
+    bar.close()
 
     # 4 report
     common.together(lambda: report(folder, files, label, args) if ranks.main else None, ranks)
