@@ -411,7 +411,10 @@ class Run:
             metrics = {**metrics, "optim/skipped": self.skipped, "perf/peak_memory_gib": peak_memory()}
             self._write(metrics)
             update, now = metrics["update"], time.time()
-            first, begun = self.first_log = self.first_log or (update, now)
+            if self.first_log is None:
+                print(f"run folder {self.path}")
+                self.first_log = update, now
+            first, begun = self.first_log
             line = console.format_map(defaultdict(lambda: math.nan, metrics)).lstrip(" |")
             if update > first:
                 line += f" | {(now - begun) / (update - first) * (total - update) / 60:.1f} min left"

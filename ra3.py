@@ -33,7 +33,7 @@ Deviations from the paper, and what it leaves open (docs/ra3.md has all, with bo
 
   python ra3.py --tiny                                                     # this machine: no network, no GPU
   python ra3.py --model Qwen/Qwen2.5-1.5B --rl-batch-size 256              # one GPU
-  torchrun --nproc_per_node 8 ra3.py --model Qwen/Qwen2.5-1.5B             # the paper's configuration
+  torchrun --nproc_per_node 8 ra3.py --model Qwen/Qwen2.5-1.5B             # the paper's, one EM iteration
 """
 
 import html

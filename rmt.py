@@ -255,7 +255,7 @@ def prepare(model, tokenizer, texts: list, boxable: np.ndarray, args: Args, run:
     if run.ranks.main:
         shares = ", ".join(f"{n} {c / counts.sum():.1%}" for n, c in zip(("no RL", *LEVELS), counts))
         draw_entropies(entropies, args.thresholds, shares, run.path / "entropy.png")
-        print(f"{run.path}: {counts.sum()} positions: {shares}", flush=True)
+        print(f"{counts.sum()} positions: {shares} (entropy.png)", flush=True)
     return levels
 
 
