@@ -120,7 +120,9 @@ def equip(model) -> None:
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
-    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]  # a layer may hold many experts
+    return next((m for m in lists if len(m) == depth), None) or max(lists, key=len)
 
 
 def memory_plan(name: str, ranks: Ranks, rollout: tuple[int, int], tokens: int, recompute: bool, frozen: int):

@@ -307,6 +307,18 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(folder):
     assert kept[1] < 0.6 * kept[0]
 
 
+def test_the_layers_are_not_their_experts():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(9))
+
+    model = torch.nn.Module()
+    model.config = LlamaConfig(num_hidden_layers=2)
+    model.layers = torch.nn.ModuleList(Experts() for _ in range(2))
+    assert modeling.decoder_layers(model) is model.layers
+
+
 def test_a_tokenizer_that_knows_more_tokens_than_the_model():
     tokenizer = modeling.load_tokenizer(str(common.TINY / "model"))
     texts = modeling.token_texts(tokenizer, len(tokenizer) + 2)
