@@ -121,7 +121,7 @@ def equip(model) -> None:
 
 def decoder_layers(model) -> torch.nn.ModuleList:
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]  # a layer may hold many experts
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]  # a layer may hold experts
     return next((m for m in lists if len(m) == depth), None) or max(lists, key=len)
 
 
