@@ -654,7 +654,7 @@ def test_tiny_run_is_saved_on_sigterm(tmp_path):
         if line.startswith("2/500"):
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=100) == 130, process.stderr.read()
-    assert "held-out pass@1" in lines[0] and "tokens/s" in lines[1]
+    assert lines[0] == f"run folder {folder}\n" and "held-out pass@1" in lines[1] and "tokens/s" in lines[2]
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in history] == list(range(len(history)))
     assert history[0]["eval/pass@1"] >= 0 and history[1]["policy/rollout_gap"] < 1e-4
