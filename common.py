@@ -358,8 +358,10 @@ class Run:
         if ranks.main:
             path = args.output_dir or f"runs/{stem}{time.strftime('%Y%m%d-%H%M%S')}"
             if args.resume == "auto" and not args.output_dir:
-                earlier = sorted(glob.glob(f"runs/{glob.escape(stem)}*/checkpoints/state_*/state.json"))
-                path = earlier[-1].split("/checkpoints/")[0] if earlier else path
+                bootstraps = getattr(args, "bootstrap_only", False)  # RA3: it continues a file
+                kept = "bootstrapped.jsonl" if bootstraps else "checkpoints/state_*/state.json"
+                earlier = sorted(glob.glob(f"runs/{glob.escape(stem)}*/{kept}"))
+                path = "/".join(earlier[-1].split("/")[:2]) if earlier else path
             elif args.resume and args.resume != "auto":
                 path = args.resume
         self.path = Path(all_gather_list([path], ranks)[0])

@@ -147,7 +147,7 @@ class Args:
     micro_batch_tokens: int = 16384
     """tokens of a forward-backward pass on a rank (shared ones once); memory and speed only"""
     gradient_checkpointing: bool = False
-    """keep no activations inside layers, compute them again: much less memory, a third more time"""
+    """keep no activations inside layers, compute them again: much less memory, up to a third more time"""
     # ---- evaluation and saving
     eval_snippets: int = 256
     """held-out snippets"""

@@ -148,7 +148,7 @@ class Args:
     micro_batch_tokens: int = 16384
     """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
     gradient_checkpointing: bool = True
-    """keep no activations inside layers, compute them again: much less memory, a third more time"""
+    """keep no activations inside layers, compute them again: much less memory, up to a third more time"""
     # ---- evaluation and saving
     eval_every: int = 20
     """updates between evaluations; 0: only before the first and after the last"""

@@ -194,6 +194,7 @@ class Arguments:
     seed: int = 0
     resume: str = ""
     penalty: float = 0.1
+    bootstrap_only: bool = False
 
 
 def test_checkpoints_are_whole_or_absent(folder, tmp_path, monkeypatch):
@@ -275,7 +276,7 @@ def test_resume_auto_takes_the_newest_run_that_has_a_checkpoint(folder, tmp_path
     common.setup(0)
     monkeypatch.chdir(tmp_path)
     model = modeling.load_model(folder, RANKS)
-    times = iter(["20260101-000000", "20260102-000000", "20260103-000000"])
+    times = (f"2026010{day}-000000" for day in range(1, 10))
     monkeypatch.setattr(common.time, "strftime", lambda _: next(times))
     first = common.Run(Arguments(folder, ""), common.__file__, RANKS)
     first.save({"update": 1}, {"policy": model}, None)
@@ -285,6 +286,11 @@ def test_resume_auto_takes_the_newest_run_that_has_a_checkpoint(folder, tmp_path
     again = common.Run(Arguments(folder, "", resume="auto"), common.__file__, RANKS)
     assert again.path == first.path and again.state["update"] == 1
     assert (second.path / "metrics.jsonl").read_text()
+    # RA3's --bootstrap-only has no checkpoints, but a file that it continues
+    (second.path / "bootstrapped.jsonl").write_text("{}\n")
+    third = Arguments(folder, "", resume="auto", bootstrap_only=True)
+    (second.path / "args.json").write_text(json.dumps(dataclasses.asdict(third)))
+    assert common.Run(third, common.__file__, RANKS).path == second.path
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else(folder):
