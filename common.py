@@ -1,19 +1,25 @@
-"""Shared helpers of ra3.py, rmt.py, grpo_rlvr.py and eval_code.py; those of the model are in modeling.py.
-What changes a gradient is in the scripts. In the order of use:
+"""Helpers that ra3.py, rmt.py, grpo_rlvr.py and eval_code.py share. No algorithm is in here.
 
-    1 errors and signals      UserError, launch, Interrupt
-    2 processes               setup, Ranks, all_sum
-    3 data                    read_rows, column, draw_problems
-    4 run folder              Run: args, metrics, curves, checkpoints, resume
-    5 sandbox                 run_tests (from sandbox.py)
+What changes a gradient stands in the scripts, with one exception: `token_logprobs`, which tests pin.
 
-Shapes: B rows, T tokens, N selected positions.
+    1 errors and signals     UserError, launch, Interrupt
+    2 processes              setup, Ranks, all_sum
+    3 model                  load_tokenizer, load_model, check_forward, gathered, optimizer_step
+    4 sampling               uniforms, inverse_cdf, Sampler
+    5 training forward       micro_batches, token_logprobs
+    6 data                   read_rows, column, draw_problems
+    7 run folder             Run: arguments, metrics, curves, samples, checkpoints, resume
+
+Shapes: B rows, T tokens, V vocabulary, D hidden size, N chosen positions.
 """
 
+import contextlib
 import dataclasses
 import errno
 import glob
 import gzip
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -26,8 +32,8 @@ import sysconfig
 import time
 import tokenize
 import traceback
+import types
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -39,10 +45,23 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as distributed_state
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor,
+    LogitsProcessorList,
+)
 
-from sandbox import run_tests  # noqa: F401  (section 5; the scripts import it from here)
+transformers.utils.logging.disable_progress_bar()
 
-TINY = Path(__file__).parent / "tiny"  # the embedded default: model, tokenizer, small corpora
+TINY = Path(__file__).parent / "tiny"  # the bundled toy models and their data
+
+
+def run_tests(*args, **kw) -> list[dict]:
+    """sandbox.run_tests, imported when it is first called."""
+    from sandbox import run_tests
+
+    return run_tests(*args, **kw)
 
 
 # ---------------------------------------------------------------- 1 errors and signals
@@ -52,16 +71,20 @@ class UserError(Exception):
     """Something the user can put right. The message is one line and says what to change."""
 
 
+class Stop(Exception):
+    """A signal asked for the end of the run. Every rank raises it at the same place; see Interrupt."""
+
+
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # no fault of the code
 
 
 def launch(main: Callable, args) -> None:
-    """Run `main(args)` and leave with exit code 0; with 2 after one line on stderr about what the user can
-    put right (a UserError, a full or read-only disk); 130 after an interrupt; else 1 after a traceback.
+    """Run `main(args)` and leave with an exit code: 0 done, 2 after one line about what the user can put right,
+    130 after an interrupt, 1 after a traceback.
 
     It leaves by os._exit. A rank that fails must not wait for the others, which may be inside a collective:
-    torchrun then ends the job. And the end of the interpreter can abort a rank that is done, when a thread of
-    gloo still holds a tensor that Python knows.
+    torchrun then ends the job. And a rank that is done can abort at the interpreter's end, when a thread of
+    gloo still holds a tensor.
     """
     code, message = 0, ""
     try:
@@ -71,7 +94,7 @@ def launch(main: Callable, args) -> None:
             dist.destroy_process_group()
     except UserError as error:
         code, message = 2, f"error: {error}\n"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stop):
         code = 130
     except Exception as error:
         code, message = 1, traceback.format_exc()
@@ -94,7 +117,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_sizes(args, positive: str, not_negative: str) -> None:
-    """UserError for a field out of its range. Names are separated by blanks."""
+    """UserError for an argument out of its range. Names are separated by blanks."""
     for names, least, words in ((positive, 1e-300, "be positive"), (not_negative, 0, "not be negative")):
         for name in names.split():
             if not getattr(args, name) >= least:
@@ -102,10 +125,10 @@ def check_sizes(args, positive: str, not_negative: str) -> None:
 
 
 class Interrupt:
-    """SIGTERM (preemption) and Ctrl-C ask for a checkpoint; the loop looks at `requested` between updates."""
+    """Turns SIGTERM and Ctrl-C into a `Stop` at a place where the state can be saved."""
 
-    def __init__(self) -> None:
-        self.signal = 0
+    def __init__(self, ranks: "Ranks") -> None:
+        self.ranks, self.signal = ranks, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
@@ -113,10 +136,13 @@ class Interrupt:
         if self.signal and number == signal.SIGINT:  # the second Ctrl-C does not wait
             raise KeyboardInterrupt
         self.signal = number
+        if self.ranks.main:
+            print("\nstopping, then saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
-    def requested(self, ranks: "Ranks") -> bool:
-        """True on all ranks as soon as one of them got a signal (a collective: call it on all)."""
-        return bool(all_sum(float(self.signal != 0), ranks))
+    def check(self) -> None:
+        """Raise Stop on all ranks as soon as one of them got a signal (a collective: call it on all)."""
+        if all_sum(float(self.signal != 0), self.ranks):
+            raise Stop
 
 
 # ---------------------------------------------------------------- 2 processes
@@ -156,7 +182,7 @@ def setup(seed: int) -> Ranks:
         except (RuntimeError, ValueError) as error:  # the port is in use, a variable of torchrun's is missing
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"cannot join the process group at {where}: {first_line(error)}") from None
-    torch.manual_seed(seed)  # the models have no dropout; all sampling noise comes from `uniforms`
+    torch.manual_seed(seed)  # no dropout is on; all sampling noise comes from `uniforms`
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -173,11 +199,7 @@ def all_sum(value, ranks: Ranks):
 
 def all_max(value: float, ranks: Ranks) -> float:
     """Largest of a number over all ranks."""
-    if ranks.world_size == 1:
-        return value
-    largest = torch.tensor(float(value), dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
+    return max(all_gather_list([value], ranks))
 
 
 def all_gather_list(items: list, ranks: Ranks) -> list:
@@ -204,24 +226,423 @@ def together(action: Callable, ranks: Ranks):
     return outcome
 
 
-def not_finite(names: Sequence[str], alone: Callable, ranks: Ranks) -> str:
-    """Names of the rows whose own loss or gradient is NaN or infinite. Slow, for an update that failed.
+# ---------------------------------------------------------------- 3 model
 
-    names: of this rank's rows. alone(i): (this rank's loss, global gradient norm) of row i; behind the last
-    row it only joins the collectives.
+
+def load_tokenizer(name: str):
+    """The model's tokenizer; right padding, pad = eos if it has none. UserError if missing or without eos."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # not found, no network, a torn file: there are as many kinds as formats
+        raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no eos token: set it in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: all masks come from lengths, never from ids
+    tokenizer.padding_side = "right"
+    tokenizer.clean_up_tokenization_spaces = False  # decode(encode(text)) must be the text
+    tokenizer.model_max_length = int(1e9)  # the scripts cut texts themselves; no warning for long ones
+    return tokenizer
+
+
+def eos_ids(tokenizer, name: str) -> set[int]:
+    """Tokens that end what the model `name` writes: the tokenizer's eos, and a chat model's end of a turn."""
+    with contextlib.suppress(OSError):
+        more = GenerationConfig.from_pretrained(name).eos_token_id
+        return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    return {tokenizer.eos_token_id}
+
+
+def token_texts(tokenizer, vocab_size: int) -> list[str]:
+    """What each token adds to a text: [V] strings. A part of a character is U+FFFD.
+
+    Decoded after a letter, because some tokenizers strip the space of a first token.
     """
-    found = []
-    for i in range(int(all_max(len(names), ranks))):
-        loss, norm = alone(i)
-        if i < len(names) and not (math.isfinite(loss) and math.isfinite(norm)):
-            found.append((math.isfinite(loss), names[i]))
-    found = sorted(all_gather_list(found, ranks), key=lambda item: item[0])
-    # the norm is every rank's: if a loss is not finite, rows beside it are not to blame
-    names = [name for finite, name in found if finite == found[0][0]]
-    return ", ".join(dict.fromkeys(names))[:500] or "no row by itself"
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1]
+    texts = tokenizer.batch_decode([[letter, token] for token in range(len(tokenizer))])
+    texts = [text[len(tokenizer.decode([letter])) :] for text in texts] + [""] * vocab_size
+    return texts[:vocab_size]
 
 
-# ---------------------------------------------------------------- 3 data
+def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = True, recompute: bool = False):
+    """The causal language model `name` (hub id or folder) on this rank's device, ready for `token_logprobs`.
+
+    longest: tokens of the longest row that the run can have; 0 for a model that only samples. train: fp32 weights that get gradients; else bf16
+    on a GPU. More than one rank, or a GPU: sharded (FSDP2, bf16 compute on a GPU). recompute: gradient
+    checkpointing. UserError if there is no such model, if the tokenizer has tokens that it lacks, if `longest`
+    is beyond its context, or if training and sampling would not agree on it.
+    """
+    on_cpu = ranks.device.type == "cpu"
+    try:
+        config = AutoConfig.from_pretrained(name)
+        text_config = config.get_text_config()
+        for key in [key for key in vars(text_config) if "dropout" in key or key.endswith("pdrop")]:
+            setattr(text_config, key, 0.0)  # gradient checkpointing needs train mode
+        dtype = torch.float32 if train or on_cpu else torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval()
+    except Exception as error:  # as for the tokenizer
+        raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
+    context = getattr(text_config, "max_position_embeddings", None) or longest
+    if longest > context:
+        raise UserError(f"the longest rows of this run have {longest} tokens; the context of {name} is {context}")
+    if max(len(tokenizer), *eos_ids(tokenizer, name)) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer of {name} has more tokens than the model: call model.resize_token_embeddings")
+    # nothing of its own, which may add top-k or a penalty; the Sampler draws, and generate takes its choice
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    model.requires_grad_(train)
+    model.token_logprobs = types.MethodType(_token_logprobs, model)  # a method, so that FSDP can prepare for it
+    model.to(ranks.device)
+    if longest:
+        check_forward(model, name, longest)
+    if recompute:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    model.recompute, model.shares_prompts = recompute, bool(longest) and model.shares_prompts and not recompute
+    return model if on_cpu and ranks.world_size == 1 else shard(model, ranks)
+
+
+def check_forward(model, name: str, longest: int) -> None:
+    """UserError unless `token_logprobs` gives, on one short row, what the model's own forward and its `generate`
+    give, also when the row is padded to `longest`. Notes whether completions may continue on their prompt's cache.
+    """
+    vocab_size, close = model.config.get_text_config().vocab_size, 1e-3 if model.dtype == torch.float32 else 0.3
+    generator = torch.Generator().manual_seed(0)
+    row, other = torch.randint(vocab_size // 4, max(2, vocab_size // 2), (2, 12), generator=generator).tolist()
+    filler = [row[i % 12] for i in range(12, longest)]
+
+    def far(mine, theirs) -> bool:
+        return not torch.allclose(mine.float().cpu(), theirs.float().cpu(), rtol=0, atol=close)
+
+    with torch.no_grad():
+        where = [np.arange(1, 12)]
+        plain, _ = token_logprobs(model, [row], where)  # [11]
+        logits = model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, :-1]
+        own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=model.device)[:, None])[:, 0]
+        padded, _ = token_logprobs(model, [row + filler], where)
+        ids, mask = pad_left([row[:8], other[:3]], model.device)
+        sampler = Sampler(torch.full((2, 6), 0.5), ids.shape[1], 1.0, model.device)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=6, logits_processor=LogitsProcessorList([sampler])
+        )
+        done = [row[:8] + out[0, 8:].tolist(), other[:3] + out[1, 8:].tolist()], [np.arange(8, 14), np.arange(3, 9)]
+        again, _ = token_logprobs(model, *done)
+        # linear attention changes its cache in place, which the backward pass does not allow
+        model.shares_prompts = not any(DynamicCache(config=model.config).is_linear)
+        shared, _ = token_logprobs(model, *done, prompt_lengths=[8, 3])
+    if far(plain, own):
+        raise UserError(f"{name} is not supported: its logits are not its output layer's (scaled or capped)")
+    if far(plain, padded):
+        raise UserError(
+            f"{name} is not supported for rows of {longest} tokens: its positions depend on the longest row "
+            "(rope_scaling); shorten the rows, or remove rope_scaling from its config.json"
+        )
+    if far(again, sampler.logprobs.flatten()):
+        raise UserError(f"{name} is not supported: generate and the training forward give other probabilities")
+    model.shares_prompts &= not far(again, shared)
+
+
+def cache_argument(model) -> str:
+    """The name of the argument that takes the cache: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]  # a layer may hold experts
+    return next((m for m in lists if len(m) == depth), None) or max(lists, key=len)
+
+
+def shard(model, ranks: Ranks):
+    """FSDP2: one group of parameters per decoder layer, one for the rest; gradients are summed in fp32."""
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if ranks.device.type == "cuda" else MixedPrecisionPolicy()
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "token_logprobs")
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Whole weights on every rank inside: no collective in forward or generate, so ranks may differ."""
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    model.eval()
+    for group in groups:
+        group.set_reshard_after_forward(False)
+        group.unshard()
+    try:
+        yield model
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(group is not model)
+            group.reshard()
+
+
+@torch.no_grad()
+def copy_weights(source, target) -> None:
+    """target := source, in place; both sharded alike."""
+    for new, old in zip(source.parameters(), target.parameters()):
+        old.copy_(new)
+
+
+def new_optimizer(model, learning_rate: float, weight_decay: float, betas=(0.9, 0.999)) -> torch.optim.AdamW:
+    """AdamW with a state for every parameter from the start, also for one that never gets a gradient: what a
+    checkpoint saves and what it expects are then the same."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=True
+    )
+    distributed_state.get_optimizer_state_dict(model, optimizer)  # makes the missing states, by a step of size 0
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
+
+
+def optimizer_step(model, optimizer, loss: float, max_norm: float, ranks: Ranks) -> float:
+    """Clip the (global) gradient to `max_norm`, step, clear it; its norm before, the same on all ranks.
+
+    If the norm, or the sum of the ranks' losses, is NaN or infinite, nothing steps and NaN is returned.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if math.isfinite(norm) and math.isfinite(all_sum(loss, ranks)):
+        optimizer.step()
+    else:
+        norm = math.nan
+    model.zero_grad(set_to_none=True)
+    return norm
+
+
+def memory_plan(name: str, ranks: Ranks, rollout: tuple[int, int], tokens: int, recompute: bool, frozen: int):
+    """What --dry-run says about memory: estimates in GiB for one rank, from the model's config alone.
+
+    rollout: rows at once, tokens of the longest; tokens: of a micro-batch; frozen: bytes per parameter of a
+    second model.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    config, weights = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
+    layers, width = config.num_hidden_layers, 2 if ranks.device.type == "cuda" else 4  # bytes
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    state = (16 + frozen) * weights / ranks.world_size  # fp32 weight, gradient, AdamW's two moments
+    gathered_weights = 0 if ranks.device.type == "cpu" and ranks.world_size == 1 else width * weights
+    cache = 2 * layers * heads * channels * width * math.prod(rollout)
+    of_layer, kept = (20 * config.hidden_size + 4 * inner) * width, config.hidden_size * width  # a token
+    activations = tokens * (layers * kept + of_layer if recompute else layers * of_layer)
+    gib = [f"{number / 2**30:.2f}" for number in (state, gathered_weights, cache, activations)]
+    return (
+        f"{name}: {weights / 1e6:.1f}M parameters; estimated GiB on each of {ranks.world_size} ranks "
+        f"({ranks.device.type}): {gib[0]} of weights and optimizer,\n  in a rollout {gib[1]} of gathered "
+        f"weights and {gib[2]} of cache ({rollout[0]} rows),\n"
+        f"  in an update {gib[3]} of activations ({tokens} tokens)"
+    )
+
+
+# ---------------------------------------------------------------- 4 sampling
+
+
+def uniforms(shape: Sequence[int], *key) -> torch.Tensor:
+    """Uniform float32 noise in [0, 1) on the CPU that depends on `key` (seed, update, purpose ...) alone.
+
+    A run is therefore the same on any number of ranks, and resumes without any generator state.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+    return torch.rand(tuple(shape), generator=generator)
+
+
+def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw one index per row of probs [B, V] (need not sum to 1) from noise [B] in [0, 1): [B] int64.
+
+    Equal to torch.multinomial in distribution, but parallel, and the noise is the caller's.
+    """
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # right=True: the first index whose cdf exceeds the threshold, so an index of probability 0 is never drawn
+    threshold = torch.minimum(noise.to(cdf).unsqueeze(-1) * total, total * (1 - 2**-22))
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+
+
+class Sampler(LogitsProcessor):
+    """Draws each token for `generate` from the row's own noise, and notes its log-probability.
+
+    generate is greedy and takes the one token that is left. noise [B, T]: of the t-th new token of each row;
+    start: columns of the prompts; temperature 0 is greedy. `rows`: the noise's rows that are still in the batch.
+    """
+
+    def __init__(self, noise: torch.Tensor, start: int, temperature: float, device) -> None:
+        self.noise, self.start, self.temperature = noise.to(device), start, temperature
+        self.logprobs = torch.zeros(noise.shape, device=device)  # [B, T]
+        self.rows = torch.arange(len(noise), device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.start
+        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
+        if self.temperature:
+            token = inverse_cdf(logprobs.exp(), self.noise[self.rows, step])  # [B]
+        else:
+            token = logprobs.argmax(-1)
+        self.logprobs[self.rows, step] = logprobs.gather(-1, token[:, None])[:, 0]
+        return only(token, scores)
+
+
+def only(token: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Scores [B, V] that leave one token of each row."""
+    return torch.full_like(scores, -math.inf).scatter_(1, token[:, None], 0.0)
+
+
+# ---------------------------------------------------------------- 5 training forward
+
+
+def rank_share(groups: Sequence[list], ranks: Ranks) -> list:
+    """The rows of `groups` that this rank trains on: as many as the others', whole groups if they divide."""
+    groups, n = sorted(groups, key=lambda rows: sum(map(len, rows))), ranks.world_size
+    dealt = [row for rank in range(n) for rows in groups[rank::n] for row in rows]  # about equal work
+    return dealt[ranks.share(len(dealt))]
+
+
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, ranks: Ranks | None = None, prompts: Sequence[tuple] | None = None
+) -> list[list[int]]:
+    """Indices of rows, the longest first, cut into parts of at most max_tokens (at least one row each).
+
+    lengths: tokens of each row, counted with padding. prompts: each row's prompt (token ids), which is counted
+    once for all rows of a part that have it; rows with the same prompt come together. With `ranks`, every rank
+    returns the same number of parts (FSDP's collectives must pair up): the missing ones are empty lists, for
+    which the caller runs one row with weight zero.
+    """
+    prompts = [()] * len(lengths) if prompts is None else prompts
+    longest: dict = {}
+    for prompt, length in zip(prompts, lengths):
+        longest[prompt] = max(longest.get(prompt, 0), length)
+    order = sorted(range(len(lengths)), key=lambda i: (-longest[prompts[i]] - len(prompts[i]), prompts[i], -lengths[i]))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches:
+            part = [*batches[-1], i]
+            own = {prompts[j] for j in part}
+            tokens = len(part) * max(lengths[j] for j in part) + len(own) * max(map(len, own))
+        if not batches or tokens > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    if ranks is not None:
+        batches += [[]] * (int(all_max(len(batches), ranks)) - len(batches))
+    return batches
+
+
+def pad_right(rows: Sequence[Sequence[int]], device=None) -> torch.Tensor:
+    """Rows of token ids -> [B, T] int64, zero on the right. A causal model needs no mask for them."""
+    width = max(len(row) for row in rows)
+    padded = np.zeros((len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded).to(device)
+
+
+def pad_left(rows: Sequence[Sequence[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids -> ids [B, T] and mask [B, T], zero on the left."""
+    reverse = pad_right([row[::-1] for row in rows], device).flip(1)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    width = reverse.shape[1]
+    return reverse, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+
+
+def padded(rows: list[list[float]], device) -> torch.Tensor:
+    """Rows of numbers -> [B, T] float32, zero on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+
+LOGITS_PER_CHUNK = 2**25  # at most so many logits exist at once (128 MiB in fp32)
+EVENT = -1  # a target that stands for the set of tokens `event`
+
+
+def token_logprobs(model, rows, where, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(token | the tokens before it) and the entropy of pi there, at N chosen positions only.
+
+    rows: B lists of token ids. where: for each row the positions (>= 1) of the tokens wanted; N in all, row by
+    row. Options:
+      targets [N]     other tokens than the rows'; the target EVENT (-1) stands for "any token of the set
+                      `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact
+      merged [N]      bool: positions at which the set counts as one outcome in the entropy (default: those of EVENT)
+      temperature     divides the logits
+      entropy         False: return zeros for it (it costs a second pass over the logits)
+      prompt_lengths  tokens of each row that are its prompt; every position wanted is beyond them. Equal prompts
+                      of the batch go through the model once, and the rest of each row continues on their cache
+    Returns logprobs [N] and entropies [N] in nats, float32. Logits exist at these positions alone, in chunks that
+    the backward pass computes again.
+    """
+    model.train(torch.is_grad_enabled() and getattr(model, "recompute", False))  # else layers keep activations
+    return model.token_logprobs(rows, where, **options)
+
+
+def hidden_before(model, rows, where, prompt_lengths=None) -> torch.Tensor:
+    """Last hidden states [N, D] from which the tokens at the positions `where` of the rows are predicted."""
+    device, decoder = model.device, model.get_decoder()
+    row = torch.from_numpy(np.repeat(np.arange(len(where)), [len(w) for w in where])).to(device)  # [N]
+    before = torch.from_numpy(np.concatenate(where) - 1).to(device)  # [N]; position t - 1 predicts token t
+    if prompt_lengths is None or not model.shares_prompts:
+        return decoder(input_ids=pad_right(rows, device), use_cache=False).last_hidden_state[row, before]
+    prompts = [tuple(ids[:length]) for ids, length in zip(rows, prompt_lengths)]
+    distinct = list(dict.fromkeys(prompts))
+    number = {prompt: i for i, prompt in enumerate(distinct)}
+    which = torch.tensor([number[prompt] for prompt in prompts], device=device)  # [B]
+    cache = DynamicCache(config=model.config)
+    options = {"use_cache": True, cache_argument(model): cache}
+    ids, mask = pad_left([list(prompt) for prompt in distinct], device)
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    first = decoder(input_ids=ids, attention_mask=mask, position_ids=place, **options).last_hidden_state[:, -1:]
+    cache.reorder_cache(which)  # a row of the cache for every completion; gradients flow back through it
+    ids = pad_right([ids[length:] for ids, length in zip(rows, prompt_lengths)], device)  # [B, T]
+    ids = ids[:, : max(1, ids.shape[1] - 1)]  # the last token predicts nothing
+    mask = torch.cat([mask[which], torch.ones_like(ids)], 1)
+    place = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+    rest = decoder(input_ids=ids, attention_mask=mask, position_ids=place, **options).last_hidden_state
+    lengths = torch.tensor(prompt_lengths, device=device)
+    return torch.cat([first[which], rest], 1)[row, before + 1 - lengths[row]]
+
+
+def _token_logprobs(
+    self, rows, where, targets=None, event=None, merged=None, temperature=1.0, entropy=False, prompt_lengths=None
+):
+    hidden = hidden_before(self, rows, where, prompt_lengths)  # [N, D]
+    if targets is None:
+        targets = torch.from_numpy(np.concatenate([np.asarray(r)[w] for r, w in zip(rows, where)])).to(hidden.device)
+    merged = targets == EVENT if merged is None else merged
+    chunk, options = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size), (event, temperature, entropy)
+    head = self.get_output_embeddings()
+    if len(targets) <= chunk:
+        return _logprob_chunk(head, hidden, targets, merged, *options)
+    parts = [
+        checkpoint(_logprob_chunk, head, *part, *options, use_reentrant=False)
+        for part in zip(hidden.split(chunk), targets.split(chunk), merged.split(chunk))
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _logprob_chunk(head, hidden, targets, merged, event, temperature, entropy):
+    logits = head(hidden).float()  # [N, V]
+    if temperature != 1.0:
+        logits = logits / temperature  # the sampled distribution, not the model's at temperature 1
+    normaliser = logits.logsumexp(-1)  # [N]
+    logprobs = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) - normaliser
+    if event is not None:
+        event_logprobs = logits[merged].masked_fill(~event, -math.inf).logsumexp(-1) - normaliser[merged]
+        is_event = targets == EVENT  # [N], a part of `merged`
+        logprobs = logprobs.masked_scatter(is_event, event_logprobs[is_event[merged]])
+    if not entropy:
+        return logprobs, torch.zeros_like(logprobs)
+    all_logprobs = logits - normaliser.unsqueeze(-1)
+    plogp = all_logprobs.exp() * all_logprobs
+    entropies = -plogp.sum(-1)
+    if event is not None:  # merged: -sum_{v not in event} p log p - p_event log p_event
+        outside = -plogp[merged].masked_fill(event, 0.0).sum(-1)
+        entropies = entropies.masked_scatter(merged, outside - event_logprobs.exp() * event_logprobs)
+    return logprobs, entropies
+
+
+# ---------------------------------------------------------------- 6 data
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[dict]:
@@ -305,6 +726,17 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
         raise UserError(f"cannot load the data set {source} (split {split}): {first_line(error)}") from None
 
 
+def fingerprint(sources: Sequence[str]) -> str:
+    """A hash by which a resumed run notices that its data files have changed: their names, sizes and first MiB."""
+    digest = hashlib.sha256(sys.version.encode() * ("stdlib" in sources))
+    for source in filter(os.path.exists, sources):
+        files = sorted(p for p in Path(source).rglob("*") if p.is_file()) or [Path(source)]
+        for file in files:
+            with open(file, "rb") as handle:
+                digest.update(repr((file.name, file.stat().st_size)).encode() + handle.read(2**20))
+    return digest.hexdigest()[:16]
+
+
 def column(row: dict, name: str, source: str):
     """row[name]; if it is missing, a UserError that names the columns there are."""
     if not isinstance(row, dict) or name not in row:
@@ -320,11 +752,18 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
     return [int(orders[epoch][place]) for epoch, place in positions]
 
 
-# ---------------------------------------------------------------- 4 run folder
+# ---------------------------------------------------------------- 7 run folder
 
-NOT_DEFINING = {"resume", "output_dir", "dry_run", "save_every", "workers"}
-NOT_DEFINING |= {"micro_batch_tokens", "rollout_rows", "gradient_checkpointing"}
+# arguments that may differ on --resume: they change memory, speed, output, or how long the run goes on
+NOT_DEFINING = {"resume", "output_dir", "dry_run", "workers", "track", "save_every", "eval_every", "updates"}
+NOT_DEFINING |= {"em_iterations", "micro_batch_tokens", "rollout_rows", "gradient_checkpointing"}
 MAX_SKIPPED = 3  # a run ends after so many updates in a row without a finite loss and gradient
+SAMPLES = """<!DOCTYPE html><meta charset="utf-8"><title>samples</title><style>
+:root { color-scheme: light dark } body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+pre { background: light-dark(#f6f6f6, #222); padding: 1em; white-space: pre-wrap }
+.thought { color: light-dark(#0a7d33, #5fd38a); font-weight: bold } .good { color: light-dark(#0a7d33, #5fd38a) }
+.bad { color: light-dark(#b3261e, #f28b82) } .note { color: light-dark(#666, #aaa) }
+</style><h1>"""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -344,136 +783,202 @@ def discard(folder: Path) -> None:
 
 
 class Run:
-    """One folder per run: args.json, env.txt, sources, metrics.jsonl, curves.png, TensorBoard, checkpoints.
+    """One folder per run: args.json, env.txt, sources, metrics.jsonl, samples.html, curves.png, checkpoints.
 
-    `state` is what the last good checkpoint holds in state.json (None for a fresh run). UserError if the
-    folder cannot be written, if there is nothing to resume, or if the arguments that define the run differ.
+    data: the sources that it reads, for `fingerprint`. `state` is what the last good checkpoint holds in
+    state.json (None for a fresh run); `started` the time at which the run was first started (seconds). UserError
+    if the folder cannot be written, if there is nothing to resume, or if the arguments that define the run, or
+    its data, differ.
     """
 
-    def __init__(self, args, script: str, ranks: Ranks) -> None:
-        self.args, self.script, self.ranks = args, Path(script), ranks
+    def __init__(self, args, script: str, ranks: Ranks, data: Sequence[str] = ()) -> None:
+        self.args, self.script, self.ranks, self.data = args, Path(script), ranks, data
         model = Path(args.model).resolve().name if Path(args.model).exists() else args.model.replace("/", "_")
-        stem = f"{self.script.stem}__{model}__s{args.seed}__"
-        path = None
-        if ranks.main:
-            path = args.output_dir or f"runs/{stem}{time.strftime('%Y%m%d-%H%M%S')}"
-            if args.resume == "auto" and not args.output_dir:
-                bootstraps = getattr(args, "bootstrap_only", False)  # RA3: it continues a file
-                kept = "bootstrapped.jsonl" if bootstraps else "checkpoints/state_*/state.json"
-                earlier = sorted(glob.glob(f"runs/{glob.escape(stem)}*/{kept}"))
-                path = "/".join(earlier[-1].split("/")[:2]) if earlier else path
-            elif args.resume and args.resume != "auto":
-                path = args.resume
+        task = "".join(f"_{getattr(args, name)}" for name in ("task", "algo") if hasattr(args, name))
+        self.stem = f"{self.script.stem}{task}__{model}__s{args.seed}__"
+        path = together(self._claim, ranks) if ranks.main else together(lambda: None, ranks)
         self.path = Path(all_gather_list([path], ranks)[0])
         self.state = together(self._open, ranks)
-        self.writer = self.first_log = None
+        together(self._prepare, ranks)  # when no rank refuses
+        self.started = json.loads((self.path / "data.json").read_text())["started"]
+        self.writer = self.tracker = self.first_log = None
         self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
+        self.seconds_before = 0.0  # of this run, before it was resumed
+        self.say(f"run folder {self.path}" + f", resumed after update {self.state['update']}" * bool(self.state))
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.ranks.main:
+            print(text, flush=True)
+
+    def _claim(self) -> str:
+        """The folder of this run; two runs that start in the same second get different ones."""
+        args = self.args
+        if args.resume not in ("", "auto"):
+            return args.resume
+        if args.output_dir:
+            return args.output_dir
+        if args.resume:
+            bootstraps = getattr(args, "bootstrap_only", False)  # RA3: it continues a file
+            kept = "bootstrapped.jsonl" if bootstraps else "checkpoints/state_*/state.json"
+            if earlier := sorted(glob.glob(f"runs/{glob.escape(self.stem)}*/{kept}")):
+                return "/".join(earlier[-1].split("/")[:2])
+        path, number = f"runs/{self.stem}{time.strftime('%Y%m%d-%H%M%S')}", 1
+        while True:
+            with contextlib.suppress(FileExistsError):
+                Path(path + f"_{number}" * (number > 1)).mkdir(parents=True)
+                return path + f"_{number}" * (number > 1)
+            number += 1
 
     def _open(self) -> dict | None:
         found = (self._complete() or [None])[-1] if self.args.resume else None
         if self.args.resume not in ("", "auto") and found is None:
             raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
         now = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
+        data = {"fingerprint": fingerprint(self.data), "started": time.time()}
         if self.args.resume and (self.path / "args.json").exists():
-            before = json.loads((self.path / "args.json").read_text())
+            before = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
             differ = [k for k in now if k not in NOT_DEFINING and now[k] != before.get(k)]
             if differ:
                 changes = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in differ)
                 raise UserError(f"cannot resume {self.path}: the arguments differ ({changes})")
-        state = json.loads((found / "state.json").read_text()) if found else None
+            earlier = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
+            if earlier["fingerprint"] != data["fingerprint"]:
+                raise UserError(f"cannot resume {self.path}: the data have changed ({', '.join(self.data)})")
+            data = earlier
+        self.written = {"data.json": json.dumps(data), "args.json": json.dumps(now, indent=1)}
+        outputs = [self.path / name for name in ("metrics.jsonl", "bootstrapped.jsonl")]
+        if found is None and self.args.resume != "auto" and any(file.exists() for file in outputs):
+            raise UserError(f"{self.path} already holds a run; choose another --output-dir, or --resume auto")
+        return json.loads((found / "state.json").read_text(encoding="utf-8")) if found else None
+
+    def _prepare(self) -> None:
         if not self.ranks.main:
-            return state
-        written = [self.path / name for name in ("metrics.jsonl", "bootstrapped.jsonl")]
-        if found is None and any(file.exists() for file in written):
-            if self.args.resume != "auto":
-                reason = "already holds a run; choose another --output-dir, or --resume auto"
-                raise UserError(f"{self.path} {reason}")
-            written[0].unlink(missing_ok=True)  # it was killed before its first checkpoint
+            return
+        if self.state is None:  # a run that was killed before its first checkpoint
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for torn in self.path.glob("checkpoints/.*.partial"):  # an earlier run was killed there
             shutil.rmtree(torn)
-        write_whole(self.path / "args.json", json.dumps(now, indent=1))
-        write_whole(self.path / "env.txt", environment(self.ranks))
-        loaded = {Path(getattr(module, "__file__", None) or ".") for module in list(sys.modules.values())}
-        for source in {self.script.resolve(), *loaded.intersection(Path(__file__).parent.glob("*.py"))}:
+        for name, text in {**self.written, "env.txt": environment(self.ranks)}.items():
+            write_whole(self.path / name, text)
+        for source in {self.script.resolve(), Path(__file__).resolve()}:
             shutil.copy(source, self.path / source.name)
-        return state
 
     # -- metrics
 
-    def log(self, metrics: dict, console: str = "", total: int = 0, cause: str = "") -> None:
+    def log(self, metrics: dict, console: Sequence[str] = (), total: int = 0, skipped: bool = False) -> None:
         """Append one object to metrics.jsonl and to TensorBoard, print a line (rank 0).
 
-        metrics: holds `update`. console: format of the line, of `total` updates, with keys of metrics.
-        cause: why the update was skipped; UserError if that is so for MAX_SKIPPED in a row.
+        metrics: holds `update`; values that are not finite are left out. console: formats of the line's parts
+        with keys of metrics; a part whose keys are missing is left out. total: updates of the run. skipped: the
+        update had no finite loss or gradient; UserError if that is so for MAX_SKIPPED in a row.
         """
-        self.skipped += bool(cause)
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bool(cause)
+        self.skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
         if self.ranks.main:
-            metrics = {**metrics, "optim/skipped": self.skipped, "perf/peak_memory_gib": peak_memory()}
-            self._write(metrics)
             update, now = metrics["update"], time.time()
             if self.first_log is None:
-                print(f"run folder {self.path}")
                 self.first_log = update, now
             first, begun = self.first_log
-            line = console.format_map(defaultdict(lambda: math.nan, metrics)).lstrip(" |")
-            if update > first:
-                line += f" | {(now - begun) / (update - first) * (total - update) / 60:.1f} min left"
-            print(f"{update}/{total} {line}" + f"\nskipped, not finite: {cause}" * bool(cause), flush=True)
+            own = {"optim/skipped": self.skipped, "perf/peak_memory_gib": peak_memory()}
+            own["time/wall_s"] = self.seconds_before + now - begun
+            metrics = {k: v for k, v in (metrics | own).items() if not isinstance(v, float) or math.isfinite(v)}
+            self._write({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()})
+            parts = [f"{update:{len(str(total))}}/{total}"]
+            for part in console:
+                with contextlib.suppress(KeyError):
+                    parts.append(part.format_map(metrics))
+            if first < update < total:
+                parts.append(f"{(now - begun) / (update - first) * (total - update) / 60:.1f} min left")
+            parts += ["skipped: loss or gradient is not finite"] * skipped
+            print(" | ".join(parts), flush=True)
         if self.skipped_in_a_row == MAX_SKIPPED:
             words = f"{MAX_SKIPPED} updates in a row without a finite loss and gradient"
-            raise UserError(f"{words}: {cause}. The last checkpoint is good; lower the learning rate")
+            raise UserError(f"{words}. The last checkpoint is good; lower the learning rate")
 
     def _write(self, metrics: dict) -> None:
-        metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
-        with open(self.path / "metrics.jsonl", "a") as handle:
-            handle.write(json.dumps(metrics) + "\n")
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(metrics, allow_nan=False) + "\n")
         if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.path / "tensorboard", purge_step=metrics["update"])
-        for key, value in metrics.items():
-            if isinstance(value, (int, float)) and key != "update":
-                self.writer.add_scalar(key, value, metrics["update"])
+            self._start_writers(metrics["update"])
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "update"}
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, metrics["update"])
         self.writer.flush()
+        if self.tracker:
+            self.tracker.log(numbers, step=metrics["update"])
 
-    def curves(self, keys: Sequence[str]) -> None:
-        """Draw curves.png: one panel per key of metrics.jsonl, over updates (rank 0)."""
+    def _start_writers(self, update: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.path / "tensorboard", purge_step=update)
+        arguments = dataclasses.asdict(self.args)
+        self.writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in arguments.items()]))
+        if getattr(self.args, "track", False):
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--track needs Weights & Biases: pip install wandb") from None
+            name = self.path.name
+            self.tracker = wandb.init(project=self.script.stem, name=name, id=name, resume="allow", config=arguments)
+
+    def curves(self, panels: Sequence[tuple]) -> None:
+        """Draw curves.png (rank 0): raw points faint, a running mean over them.
+
+        panels: at most eight of (title, keys of metrics.jsonl with their labels, x key); a panel without a value
+        is left out.
+        """
         if not self.ranks.main or not (self.path / "metrics.jsonl").exists():
             return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
 
         history = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        keys = [k for k in keys if any(isinstance(row.get(k), (int, float)) for row in history)]
-        if not keys:
+        panels = [p for p in panels if any(key in row for key in p[1] for row in history)]
+        if not panels:
             return
-        columns = min(3, len(keys))
-        lines = math.ceil(len(keys) / columns)
-        figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
-        for axis, key in zip(axes.flat, keys):
-            points = [(row["update"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
-            axis.plot(*zip(*points), marker="." if len(points) < 40 else None, linewidth=1.2)
+        columns = min(3, len(panels))
+        lines = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(4.4 * columns, 3.0 * lines), layout="constrained")
+        for index, (title, keys, x) in enumerate(panels):
+            axis = figure.add_subplot(lines, columns, index + 1)
+            for key, label in keys.items():
+                points = [(row[x], row[key]) for row in history if key in row and x in row]
+                if points:
+                    draw_series(axis, np.array(points, dtype=float), label)
             for before, row in zip(history, history[1:]):
-                if before.get("phase") != row.get("phase"):  # RA3: from the E-step to the M-step
-                    axis.axvline(row["update"] - 0.5, color="0.6", linewidth=0.8, linestyle="--")
-            axis.set_title(key, fontsize=9)
-            axis.set_xlabel("update", fontsize=8)
+                if before.get("phase") != row.get("phase") and x in row:  # RA3: E-step and M-step
+                    axis.axvline(row[x], color="0.6", linewidth=0.8, linestyle="--")
+                    axis.text(row[x], 1.0, f" {row['phase']}", transform=axis.get_xaxis_transform(), fontsize=8, va="top")
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel({"update": "update", "time/wall_s": "seconds"}.get(x, x), fontsize=9)
             axis.grid(alpha=0.25)
-        for axis in axes.flat[len(keys) :]:
-            axis.axis("off")
-        figure.tight_layout()
+            if len(keys) > 1:
+                axis.legend(fontsize=8)
         figure.savefig(self.path / "curves.png", dpi=110)
-        pyplot.close(figure)
+        if self.tracker:
+            import wandb
+
+            self.tracker.log({"curves": wandb.Image(str(self.path / "curves.png"))})
+
+    def samples(self, title: str, legend: str, blocks: Sequence[str]) -> None:
+        """Append a section to samples.html (rank 0). title, legend: text; blocks: HTML, see SAMPLES for classes."""
+        path = self.path / "samples.html"
+        if self.ranks.main and blocks:
+            new = not path.exists()
+            with open(path, "a", encoding="utf-8") as handle:
+                if new:
+                    handle.write(f"{SAMPLES}{self.path.name}</h1>\n<p>{legend}</p>\n")
+                handle.write(f"<h2>{title}</h2>\n" + "\n".join(blocks) + "\n")
 
     # -- checkpoints
 
-    def export(self, model, tokenizer, name: str) -> None:
-        """Write checkpoints/<name>, which AutoModelForCausalLM.from_pretrained loads. Atomic; all ranks."""
-        target = self.path / "checkpoints" / name
+    def export(self, model, name: str) -> None:
+        """Write checkpoints/<name>, which AutoModelForCausalLM.from_pretrained loads. Atomic; all ranks.
+
+        Configuration and tokenizer are those of --model as they were: only the weights change.
+        """
+        target, source = self.path / "checkpoints" / name, self.args.model
         weights = {}
         names = [{n for n, _ in model.named_parameters(remove_duplicate=alike)} for alike in (False, True)]
         tied = names[0] - names[1]  # second names of a tensor; the config may speak of a tie that is none
@@ -487,11 +992,14 @@ class Run:
         def write(aside: Path) -> None:
             if self.ranks.main:
                 model.save_pretrained(aside, state_dict=weights)
-                tokenizer.save_pretrained(aside)
+                AutoConfig.from_pretrained(source, dtype=torch.float32).save_pretrained(aside)
+                AutoTokenizer.from_pretrained(source).save_pretrained(aside)
+                (aside / "generation_config.json").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    GenerationConfig.from_pretrained(source).save_pretrained(aside)
 
         self._publish(target, write)
-        if self.ranks.main:
-            print(f"saved {target}", flush=True)
+        self.say(f"saved {target}")
 
     def save(self, state: dict, models: dict, optimizer) -> None:
         """Write the state that --resume continues from; the last two are kept. Atomic; all ranks.
@@ -499,7 +1007,9 @@ class Run:
         state: JSON-able, with `update`, which is done (and cursors, phase ...); models: name -> model, all
         saved; optimizer may be None.
         """
+        seconds = time.time() - self.first_log[1] if self.first_log else 0.0
         state = {**state, "skipped": [self.skipped, self.skipped_in_a_row]}
+        state["seconds"] = self.seconds_before + seconds
         tensors = saved_tensors(models, optimizer)
 
         def write(aside: Path) -> None:
@@ -514,6 +1024,12 @@ class Run:
         if self.ranks.main:
             for old in self._complete()[:-2]:
                 discard(old)
+
+    def stopped(self, state: dict, models: dict, optimizer) -> None:
+        """Save after a `Stop` and say how to go on, then leave."""
+        self.save(state, models, optimizer)
+        self.say(f"saved update {state['update']}; the same command with --resume {self.path} continues")
+        raise Stop
 
     def _publish(self, target: Path, write: Callable) -> None:
         """Let all ranks `write(aside)`, then rename: `target` is whole or absent. UserError if one fails."""
@@ -547,8 +1063,9 @@ class Run:
         try:
             dcp.load(tensors, checkpoint_id=folder)
         except dcp.CheckpointException as error:
-            reason = f"cannot read {folder} ({failures(error)}): delete it to go on from the one before"
-            raise UserError(reason) from None
+            words = failures(error)
+            damaged = "" if "key" in words else ": if the file is damaged, delete the folder to go on from the one before"
+            raise UserError(f"cannot read {folder} ({words}){damaged}") from None
         for name, model in models.items():
             options = distributed_state.StateDictOptions(strict=False)  # without the tied head
             distributed_state.set_model_state_dict(model, tensors[name], options=options)
@@ -559,8 +1076,19 @@ class Run:
             lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["update"] <= self.state["update"]]
             write_whole(metrics, "".join(line + "\n" for line in kept))
-        self.skipped, self.skipped_in_a_row = self.state.pop("skipped", (0, 0))
+        self.skipped, self.skipped_in_a_row = self.state.pop("skipped")
+        self.seconds_before = self.state.pop("seconds")
         return self.state
+
+
+def draw_series(axis, points: np.ndarray, label: str) -> None:
+    """points [n, 2]: faint dots, and their running mean over a tenth of them."""
+    x, y = points.T
+    width = max(1, len(y) // 10)
+    sums = np.cumsum(np.pad(y, (1, 0)))
+    ends, starts = np.arange(1, len(y) + 1), np.maximum(0, np.arange(1, len(y) + 1) - width)
+    (line,) = axis.plot(x, (sums[ends] - sums[starts]) / (ends - starts), linewidth=1.5, label=label)
+    axis.plot(x, y, ".", markersize=3, alpha=0.3 if width > 1 else 1.0, color=line.get_color())
 
 
 def peak_memory() -> float:
