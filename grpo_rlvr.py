@@ -42,13 +42,12 @@ import numpy as np
 import torch
 import tyro
 
+from transformers import DynamicCache, LogitsProcessorList
+
 from common import (
-    TINY, Interrupt, Ranks, Run, UserError, all_gather_list, all_sum, check_sizes, draw_problems, launch,
-    not_finite, read_rows, run_tests, setup,
-)
-from modeling import (
-    RowCache, check_context, eos_ids, gathered, inverse_cdf, load_model, load_tokenizer, memory_plan,
-    micro_batches, optimizer_step, pad_right, padded, rank_share, token_logprobs, token_texts, uniforms,
+    TINY, Interrupt, Ranks, Run, Sampler, UserError, all_gather_list, all_sum, cache_argument, check_sizes,
+    draw_problems, eos_ids, gathered, launch, load_model, load_tokenizer, memory_plan, micro_batches, optimizer_step, pad_left, padded,
+    rank_share, read_rows, run_tests, setup, token_logprobs, token_texts, uniforms,
 )
 from problems import MathVerifier, code_problem, math_problem, stratified
 
@@ -229,7 +228,7 @@ def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
 
 # ---------------------------------------------------------------- 1 sample
 
-DROP_EVERY = 16  # tokens after which the rows that have ended leave the batch
+CHUNK = 16  # tokens of one call of generate; then the rows that have ended leave the batch
 
 
 @dataclass
@@ -276,42 +275,41 @@ def is_end(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table) -> list[tuple]:
     """Complete every prompt once: a list of (completion ids, their log-probabilities, whether it ended).
 
-    noise [B, T], T the longest completion; temperature 0 is greedy. A prompt that rows share is read once.
+    noise [B, T], T tokens at most; temperature 0 is greedy. A prompt that rows share is read once.
     """
-    (size, steps), device, noise = noise.shape, model.device, noise.to(model.device)
-    prompts = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}  # the N different ones
-    which = torch.tensor([prompts[tuple(ids)] for ids in prompt_ids], device=device)  # [B]
-    prompt_lengths = torch.tensor([len(ids) for ids in prompts], device=device)[which]  # [B]
-    cache, longest = RowCache(model, len(prompts)), max(map(len, prompts))
-    hidden = cache.feed(range(len(prompts)), [0] * len(prompts), list(prompts))  # [N, L, D]
-    hidden = hidden[which, prompt_lengths - 1]  # [B, D], of every prompt's last token
-    cache.keep(which)
-    tokens = torch.zeros(size, 1 + steps, dtype=torch.long, device=device)  # [B, 1 + T]
-    tokens[:, 0] = torch.tensor([ids[-1] for ids in prompt_ids])  # is_end looks at the token before
-    logprobs = torch.zeros_like(noise)  # [B, T]
-    rows, places = torch.arange(size, device=device), prompt_lengths  # still going; of a row's next token
-    for step in range(steps):
-        all_logprobs = (model.lm_head(hidden).float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
-        noise_now = noise[rows, step]
-        token = inverse_cdf(all_logprobs.exp(), noise_now) if temperature else all_logprobs.argmax(-1)
-        tokens[rows, step + 1] = token
-        logprobs[rows, step] = all_logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-        if step + 1 == steps:
+    (size, steps), device = noise.shape, model.device
+    prompts = list(dict.fromkeys(map(tuple, prompt_ids)))  # the N different ones
+    number = {prompt: n for n, prompt in enumerate(prompts)}
+    which = torch.tensor([number[tuple(ids)] for ids in prompt_ids], device=device)  # [B]
+    ids, mask = pad_left(prompts, device)  # [N, L]
+    start, cache = ids.shape[1], DynamicCache(config=model.config)
+    options = {"use_cache": True, cache_argument(model): cache}
+    if start > 1:  # all but the last token of a prompt, which generate reads
+        place = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+        part = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": place}
+        model(**part, logits_to_keep=1, **options)
+        cache.reorder_cache(which)  # a row for every completion
+    ids, mask = ids[which], mask[which]  # [B, L]
+    sampler = Sampler(noise, start, temperature, device)
+    tokens = torch.zeros(size, 1 + steps, dtype=torch.long, device=device)  # [B, 1 + T], the prompt's last first
+    for first in range(0, steps, CHUNK):
+        new = min(CHUNK, steps - first)
+        ids = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, synced_gpus=False,
+            logits_processor=LogitsProcessorList([sampler]), **options,
+        )  # fmt: skip
+        mask = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
+        tokens[sampler.rows, : 1 + first + new] = ids[:, start - 1 :]
+        going = (~is_end(table, ids[:, start - 1 :]).any(1)).nonzero()[:, 0]
+        if not len(going):
             break
-        if (step + 1) % DROP_EVERY == 0:  # the only wait for the device
-            going = (~is_end(table, tokens[rows, : step + 2]).any(1)).nonzero().squeeze(1)
-            if not len(going):
-                break
-            cache.keep(going)
-            rows, places, token = rows[going], places[going], token[going]
-        every, one = torch.arange(len(rows), device=device), torch.ones_like(rows)
-        last = longest + step + 1
-        hidden = cache.feed_tensors(every, places + step, token.unsqueeze(1), one, last)[:, 0]  # [B, D]
-    # the eos that ends a completion belongs to it; masks come from these lengths, never from ids
-    ends = is_end(table, tokens)  # [B, T]
+        if len(going) < len(ids):  # rows that have ended leave
+            cache.reorder_cache(going)
+            ids, mask, sampler.rows = ids[going], mask[going], sampler.rows[going]
+    ends = is_end(table, tokens)  # [B, T]; the token that ends a completion belongs to it
     ended = ends.any(1)
     lengths = torch.where(ended, ends.int().argmax(1) + 1, steps).tolist()
-    rows = zip(tokens[:, 1:].tolist(), logprobs.tolist(), lengths, ended.tolist())
+    rows = zip(tokens[:, 1:].tolist(), sampler.logprobs.tolist(), lengths, ended.tolist())
     return [(ids[:length], logprobs[:length], end) for ids, logprobs, length, end in rows]
 
 
