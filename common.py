@@ -290,7 +290,7 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
     # nothing of its own, which may add top-k or a penalty; the Sampler draws, and generate takes its choice
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     model.requires_grad_(train)
-    model.token_logprobs = types.MethodType(_token_logprobs, model)  # a method, so that FSDP can prepare for it
+    model.run = types.MethodType(run_function, model)
     model.to(ranks.device)
     if longest:
         check_forward(model, name, longest)
@@ -299,6 +299,11 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
         enable({"use_reentrant": False})
     model.recompute, model.shares_prompts = recompute, bool(longest) and model.shares_prompts and not recompute
     return model if on_cpu and ranks.world_size == 1 else shard(model, ranks)
+
+
+def run_function(model, function: Callable, *args, **kw):
+    """`model.run(function, ...)` is function(model, ...), and FSDP prepares the weights for it as for forward."""
+    return function(model, *args, **kw)
 
 
 def check_forward(model, name: str, longest: int) -> None:
@@ -326,9 +331,17 @@ def check_forward(model, name: str, longest: int) -> None:
         )
         done = [row[:8] + out[0, 8:].tolist(), other[:3] + out[1, 8:].tolist()], [np.arange(8, 14), np.arange(3, 9)]
         again, _ = token_logprobs(model, *done)
-        # linear attention changes its cache in place, which the backward pass does not allow
-        model.shares_prompts = not any(DynamicCache(config=model.config).is_linear)
+        # rows may continue on a cache, and what it holds may be masked: not with a recurrent state
+        cache = DynamicCache(config=model.config)
+        states = read_on(model, [row[:6] + other[:3]], [0], torch.zeros(1, 0, dtype=torch.long), cache)
+        mask = torch.tensor([[1] * 6 + [0] * 3])
+        states = read_on(model, [row[6:]], [6], mask, cache)[0]
+        whole = model.get_decoder()(input_ids=torch.tensor([row], device=model.device), use_cache=False)
+        attends = not any(cache.is_linear) and not far(states, whole.last_hidden_state[0, 6:])
+        model.shares_prompts = attends
         shared, _ = token_logprobs(model, *done, prompt_lengths=[8, 3])
+        model.shares_prompts &= not far(again, shared)
+        model.can_draft = attends and not any(cache.is_sliding)  # a window would count what is masked
     if far(plain, own):
         raise UserError(f"{name} is not supported: its logits are not its output layer's (scaled or capped)")
     if far(plain, padded):
@@ -338,12 +351,23 @@ def check_forward(model, name: str, longest: int) -> None:
         )
     if far(again, sampler.logprobs.flatten()):
         raise UserError(f"{name} is not supported: generate and the training forward give other probabilities")
-    model.shares_prompts &= not far(again, shared)
 
 
 def cache_argument(model) -> str:
     """The name of the argument that takes the cache: `cache` since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def read_on(model, rows, starts, mask, cache) -> torch.Tensor:
+    """Last hidden states [B, T, D] of rows of tokens, left-padded, that continue on a cache.
+
+    starts [B]: position of each row's first token. mask [B, columns of the cache]: 0 for what is to be ignored.
+    """
+    ids, new = pad_left(rows, model.device)
+    place = (torch.tensor(starts, device=model.device)[:, None] + new.cumsum(1) - 1).clamp(min=0)
+    mask = torch.cat([mask.to(model.device), new], 1)
+    options = {"use_cache": True, cache_argument(model): cache}
+    return model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=place, **options).last_hidden_state
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
@@ -360,7 +384,7 @@ def shard(model, ranks: Ranks):
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "token_logprobs")
+    register_fsdp_forward_method(model, "run")
     return model
 
 
@@ -574,7 +598,7 @@ def token_logprobs(model, rows, where, **options) -> tuple[torch.Tensor, torch.T
     the backward pass computes again.
     """
     model.train(torch.is_grad_enabled() and getattr(model, "recompute", False))  # else layers keep activations
-    return model.token_logprobs(rows, where, **options)
+    return model.run(_token_logprobs, rows, where, **options)
 
 
 def hidden_before(model, rows, where, prompt_lengths=None) -> torch.Tensor:
@@ -604,14 +628,14 @@ def hidden_before(model, rows, where, prompt_lengths=None) -> torch.Tensor:
 
 
 def _token_logprobs(
-    self, rows, where, targets=None, event=None, merged=None, temperature=1.0, entropy=False, prompt_lengths=None
+    model, rows, where, targets=None, event=None, merged=None, temperature=1.0, entropy=False, prompt_lengths=None
 ):
-    hidden = hidden_before(self, rows, where, prompt_lengths)  # [N, D]
+    hidden = hidden_before(model, rows, where, prompt_lengths)  # [N, D]
     if targets is None:
         targets = torch.from_numpy(np.concatenate([np.asarray(r)[w] for r, w in zip(rows, where)])).to(hidden.device)
     merged = targets == EVENT if merged is None else merged
-    chunk, options = max(1, LOGITS_PER_CHUNK // self.config.get_text_config().vocab_size), (event, temperature, entropy)
-    head = self.get_output_embeddings()
+    chunk, options = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size), (event, temperature, entropy)
+    head = model.get_output_embeddings()
     if len(targets) <= chunk:
         return _logprob_chunk(head, hidden, targets, merged, *options)
     parts = [
