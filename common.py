@@ -282,9 +282,8 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval()
     except Exception as error:  # as for the tokenizer
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
-    context = getattr(text_config, "max_position_embeddings", None) or longest
-    if longest > context:
-        raise UserError(f"the longest rows of this run have {longest} tokens; the context of {name} is {context}")
+    if longest > context_of(name):
+        raise UserError(f"the longest rows of this run have {longest} tokens; {name} takes {context_of(name)}")
     if max(len(tokenizer), *eos_ids(tokenizer, name)) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {name} has more tokens than the model: call model.resize_token_embeddings")
     # nothing of its own, which may add top-k or a penalty; the Sampler draws, and generate takes its choice
@@ -299,6 +298,15 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
         enable({"use_reentrant": False})
     model.recompute, model.shares_prompts = recompute, bool(longest) and model.shares_prompts and not recompute
     return model if on_cpu and ranks.world_size == 1 else shard(model, ranks)
+
+
+def context_of(name: str) -> int:
+    """Tokens of the longest row that the model `name` has positions for."""
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    except Exception as error:
+        raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
+    return getattr(config, "max_position_embeddings", None) or 10**9
 
 
 def run_function(model, function: Callable, *args, **kw):
@@ -828,7 +836,8 @@ class Run:
         self.writer = self.tracker = self.first_log = None
         self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
         self.seconds_before = 0.0  # of this run, before it was resumed
-        self.say(f"run folder {self.path}" + f", resumed after update {self.state['update']}" * bool(self.state))
+        resumed = f", resumed at update {self.state['update']}" if self.state else ""
+        self.say(f"run folder {self.path}{resumed}")
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
