@@ -320,7 +320,9 @@ class Vocabulary:
         flags += [(False, False, True)] * (size - known)  # rows of the embedding that are no token
         self.opens, self.ends, self.breaks = torch.tensor(flags, device=device).T.contiguous()
         self.over = self.ends | self.breaks
-        self.opening, self.ending = ([i for i, flag in enumerate(flags) if flag[k]] for k in (0, 1))  # on the host
+        # the same as sets of ids
+        self.opening, self.ending, breaking = ({i for i, flag in enumerate(flags) if flag[k]} for k in range(3))
+        self.over_ids = self.ending | breaking
         canonical = tokenizer("a\n", add_special_tokens=False).input_ids[-1]
         newlines = [i for i in (canonical, *range(known)) if self.text[i] == "\n" and i not in self.special]
         if not newlines or not self.opens.any():
@@ -418,31 +420,28 @@ def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str
 def segment(piece: tuple[str, str | None, bool], source: str, v: Vocabulary, args: Args, context: int):
     """The snippets of a piece that cut_text made, [] if it cannot be used. Again nothing is lost.
 
-    A snippet has at most max_snippet_tokens tokens, and at most `context` with the longest thoughts. What does
-    not fit is cut before the last action that does, else after a line, else anywhere. Only a text's end gets eos.
+    A snippet has at most max_snippet_tokens tokens, and at most `context` with the longest thoughts. What is longer
+    is cut in two, before the action nearest to its middle, else after a line, else anywhere. Only a text's end has eos.
     """
     text, opening, last = piece
     if not text.strip() or max(map(len, text.split("\n"))) > MAX_LINE:
         return []
-    actions, snippets, begin = action_starts(text, opening), [], 0
-    size = len(text)
-    while begin < len(text):
-        end = min(len(text), begin + size)
-        if end < len(text):
-            inside = [offset for offset, _ in actions if begin < offset <= end]
-            end = inside[-1] if inside else text.rfind("\n", begin, end) + 1 or end
+    waiting, snippets = [(0, len(text))], []
+    actions = action_starts(text, opening)
+    while waiting:
+        begin, end = waiting.pop()
         own = [(offset - begin, kind) for offset, kind in actions if begin <= offset < end]
         own = own[:1] if args.granularity == "snippet" else own
         snippet = tokenised(text[begin:end], own, last and end == len(text), source, v)
-        if snippet is None:
+        if snippet is None or end - begin < 2:
             return []
-        if len(snippet.ids) > args.max_snippet_tokens or snippet.width(args.max_latent_tokens) > context:
-            if size <= 1:
-                return []
-            size = max(1, min(end - begin - 1, int(size * 0.8)))
+        if len(snippet.ids) <= args.max_snippet_tokens and snippet.width(args.max_latent_tokens) <= context:
+            snippets.append(snippet)
             continue
-        snippets.append(snippet)
-        begin = end
+        middle = (begin + end) // 2
+        inside = [offset for offset, _ in actions if begin < offset < end]
+        cut = min(inside, key=lambda offset: abs(offset - middle), default=text.rfind("\n", begin, middle) + 1 or middle)
+        waiting += [(cut, end), (begin, cut)]
     return snippets
 
 
@@ -630,58 +629,49 @@ def all_act(snippet: Snippet) -> Rollout:
     return Rollout(snippet, snippet.ids, np.full(size, FORCED), actions, expert, nothing)
 
 
-class Forcing(LogitsProcessor):
-    """Lets `generate` write the given code, and q decide before each action, row by row: rollout_forced.
+def turns(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary, longest: int):
+    """All turns of one snippet, as a coroutine: it is sent the token that q draws at the next place, and yields the
+    token to write there. Fills in `thoughts`: action -> the tokens that q drew for it.
 
-    The token at place p of a row is in column p of the ids and is drawn with noise[:, p]. At a decision a token of H
-    opens a thought; it goes on to a token that ends it, breaks the source, or is the last one allowed; then the
-    indentation is forced again, and the code goes on. All state is on the device: nothing waits for it.
+    A thought ends with a token that ends it or breaks the source, or when it is `longest` tokens long; then the
+    indentation is written again, and the line of code follows.
     """
+    action_at = {boundary: t for t, boundary in enumerate(s.boundaries.tolist())}
+    drawn = yield
+    for place, token in enumerate(s.ids[1:].tolist(), start=1):
+        t = action_at.get(place)
+        if t is not None and drawn in v.opening:  # at every other boundary q acts
+            thoughts[t], over = [], False
+            while not over:
+                thoughts[t].append(drawn)
+                over = drawn in v.over_ids or len(thoughts[t]) == longest
+                malformed = over and drawn not in v.ending
+                drawn = yield v.newline if malformed else drawn
+            for indent in s.indents[t]:
+                drawn = yield indent
+        drawn = yield token
 
-    def __init__(self, snippets: list[Snippet], noise, v: Vocabulary, args: Args) -> None:
-        device = noise.device
-        self.noise, self.v, self.args, self.row = noise, v, args, torch.arange(len(snippets), device=device)
-        numbers = [np.full(len(s.ids) + 1, -1) for s in snippets]  # the action that begins at a token
-        for number, s in zip(numbers, snippets):
-            number[s.boundaries] = np.arange(len(s.boundaries))
-        self.begins = padded_ints(numbers, device)  # [R, L + 1]
-        self.ids = padded_ints([np.append(s.ids, 0) for s in snippets], device)
-        self.size = torch.tensor([len(s.ids) for s in snippets], device=device)
-        longest = max((len(i) for s in snippets for i in s.indents), default=0)
-        self.indents = padded_ints([np.array([i + [0] * (longest - len(i)) for i in s.indents] or [[0] * longest]).ravel()
-                                    for s in snippets], device).view(len(snippets), -1, max(1, longest)) if longest else None
-        self.indent_size = padded_ints([np.array([len(i) for i in s.indents] or [0]) for s in snippets], device)
-        zero = torch.zeros_like(self.size)
-        self.at, self.left, self.indent_left, self.decided = zero + 1, zero, zero, zero.bool()
-        self.columns: list[tuple] = []  # of each new token: targets, whether of the code, malformed
+
+class Forcing(LogitsProcessor):
+    """Lets `generate` write what the rows' coroutines say. The token in column p is drawn with noise[:, p]."""
+
+    def __init__(self, rows: list, noise: torch.Tensor, temperature: float) -> None:
+        self.rows, self.noise, self.temperature, self.going = rows, noise, temperature, True
+        for row in rows:
+            next(row)
 
     def __call__(self, input_ids, scores):
-        v, place = self.v, input_ids.shape[1]
-        at = torch.minimum(self.at, self.size)
-        drawn = inverse_cdf((scores.float() / self.args.temperature).softmax(-1), self.noise[:, place])
-        action = self.begins[self.row, at]
-        thinking, indenting = self.left > 0, self.indent_left > 0
-        decides = (action >= 0) & ~self.decided & ~thinking & ~indenting
-        writes = thinking | (decides & v.opens[drawn])
-        left = torch.where(thinking, self.left, self.args.max_latent_tokens)
-        closes = writes & (v.over[drawn] | (left == 1))
-        malformed = closes & ~v.ends[drawn]
-        token = torch.where(malformed, v.newline, torch.where(writes, drawn, self.ids[self.row, at]))
-        number = action.clamp(min=0)
-        if self.indents is not None:
-            k = (self.indent_size[self.row, number] - self.indent_left).clamp(min=0, max=self.indents.shape[2] - 1)
-            token = torch.where(indenting, self.indents[self.row, number, k], token)
-        code = ~writes & ~indenting
-        targets = torch.where(writes, drawn, torch.where(decides, EVENT, FORCED))
-        self.columns.append((targets, code, malformed))
-        self.left = torch.where(writes & ~closes, left - 1, 0)
-        self.indent_left = torch.where(closes, self.indent_size[self.row, number], (self.indent_left - 1).clamp(min=0))
-        self.decided = (self.decided | closes) & ~code
-        self.at = self.at + code
-        return only(token, scores)
+        probs = (scores.float() / self.temperature).softmax(-1)
+        drawn = inverse_cdf(probs, self.noise[:, input_ids.shape[1]]).tolist()
+        token = [self.send(row, one) for row, one in zip(self.rows, drawn)]
+        self.going = any(one is not None for one in token)
+        return only(torch.tensor([one or 0 for one in token], device=scores.device), scores)
 
-    def done(self, *_) -> torch.Tensor:
-        return self.at >= self.size
+    def send(self, row, drawn: int) -> int | None:
+        try:
+            return row.send(drawn)
+        except StopIteration:
+            return None  # the snippet has ended
 
 
 class Until(StoppingCriteria):
@@ -694,29 +684,25 @@ class Until(StoppingCriteria):
         return self.done(input_ids)
 
 
-def padded_ints(rows: list[np.ndarray], device) -> torch.Tensor:
-    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(device)
-
-
 def rollout_forced(model, snippets: list[Snippet], noise, v: Vocabulary, args: Args) -> list[Rollout]:
     """Token by token: one call of generate writes all snippets through all their turns. For every architecture."""
-    forcing = Forcing(snippets, noise, v, args)
-    out = model.generate(
-        input_ids=forcing.ids[:, :1], attention_mask=torch.ones_like(forcing.ids[:, :1]),
-        max_new_tokens=max(s.width(args.max_latent_tokens) for s in snippets) - 1, synced_gpus=False,
-        logits_processor=LogitsProcessorList([forcing]), stopping_criteria=StoppingCriteriaList([Until(forcing.done)]),
-    ).cpu().numpy()  # fmt: skip
-    targets, code, malformed = (torch.stack(column, 1).cpu().numpy() for column in zip(*forcing.columns))
-    rollouts = []
-    for i, s in enumerate(snippets):
-        size = int(np.searchsorted(code[i].cumsum(), len(s.ids) - 1)) + 2  # the place after the last token of the code
-        expert = np.append(False, code[i, : size - 1])
-        # a token leads to the action of the next token of the code
-        index = np.minimum(np.where(expert, expert.cumsum(), expert.cumsum() + 1), len(s.ids) - 1)
-        actions = np.searchsorted(s.boundaries, index, side="right") - 1
-        actions[0] = -1
-        target, closed = np.append(FORCED, targets[i, : size - 1]), np.append(False, malformed[i, : size - 1])
-        rollouts.append(Rollout(s, out[i, :size], target, actions, expert, closed))
+    thoughts: list[dict] = [{} for _ in snippets]
+    coroutines = [turns(s, t, v, args.max_latent_tokens) for s, t in zip(snippets, thoughts)]
+    forcing = Forcing(coroutines, noise, args.temperature)
+    ids = torch.tensor([[int(s.ids[0])] for s in snippets], device=noise.device)
+    until = Until(lambda ids: ids.new_full((len(ids),), not forcing.going, dtype=torch.bool))
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=noise.shape[1] - 1, synced_gpus=False,
+        logits_processor=LogitsProcessorList([forcing]), stopping_criteria=StoppingCriteriaList([until]),
+    )  # fmt: skip
+    rollouts = [all_act(s) for s in snippets]
+    for r, own in zip(rollouts, thoughts):
+        r.targets[r.snippet.boundaries] = EVENT
+        moved = 0
+        for t, tokens in own.items():
+            place = int(r.snippet.boundaries[t]) + moved
+            r.targets[place] = FORCED
+            moved += insert_thought(r, place, t, tokens, v)
     return rollouts
 
 
@@ -860,7 +846,7 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
             targets = np.concatenate([r.ids[w] for r, w in zip(chosen, where)])
             if given_decision:  # the probability of act, too, where an action begins
                 begins = [np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)]
-                acts = [w[b & ~np.isin(r.ids[w], v.opening)] for r, w, b in zip(chosen, where, begins)]
+                acts = [w[b & ~np.isin(r.ids[w], list(v.opening))] for r, w, b in zip(chosen, where, begins)]
                 order = [np.concatenate([w, a]) for w, a in zip(where, acts)]
                 targets = np.concatenate([np.append(r.ids[w], np.full(len(a), EVENT)) for r, w, a in zip(chosen, where, acts)])
                 where, options = order, {"event": ~v.opens}
