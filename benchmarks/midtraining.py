@@ -1,15 +1,15 @@
-"""Seconds per million corpus tokens: RA3's E-step and M-step, and NTP's update on the same snippets.
+"""What RA3's steps cost, beside next-token prediction (NTP) on the same snippets.
 
-    python benchmarks/midtraining.py                                          # the embedded model and corpus
-    python benchmarks/midtraining.py --length 384 --rates 0.1                 # longer snippets
+    python benchmarks/midtraining.py                              # the bundled toy model and corpus
+    python benchmarks/midtraining.py --snippets 128 --rates 0.1 0.4
+    torchrun --nproc_per_node 2 benchmarks/midtraining.py         # on two ranks
 
-All are ra3.py's own steps (`e_step`, `sample`, `m_step`; NTP has no sampler) with the sizes of --tiny,
-and learning rate 0, so that every round does the same work. A constant added to the logits of the tokens that
-open a thought sets the think rate of the sampler q. As in ra3.py, as many M-steps are sampled at once as
---rollout-rows allows. The steps take turns in every round; the median counts. A corpus token is one of the
-snippets; an E-step rolls each snippet out G = 3 times. `text` is how many tokens of rolled-out text come
-from one of the corpus; rollout, score and update are shares of the time on the clock; MiB is what the step
-needs on top of what the process holds. CPU time hardly depends on what else runs.
+NTP, M-step and E-step are ra3.py's own (segmentation included), with learning rate 0, so that every round does
+the same work. The M-step is measured with both rollouts. `floor` is one forward pass over what was rolled out:
+no rollout can be cheaper. A constant added to the logits of the tokens that open a thought sets the think rate.
+The steps take turns in every round, and the median round counts. A corpus token is one of the snippets; an
+E-step rolls out each snippet G = 3 times. CPU time hardly depends on what else runs; MiB is what a step needs on
+top of what the process holds.
 """
 
 import argparse
@@ -17,30 +17,35 @@ import ctypes
 import dataclasses
 import os
 import platform
-import random
 import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-import modeling  # noqa: E402
 import ra3  # noqa: E402
-from snippets import SnippetStream, Vocabulary, segment  # noqa: E402
+
+
+class NeverStop:
+    def check(self) -> None:
+        pass
+
 
 # ---- for the other benchmarks as well
 
 
-def machine():
+def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
-    return (f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, "
-            f"load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}")
+    return (
+        f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
 
 
 def clock(run, *inputs):
@@ -52,7 +57,7 @@ def clock(run, *inputs):
     return time.perf_counter() - wall, time.process_time() - cpu, found
 
 
-def kib(name):
+def kib(name: str) -> int:
     """A number of /proc/self/status: VmRSS is what the process holds, VmHWM the most that it has held."""
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
@@ -69,109 +74,100 @@ def peak_mib(run, *inputs):
     return (kib("VmHWM") - before) / 1024, found
 
 
-def joined_snippets(count, length, vocabulary, seed=0):
-    """`count` snippets of length / 2 to `length` tokens: joined programs of the embedded corpus, cut at an
-    action's end. Those that are longer than the model's context cost what others of their length do."""
-    texts = [row["text"] for row in common.read_rows(f"{common.TINY}/programs.jsonl")]
-    generator, snippets = random.Random(seed), []
-    for _ in range(count):
-        limit = generator.randint(length // 2, length)
-        text = "".join(generator.choices(texts, k=2 + limit // 40))  # a program has about 47 tokens, 7 lines
-        lines = text.splitlines(keepends=True)[generator.randrange(7) :]  # or all rows' asserts are in step
-        snippets.append(segment("".join(lines), vocabulary, limit, 10**9, 16))
-    return snippets
-
-
 @torch.no_grad()
-def add_think_bias(model, snippets, vocabulary, rate):
-    """From now on a share `rate` of the model's decisions thinks (if those before it were act)."""
-    model.lm_head._forward_hooks.clear()
-    rows, cols = modeling.positions([s.boundaries for s in snippets[:32]], model.device)
-    ids, act = modeling.pad_right([s.ids for s in snippets[:32]], 0, model.device), ~vocabulary.opens
-    targets = torch.full_like(rows, modeling.EVENT)
-    act, _ = modeling.token_logprobs(model, ids, rows, cols, targets=targets, event=act)  # log q(act)
+def set_think_rate(model, snippets, v, rate: float):
+    """From now on, a share `rate` of the model's decisions thinks (if those before them were act)."""
+    head = model.get_output_embeddings()
+    if hasattr(head, "bias_hook"):
+        head.bias_hook.remove()
+    rows = snippets[:32]
+    where = [s.boundaries for s in rows]
+    targets = torch.full((sum(map(len, where)),), common.EVENT, device=model.device)
+    act, _ = common.token_logprobs(model, [s.ids for s in rows], where, targets=targets, event=~v.opens)  # log q(act)
     log_odds, low, high = torch.log1p(-act.exp()) - act, -100.0, 100.0
     for _ in range(40):
         bias = (low + high) / 2
         low, high = (bias, high) if (log_odds + bias).sigmoid().mean() < rate else (low, bias)
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias * vocabulary.opens)
-
-
-def m_steps(pi, q, optimizer, snippets, updates, vocabulary, args, ranks):
-    """M-step updates, sampled at once as in ra3.main, or without q NTP updates; the last one's metrics."""
-    start, keys = time.perf_counter(), [("M", i, 0) for i in range(updates)]
-    sampled = ra3.sample(q, [snippets] * updates, keys, vocabulary, args, ranks)
-    seconds = (time.perf_counter() - start) / updates
-    for rollouts in sampled:
-        metrics, _ = ra3.m_step(pi, optimizer, rollouts, seconds, vocabulary, args, ranks)
-    return metrics
+    head.bias_hook = head.register_forward_hook(lambda module, inputs, logits: logits + bias * v.opens)
 
 
 # ---- this one
 
 
-def main():
+def main(_=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.4], help="think rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2], help="think rates")
     parser.add_argument("--snippets", type=int, default=64, help="of an update")
-    parser.add_argument("--length", type=int, default=0, help="of joined programs (tokens); 0: the corpus")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default=ra3.TINY_DEFAULTS.model)
-    parser.add_argument("--profile", action="store_true", help="also print which operations take the time")
+    parser.add_argument("--dataset", nargs="+", default=ra3.TINY_DEFAULTS.dataset[:1])
     given = parser.parse_args()
     ranks = common.setup(0)
-    args = dataclasses.replace(ra3.TINY_DEFAULTS, max_snippets=2000)
-    pi, q = modeling.load_model(given.model, ranks), modeling.load_model(given.model, ranks)
-    config = pi.config.get_text_config()
-    v = Vocabulary(modeling.load_tokenizer(given.model), config.vocab_size, ranks.device)
-    if given.length:
-        snippets = joined_snippets(given.snippets, given.length, v)
-    else:
-        snippets = SnippetStream(args, "M", v, config.max_position_embeddings).batch(given.snippets)
-    count, tokens = len(snippets), sum(len(s.ids) - 1 for s in snippets)  # without the separators
-    ahead = max(1, args.rollout_rows // given.snippets)  # updates
+    args = dataclasses.replace(
+        ra3.TINY_DEFAULTS, model=given.model, dataset=tuple(given.dataset), dataset_weights=(), ntp_batch_size=given.snippets
+    )
+    tokenizer, longest = common.load_tokenizer(given.model), 4 * args.max_snippet_tokens
+    longest = min(longest, common.context_of(given.model))
+    pi, q = (common.load_model(given.model, tokenizer, ranks, longest) for _ in "pq")
+    v = ra3.Vocabulary(tokenizer, pi.config.get_text_config().vocab_size, ranks.device)
+    fixed = ra3.SnippetStream(args, "M", v, longest, ranks).batch(given.snippets)
     still = {model: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) for model in (pi, q)}
+    updates = max(1, args.rollout_rows * ranks.world_size // given.snippets)  # that an M-step samples at once
 
-    def update(step, rate):
+    def m_steps(model, how: str) -> dict:
+        stream = ra3.SnippetStream(args, "M", v, longest, ranks)
+        options = dataclasses.replace(args, rollout=how)
+        for rollouts, seconds, _ in ra3.bootstrapped(model, stream, 0, updates, v, options, ranks):
+            metrics = ra3.m_step(pi, still[pi], rollouts, seconds, options, ranks, NeverStop())
+        return metrics
+
+    def floor() -> dict:
+        (rollouts,) = ra3.sample(q, [fixed], "M", 0, v, args, ranks)
+        where = [np.flatnonzero(r.targets != ra3.FORCED) for r in rollouts]
+        wall, cpu, _ = clock(scored, rollouts, where)
+        return {"wall": wall, "cpu": cpu}
+
+    @torch.no_grad()
+    def scored(rollouts, where) -> None:
+        for batch in common.micro_batches([len(r.ids) for r in rollouts], args.micro_batch_tokens):
+            common.token_logprobs(q, [rollouts[i].ids for i in batch], [where[i] for i in batch])
+
+    def measure(step: str, rate: float):
         """(seconds on the clock, CPU seconds, metrics) of one update."""
-        add_think_bias(q, snippets, v, rate)
+        set_think_rate(q, fixed, v, rate)
+        if step == "floor":
+            found = floor()
+            return found["wall"], found["cpu"], {}
         if step == "E":
-            wall, cpu, (metrics, _) = clock(ra3.e_step, q, pi, still[q], snippets, v, args, ranks, 20)
-            return wall, cpu, metrics
-        q_or_none = None if step == "NTP" else q
-        wall, cpu, metrics = clock(m_steps, pi, q_or_none, still[pi], snippets, ahead, v, args, ranks)
-        return wall / ahead, cpu / ahead, metrics
+            return clock(ra3.e_step, q, pi, still[q], fixed, 20, v, args, ranks, NeverStop())
+        wall, cpu, metrics = clock(m_steps, None if step == "NTP" else q, step[2:] or "drafted")
+        return wall / updates, cpu / updates, metrics
 
-    cases = [("NTP", 0.0), *[("M", rate) for rate in given.rates], *[("E", rate) for rate in given.rates]]
-    peaks = {case: peak_mib(update, *case)[0] for case in cases}
+    steps = ["NTP", *(["M drafted"] if q.can_draft else []), "M forced", "E", "floor"]
+    cases = [("NTP", 0.0), *[(step, rate) for step in steps[1:] for rate in given.rates]]
+    peaks = {case: peak_mib(measure, *case)[0] for case in cases}
     rounds = {case: [] for case in cases}
     for _ in range(given.rounds):
         for case in cases:
-            rounds[case].append(update(*case))
-    print(f"{machine()}, median of {given.rounds} rounds")
-    decisions = sum(len(s.boundaries) for s in snippets)
-    print(f"{count} snippets of {tokens / count:.0f} tokens, {decisions / count:.1f} decisions")
-    print(f"{'step':5} {'think rate':>10} {'text':>5} {'s / M tokens':>12} {'x NTP':>6} {'CPU s / M':>10} "
-          f"{'x NTP':>6} {'rollout':>8} {'score':>6} {'update':>7} {'MiB':>6}")
+            rounds[case].append(measure(*case))
+    tokens = sum(len(s.ids) - 1 for s in fixed)  # without the separators
+    if not ranks.main:
+        return
+    print(f"{machine()}, {ranks.world_size} ranks, median of {given.rounds} rounds")
+    decisions = sum(len(s.boundaries) for s in fixed)
+    print(f"{len(fixed)} snippets of {tokens / len(fixed):.0f} tokens and {decisions / len(fixed):.1f} decisions")
+    print(f"{'step':10} {'think rate':>10} {'s / M tokens':>12} {'x NTP':>6} {'CPU s / M':>10} {'x NTP':>6} "
+          f"{'rollout':>8} {'score':>6} {'update':>7} {'MiB':>6}")  # fmt: skip
     for (step, rate), found in rounds.items():
         wall, cpu = (statistics.median(one[i] for one in found) for i in range(2))
-        numbers = {key for key, value in found[0][2].items() if isinstance(value, float)}
-        metrics = {key: statistics.median(one[2][key] for one in found) for key in numbers}
-        parts = [metrics[f"time/{name}_s"] / wall for name in ("rollout", "score", "update")]
         if step == "NTP":
             ntp_wall, ntp_cpu = wall, cpu
-        text = metrics["perf/tokens_per_s"] * wall / tokens
-        print(f"{step:5} {metrics['rollout/think_rate']:10.2f} {text:5.2f} {1e6 * wall / tokens:12.0f} "
-              f"{wall / ntp_wall:6.2f} {1e6 * cpu / tokens:10.0f} {cpu / ntp_cpu:6.2f} "
-              f"{parts[0]:8.0%} {parts[1]:6.0%} {parts[2]:7.0%} {peaks[step, rate]:6.0f}")
-    for step, rate in cases if given.profile else []:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            wall, *_ = clock(update, step, rate)
-        found = sorted(profile.key_averages(), key=lambda one: one.self_cpu_time_total, reverse=True)
-        shares = {one.key.removeprefix("aten::"): one.self_cpu_time_total / 1e6 / wall for one in found}
-        first = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:8])
-        print(f"{step} {rate}: {first}; Python and others {1 - sum(list(shares.values())[:8]):.0%}")
+        parts = [statistics.median(one[2].get(f"time/{name}_s", 0.0) for one in found) / wall
+                 for name in ("rollout", "score", "update")]  # fmt: skip
+        thinks = statistics.median(one[2].get("rollout/think_rate", rate) for one in found)
+        print(f"{step:10} {thinks:10.2f} {1e6 * wall / tokens:12.0f} {wall / ntp_wall:6.2f} {1e6 * cpu / tokens:10.0f} "
+              f"{cpu / ntp_cpu:6.2f} {parts[0]:8.0%} {parts[1]:6.0%} {parts[2]:7.0%} {peaks[step, rate]:6.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    common.launch(main, None)
