@@ -4,13 +4,13 @@ import dataclasses
 import gzip
 import itertools
 import json
-import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -20,9 +20,7 @@ import pytest
 import torch
 
 import common
-import modeling
 import eval_code
-import problems
 from eval_code import Args, Problem
 
 ROOT = Path(eval_code.__file__).parent
@@ -43,8 +41,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tiny():
-    ranks = common.setup(0)
-    return modeling.load_model(SMALL["model"], ranks, train=False), modeling.load_tokenizer(SMALL["model"])
+    tokenizer = common.load_tokenizer(MODEL)
+    return common.load_model(MODEL, tokenizer, common.setup(0), longest=0, train=False), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +171,11 @@ def test_rows_of_the_hub_become_programs(tmp_path, name, row, right, wrong):
         else:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
         args = Args(benchmarks=(f"{name}={path}",), workers=1)
-        [problem] = eval_code.load_problems(args)
+        [problem], _ = eval_code.load_problems(args)
     records = [(problem, {"completion": text}) for text in (right, wrong)]
     eval_code.judge(records, tmp_path / "batch.jsonl", args)
     verdicts = [json.loads(line) for line in (tmp_path / "batch.jsonl").read_text().splitlines()]
     assert {v["completion"]: v["passed"] for v in verdicts} == {right: True, wrong: False}, verdicts
-    if name == "codeforces":  # all cases run: 0 is right for the first of four
-        failed = next(v for v in verdicts if not v["passed"])
-        assert (failed["tests_passed"], failed["tests_total"]) == (1, 4)
 
 
 def test_tests_as_a_list_and_names_with_plus(tmp_path):
@@ -188,33 +183,61 @@ def test_tests_as_a_list_and_names_with_plus(tmp_path):
     codeforces = write_rows(tmp_path / "codeforces.jsonl", [row])
     humaneval = write_rows(tmp_path / "humaneval.jsonl", [HUMANEVAL])
     args = Args(benchmarks=(f"codeforces={codeforces}", f"HumanEval+={humaneval}"))
-    first, second = eval_code.load_problems(args)
+    (first, second), _ = eval_code.load_problems(args)
     assert (first.benchmark, first.task_id, len(first.checks["cases"])) == ("codeforces", "4/A", 4)
     assert (second.benchmark, second.checks["timeout_s"]) == ("humanevalplus", 20)
 
 
 def test_both_mbpp_prompts():
     test_0, test_1 = MBPP["test_list"][:2]
-    problem = eval_code.mbpp_problem(MBPP, Args())
+    problem = eval_code.mbpp_problem(MBPP, Args(mbpp_prompt="bigcode"))
     assert problem.prompt == f'"""\nWrite a function to add two numbers.\n{test_0}\n"""\n'
     assert problem.opening == "" and "\ndef" not in problem.stop_words
     assert problem.checks["entry_point"] == "add"  # the function that the tests call, not the first one
-    problem = eval_code.mbpp_problem(MBPP, Args(mbpp_prompt="signature"))
+    problem = eval_code.mbpp_problem(MBPP, Args())
     expected = ["def add(a,b):", f'    """ {MBPP["text"]}', f"    {test_0}", f"    {test_1}", '    """', ""]
     assert problem.prompt == problem.opening == "\n".join(expected)
-    assert "\ndef" in problem.stop_words
+    assert problem.checks["entry_point"] == "add" and "\ndef" in problem.stop_words
 
 
 def test_contest_prompts_are_those_of_training():
     import grpo_rlvr
 
-    functional, stdin = lcb_row(True, False), lcb_row(False, False)
-    for row in (functional, stdin):
-        row_of_training = {"problem": row["question_content"], "tests": row["public_test_cases"]}
-        row_of_training |= {key: row[key] for key in ("starter_code", "metadata")}
-        question, checks = problems.code_problem(row_of_training, "rows")
-        prompt = grpo_rlvr.code_prompt(question, checks["signature"])
-        assert eval_code.livecodebench_problem(row, Args()).prompt == prompt
+    for row in (lcb_row(True, False), lcb_row(False, False)):
+        signature = row["starter_code"].rstrip() or "def main():"
+        prompt = grpo_rlvr.code_prompt(row["question_content"], signature)
+        assert eval_code.contest_problem(row, Args()).prompt == prompt
+
+
+def test_a_completion_cannot_redefine_what_the_tests_call(tmp_path):
+    """As in HumanEval 32, 38 and 50, whose tests call a helper of the prompt."""
+    helper = "def double(x):\n    return 2 * x\n\n\n"
+    row = HUMANEVAL | {
+        "prompt": helper + "def half(x):\n",  # no statement yet: the completion is the body
+        "entry_point": "half",
+        "test": "def check(candidate):\n    assert double(candidate(6)) == 6\n",
+    }
+    texts = {"right": "    return x // 2\n", "forged": "    return 0\n\n\ndef double(x):\n    return 6\n"}
+    rows = [row | {"task_id": name} for name in texts]
+    samples = [{"task_id": name, "completion": text} for name, text in texts.items()]
+    score(tmp_path, "humaneval", rows, samples, workers=1)
+    verdicts = {sample["task_id"]: sample["passed"] for sample in read_lines(tmp_path / "out").values()}
+    assert verdicts == {"right": True, "forged": False}
+
+
+def test_titles_and_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path / "humaneval.jsonl", [HUMANEVAL])
+    _, titles = eval_code.load_problems(Args(benchmarks=(f"humaneval={file}",)))
+    assert titles == {"humaneval": "humaneval.jsonl"}  # of a local file its path, from here
+    run = tmp_path / "runs/ra3_ra3__model__s0__20261130-041500/checkpoints/em_001"
+    run.mkdir(parents=True)
+    label = eval_code.label_of
+    assert label(str(run)) == label(str(run.relative_to(tmp_path))) == "ra3_ra3__model__s0/em_001"
+    monkeypatch.chdir(run)
+    assert label(".") == "ra3_ra3__model__s0/em_001"
+    assert label("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
+    assert label(MODEL) == "tiny/model"
 
 
 def test_setup_code_of_mbpp_runs_before_the_tests(tmp_path):
@@ -281,56 +304,30 @@ def test_summary_keeps_greedy_and_sampled_apart():
     records = [record("a", 0.0, True), record("b", 0.0, False)]
     records += [record("a", 0.6, False)] * 2 + [record("b", 0.6, True), record("b", 0.6, False)]
     expected = {"problems": 2, "pass@1": 0.5, "pass@2": 0.5, "truncated": 2 / 6}
-    assert eval_code.summarise(records, (1, 2, 5), {}) == pytest.approx(expected)
-    assert eval_code.summarise(records[2:], (1,), {})["pass@1"] == 0.25  # no greedy sample: the estimate
+    assert eval_code.summarise(records, (1, 2, 5)) == pytest.approx(expected)
+    assert eval_code.summarise(records[2:], (1,))["pass@1"] == 0.25  # no greedy sample: the estimate
+    some = [*records[:1], *records[2:]]  # only `a` has a greedy sample: `b` counts as well
+    assert eval_code.summarise(some, (1,))["pass@1"] == (1.0 + 0.5) / 2
 
 
 def test_table_has_the_shape_of_table_1():
     results = {
-        "mbpp": {"pass@1": 0.5, "pass@5": 0.75},
-        "humaneval": {"pass@1": 0.25, "pass@5": 0.25},
-        "humaneval_cut": {"pass@1": 0.125},
+        "humaneval": {"problems": 164, "pass@1": 0.25, "pass@5": 0.25},
+        "mbpp": {"problems": 3, "pass@1": 0.5, "pass@5": 0.75},
     }
-    lines = eval_code.table(results, "m", (1, 5)).splitlines()
-    assert lines[0].split() == ["HumanEval", "MBPP", "Avg."]
+    titles = {"humaneval": "HumanEval", "mbpp": "tiny/mbpp.jsonl"}
+    lines = eval_code.table(results, titles, "run/em_001").splitlines()
+    assert lines[0].split() == ["HumanEval", "(164)", "tiny/mbpp.jsonl", "(3)", "Avg."]
     assert lines[1].split() == ["p@1", "p@5"] * 3
-    assert lines[2].split() == ["m", "25.0", "25.0", "50.0", "75.0", "37.5", "50.0"]
-    assert lines[3].split() == ["cut", "at", "\\n#", "12.5", "-", "50.0", "75.0", "31.2", "-"]
-    assert lines[2].index("25.0") == lines[0].index("HumanEval") == lines[3].index("12.5")
+    assert lines[2].split() == ["run/em_001", "25.0", "25.0", "50.0", "75.0", "37.5", "50.0"]
+    assert lines[2].index("25.0") == lines[1].index("p@1") == lines[0].index("HumanEval")
+    del results["mbpp"]["pass@5"]
+    lines = eval_code.table(results, titles, "m").splitlines()
+    assert lines[2].split() == ["m", "25.0", "25.0", "50.0", "-", "37.5", "-"]
+    assert "Avg." not in eval_code.table({"mbpp": results["mbpp"]}, titles, "m")
 
 
 # ---------------------------------------------------------------- --samples
-
-
-def contest(ratings, points=(500, 1000)):
-    """Participant k has solved the first problem if k is even, else nothing."""
-    rows = [{"party": {"members": [{"handle": f"h{k}"}]}, "points": 500 * (k % 2 == 0), "penalty": 0}
-            for k in range(len(ratings))]  # fmt: skip
-    problems = [{"index": index, "points": p} for index, p in zip("AB", points)]
-    changes = [{"handle": f"h{k}", "oldRating": rating} for k, rating in enumerate(ratings)]
-    changes.append({"handle": "not in the standings", "oldRating": 4000})
-    return {"standings": {"result": {"rows": rows, "problems": problems}}, "rating_changes": {"result": changes}}
-
-
-def test_codeforces_rating():
-    ratings = [1000 + 2 * k for k in range(400)]
-    contests = {"7": contest(ratings), "8": contest(ratings[:200]), "9": contest(ratings)}
-
-    def expected(better):
-        """The rating r at which sum_k P(k beats r) = better, by search over all whole ratings."""
-        beats = [sum(1 / (1 + 10 ** ((r - rating) / 400)) for rating in ratings) for r in range(2000)]
-        return min(range(2000), key=lambda r: abs(beats[r] - better))
-
-    rate = eval_code.codeforces_rating
-    # both problems: nobody is as good; the first at the first attempt: the 200 even ones are; nothing: all are
-    assert rate({"7A": [True], "7B": [False, True]}, contests) > 1890
-    assert abs(rate({"7A": [True], "7B": [False]}, contests) - expected(200)) <= 1
-    assert rate({"7A": [False], "7B": [False]}, contests) == 0
-    # a failed attempt costs 50 points, and 450 are less than 500 and more than 0
-    assert abs(rate({"7A": [False, True]}, contests) - expected(200)) <= 1
-    one, both = rate({"7A": [True]}, contests), rate({"7A": [True], "9A": [True], "9B": [True]}, contests)
-    assert both == pytest.approx((one + rate({"9A": [True], "9B": [True]}, contests)) / 2)
-    assert math.isnan(rate({"8A": [True], "x": [True]}, contests))  # 200 participants are too few
 
 
 def test_human_eval_format(tmp_path):
@@ -360,10 +357,26 @@ def test_evalplus_format(tmp_path, task_id):
     assert score(tmp_path, "mbpp+", [MBPP_PLUS], samples, workers=1)["mbppplus"]["pass@1"] == 1.0
 
 
-def test_thoughts_are_counted_both_ways(tmp_path):
-    samples = [{"task_id": "HumanEval/0", "completion": "    c = a + b\n# give it back\n    return c\n"}]
-    results = score(tmp_path, "humaneval", [HUMANEVAL], samples, thoughts=True, workers=1)
-    assert (results["humaneval"]["pass@1"], results["humaneval_cut"]["pass@1"]) == (1.0, 0.0)
+def test_a_file_that_lacks_tasks_is_scored_only_if_asked(tmp_path):
+    rows = [HUMANEVAL, HUMANEVAL | {"task_id": "HumanEval/1"}]
+    samples = [{"task_id": "HumanEval/1", "completion": ADD_BODY}]
+    with pytest.raises(common.UserError, match="no sample of 1 of 2 tasks .HumanEval/0 of .*--partial"):
+        score(tmp_path, "humaneval", rows, samples, workers=1)
+    results = score(tmp_path, "humaneval", rows, samples, workers=1, partial=True)
+    assert results["humaneval"] == {"problems": 1, "pass@1": 1.0}
+
+
+def test_files_are_read_as_utf_8(tmp_path):
+    """Whatever the locale: in the C locale, Python opens text files as ASCII unless told otherwise."""
+    row = HUMANEVAL | {"prompt": 'def add(a, b):\n    """Größe ≤ ∞"""\n'}
+    paths = [tmp_path / "rows.jsonl", tmp_path / "file.jsonl"]
+    for path, line in zip(paths, (row, {"task_id": "HumanEval/0", "completion": "    # ≤\n" + ADD_BODY})):
+        path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    command = [sys.executable, "-X", "utf8=0", PROGRAM, f"--benchmarks=humaneval={paths[0]}", f"--samples={paths[1]}"]
+    environment = ENVIRONMENT | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    subprocess.run([*command, "--workers=1", f"--output-dir={tmp_path / 'out'}"], env=environment, check=True)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["humaneval"] == {"problems": 1, "pass@1": 1.0}
 
 
 def test_samples_of_an_evaluation_score_the_same(finished, tmp_path):
@@ -379,44 +392,65 @@ def test_samples_of_an_evaluation_score_the_same(finished, tmp_path):
 # ---------------------------------------------------------------- sampling
 
 
-def test_choose_tokens_draws_the_top_p_part():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 6, generator=generator)
-    temperature, top_p, draws = 0.6, 0.9, 20000
-    order = sorted(range(6), key=lambda token: -logits[0, token].item())
-    probs, kept, total = (logits[0].double() / temperature).softmax(-1), [], 0.0
-    for token in order:  # the definition: most likely first, until they have top_p together
+def top_p_part(probs: list[float], top_p: float) -> set[int]:
+    """By the definition: the most likely tokens, until they have top_p together."""
+    kept, total = set(), 0.0
+    for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
         if total >= top_p:
             break
-        kept.append(token)
-        total += probs[token].item()
-    assert 1 < len(kept) < 6
-    noise = (torch.arange(draws) + 0.5) / draws
-    temperatures = torch.full((draws,), temperature)
-    tokens = eval_code.choose_tokens(logits.expand(draws, -1), noise, temperatures, top_p)
-    shares = torch.bincount(tokens, minlength=6).double() / draws
-    expected = torch.tensor([probs[token] / total if token in kept else 0.0 for token in range(6)])
-    assert torch.allclose(shares, expected.double(), atol=2e-4)
-    greedy = eval_code.choose_tokens(logits.expand(3, -1), torch.rand(3), torch.tensor([0.0, 0.6, 0.0]), 1e-9)
-    assert greedy.tolist() == [logits.argmax().item()] * 3  # of a tiny top-p part only the first is left
+        kept.add(token)
+        total += probs[token]
+    return kept
 
 
-def generate(tiny, problems: list[Problem], temperatures=(0.0, 0.7), batch_size=64, **options) -> dict:
+def test_first_tokens_have_the_distribution_of_the_top_p_part(tiny, monkeypatch):
+    """Noise 0, 1/n, 2/n ... draws each token as often as its probability says."""
     model, tokenizer = tiny
-    args = Args(**SMALL | options)
-    jobs = []
+    [problem] = prompts_of_all_lengths(1)
+    problem.prompt, temperature, top_p, draws = "def solve(xs):\n    return", 1.3, 0.9, 2000
+    problem.prompt_ids = eval_code.encode(tokenizer, problem.prompt)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([problem.prompt_ids])).logits[0, -1]
+    probs = (logits.double() / temperature).softmax(-1)
+    kept = sorted(top_p_part(probs.tolist(), top_p))
+    assert 1 < len(kept) < len(probs) / 2
+    drawn = []
+
+    class Noted(common.Sampler):
+        def __call__(self, input_ids, scores):
+            chosen = super().__call__(input_ids, scores)
+            drawn.append(chosen.argmax(-1))
+            return chosen
+
+    monkeypatch.setattr(eval_code, "Sampler", Noted)
+    monkeypatch.setattr(eval_code, "uniforms", lambda shape, *key: torch.full(shape, (key[-1] + 0.5) / draws))
+    generate(tiny, [problem], {temperature: draws}, draws, top_p=top_p, max_new_tokens=1)
+    shares = torch.bincount(drawn[0], minlength=len(probs)).double() / draws
+    expected = torch.zeros_like(probs).index_copy(0, torch.tensor(kept), probs[kept] / probs[kept].sum())
+    assert torch.allclose(shares, expected, atol=1 / draws)
+    drawn.clear()
+    generate(tiny, [problem], {0.0: 3}, top_p=1e-9, max_new_tokens=1)
+    assert drawn[0].tolist() == [logits.argmax().item()] * 3
+
+
+def generate(tiny, problems: list[Problem], draws=None, batch_size=64, **options) -> dict:
+    """draws: temperature -> how many samples of each problem."""
+    model, tokenizer = tiny
+    args, done = Args(**SMALL | options), {}
     for problem in problems:
-        for number, temperature in enumerate(temperatures):
-            known = {"benchmark": "humaneval", "task_id": problem.task_id}
-            jobs.append((problem, known | {"temperature": temperature, "sample": number}))
-    for start in range(0, len(jobs), batch_size):
-        eos = modeling.eos_ids(tokenizer, MODEL)
-        eval_code.complete(model, tokenizer, eos, jobs[start : start + batch_size], args)
-    return {key(sample): (sample["completion"], sample["truncated"]) for _, sample in jobs}
+        problem.prompt_ids = eval_code.encode(tokenizer, problem.prompt)
+    for temperature, count in (draws or {0.0: 1, 0.7: 1}).items():
+        known = {"benchmark": "humaneval", "temperature": temperature}
+        jobs = [(p, known | {"task_id": p.task_id, "sample": number}) for p in problems for number in range(count)]
+        for start in range(0, len(jobs), batch_size):
+            batch, eos = jobs[start : start + batch_size], common.eos_ids(tokenizer, MODEL)
+            eval_code.complete(model, tokenizer, eos, batch, args)
+        done |= {key(sample): (sample["completion"], sample["truncated"]) for _, sample in jobs}
+    return done
 
 
 def prompts_of_all_lengths(count: int) -> list[Problem]:
-    problems = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=count))
+    problems, _ = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=count))
     for index, problem in enumerate(problems):
         problem.prompt = "# " + "a b " * 7 * (index % 3) + "\n" + problem.prompt
     return problems
@@ -434,7 +468,7 @@ def test_samples_do_not_depend_on_their_batch(tiny):
 def test_cached_generation_equals_a_plain_forward(tiny):
     model, tokenizer = tiny
     problems = prompts_of_all_lengths(4)
-    batch = generate(tiny, problems, temperatures=(0.0,))
+    batch = generate(tiny, problems, {0.0: 1})
     for problem in problems:
         ids = prompt = tokenizer(problem.prompt).input_ids
         for _ in range(SMALL["max_new_tokens"]):
@@ -447,7 +481,7 @@ def test_cached_generation_equals_a_plain_forward(tiny):
         assert batch["humaneval", problem.task_id, 0.0, 0][0] == text
 
 
-def test_left_padding_shifts_no_position(tiny, monkeypatch):
+def test_left_padding_shifts_no_position(tiny):
     model, tokenizer = tiny
     seen = []
 
@@ -456,59 +490,77 @@ def test_left_padding_shifts_no_position(tiny, monkeypatch):
 
     handle = model.register_forward_pre_hook(spy, with_kwargs=True)
     problems = prompts_of_all_lengths(3)
-    generate(tiny, problems, temperatures=(0.0,), max_new_tokens=2)
+    generate(tiny, problems, {0.0: 1}, max_new_tokens=2)
     handle.remove()
     lengths = [len(tokenizer(problem.prompt).input_ids) for problem in problems]
-    assert len(set(lengths)) > 1
+    assert len(set(lengths)) > 1 and len(seen) == 3  # all but the last token of the prompts, it, the first new one
     for row, length in enumerate(lengths):
-        assert seen[0][0][row, -length:].tolist() == list(range(length))
-        assert seen[0][1][row].tolist() == [0] * (max(lengths) - length) + [1] * length
-        assert seen[1][0][row].tolist() == [length]
+        assert seen[0][0][row, 1 - length :].tolist() == list(range(length - 1))
+        assert seen[0][1][row].tolist() == [0] * (max(lengths) - length) + [1] * (length - 1)
+        assert seen[1][0][row].tolist() == [length - 1]
+        assert seen[2][0][row].tolist() == [length]
 
 
-def test_stop_words_end_generation_early(tiny, monkeypatch):
-    steps, choose = [], eval_code.choose_tokens
-    monkeypatch.setattr(eval_code, "choose_tokens", lambda *args: steps.append(1) or choose(*args))
+def test_a_prompt_is_read_once_and_ended_rows_leave(tiny):
+    model, _ = tiny
+    sizes = []
+    handle = model.register_forward_pre_hook(lambda *call: sizes.append(tuple(call[2]["input_ids"].shape)), with_kwargs=True)
+    problems = prompts_of_all_lengths(3)
+    problems[0].stop_words = ("\n",)
+    samples = generate(tiny, problems, {0.7: 4}, max_new_tokens=64)
+    handle.remove()
+    assert sizes[0][0] == 3 and sizes[1] == (12, 1)  # three prompts, twelve samples
+    assert len(sizes) > 1 + eval_code.CHUNK and sizes[-1][0] <= 8
+    assert [rows for rows, _ in sizes[1:]] == sorted((rows for rows, _ in sizes[1:]), reverse=True)
+    alone = generate(tiny, problems[1:], {0.7: 4}, max_new_tokens=64)
+    assert all(samples[name] == alone[name] for name in alone)  # those that stay are what they would have been
+
+
+def test_stop_words_end_generation_early(tiny):
+    steps = []
+    handle = tiny[0].register_forward_pre_hook(lambda *call: steps.append(1))
     problems = prompts_of_all_lengths(3)
     for problem in problems:
         problem.stop_words = ("\n",)
     samples = generate(tiny, problems, max_new_tokens=200)
+    handle.remove()
     assert all("\n" not in completion and not truncated for completion, truncated in samples.values())
-    assert len(steps) <= 64
+    assert len(steps) <= 2 * 64
     cut_short = generate(tiny, problems, max_new_tokens=2)
     assert all(truncated for _, truncated in cut_short.values())
 
 
+class Script(common.Sampler):
+    """Writes the tokens of `text`, whatever the model says."""
+
+    text: list[int]
+
+    def __call__(self, input_ids, scores):
+        token = self.text[input_ids.shape[1] - self.start]
+        return common.only(torch.full((len(input_ids),), token), scores)
+
+
 def test_thoughts_leave_the_stop_word_out(tiny, monkeypatch):
     _, tokenizer = tiny
-    script = tokenizer("    x = 1\n# so\n    return x\nclass A:\n").input_ids + [tokenizer.eos_token_id] * 99
-    monkeypatch.setattr(modeling, "uniforms", lambda shape, *key: torch.arange(shape[0]).float())
-    monkeypatch.setattr(
-        eval_code, "choose_tokens", lambda logits, step, *_: torch.tensor(script)[step.long()]
-    )
-    [problem] = prompts_of_all_lengths(1)
+    Script.text = tokenizer("    x = 1\n# so\n    return x\nclass A:\n").input_ids + [tokenizer.eos_token_id] * 99
+    monkeypatch.setattr(eval_code, "Sampler", Script)
     for thoughts, expected in ((True, "    x = 1\n# so\n    return x"), (False, "    x = 1")):
-        [(completion, _)] = generate(tiny, [problem], temperatures=(0.0,), thoughts=thoughts).values()
+        [problem], _ = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=1, thoughts=thoughts))
+        [(completion, _)] = generate(tiny, [problem], {0.0: 1}).values()
         assert completion == expected
 
 
-def test_the_cut_count_is_that_of_an_evaluation_without_thoughts(tmp_path, monkeypatch):
-    """The embedded model writes no thought at column 0, so a line that it does write stands for one."""
-    monkeypatch.setattr(eval_code, "THOUGHT_STOP", "\n    return")
-    monkeypatch.setattr(eval_code, "HUMANEVAL_STOPS", (*eval_code.HUMANEVAL_STOPS, "\n    return"))
-    folders = {thoughts: tmp_path / str(thoughts) for thoughts in (False, True)}
-    for thoughts, folder in folders.items():
-        eval_code.main(Args(**SMALL, thoughts=thoughts, output_dir=str(folder)))
-    plain, thinking = (read_lines(folder) for folder in folders.values())
-    assert plain.keys() == thinking.keys() and len(plain) == 5 * 4
-    for name, sample in thinking.items():
-        shorter = eval_code.cut(sample["completion"], [eval_code.THOUGHT_STOP])
-        assert (shorter, sample["passed_cut"]) == (plain[name]["completion"], plain[name]["passed"])
-    assert any(sample["passed"] and not sample["passed_cut"] for sample in thinking.values())
-    expected, results = (json.loads((folder / "results.json").read_text()) for folder in folders.values())
-    assert results.keys() == {"humaneval", "humaneval_cut"}
-    for name in ("pass@1", "pass@2"):
-        assert results["humaneval_cut"][name] == expected["humaneval"][name]
+def test_a_prompt_never_ends_with_eos(tiny):
+    _, tokenizer = tiny
+
+    class AppendsEos:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text):
+            return types.SimpleNamespace(input_ids=[*tokenizer(text).input_ids, self.eos_token_id])
+
+    ids = tuple(tokenizer("def f():\n").input_ids)
+    assert eval_code.encode(AppendsEos(), "def f():\n") == eval_code.encode(tokenizer, "def f():\n") == ids
 
 
 # ---------------------------------------------------------------- the program
@@ -568,21 +620,21 @@ def test_ctrl_c_leaves_no_process_and_no_folder(tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("kept", [0, 2, 5])
+@pytest.mark.parametrize("kept", [0, 2, 6])
 def test_a_killed_evaluation_goes_on(finished, tmp_path, kept, monkeypatch):
     """A batch has a file, or has none: a kill while one is written leaves another name behind."""
     (tmp_path / "batches").mkdir()
     names = sorted(path.name for path in (finished / "batches").iterdir())
-    assert len(names) == 5  # five problems, four samples each, four in a batch
+    assert len(names) == 6  # of five problems, five greedy samples and fifteen others, four in a batch
     for name in names[:kept]:
         (tmp_path / "batches" / name).write_bytes((finished / "batches" / name).read_bytes())
-    if kept < 5:
+    if kept < 6:
         (tmp_path / "batches" / f".{names[kept]}.partial").write_text('{"torn')
     (tmp_path / "args.json").write_text((finished / "args.json").read_text())
     generated, complete = [], eval_code.complete
     monkeypatch.setattr(eval_code, "complete", lambda *args: generated.append(1) or complete(*args))
     eval_code.main(Args(**SMALL | {"workers": 2}, output_dir=str(tmp_path)))  # how fast it runs may change
-    assert len(generated) == 5 - kept
+    assert len(generated) == 6 - kept
     assert completions(tmp_path) == completions(finished)
     assert (tmp_path / "results.json").read_text() == (finished / "results.json").read_text()
 
@@ -599,10 +651,12 @@ def test_what_has_changed_under_its_name_is_not_taken_for_judged(tmp_path):
 
 def test_a_finished_evaluation_is_only_reported_again(finished, monkeypatch, capsys):
     before = (finished / "samples.jsonl").read_text()
-    monkeypatch.setattr(modeling, "load_model", None)
+    monkeypatch.setattr(eval_code, "load_model", None)
     eval_code.main(Args(**SMALL, output_dir=str(finished)))
     assert (finished / "samples.jsonl").read_text() == before
-    assert "HumanEval" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tiny/model" in said and "code_problems.jsonl (5)" in said and "0 of 20 completions" in said
+    assert "HumanEval" not in said  # it is not that benchmark
 
 
 def test_other_arguments_are_refused(finished):
@@ -617,8 +671,8 @@ def test_other_arguments_are_refused(finished):
         ({"benchmarks": ("humanevil",)}, "unknown benchmark humanevil; there are humaneval, mbpp, "),
         ({"benchmarks": ("mbpp=nowhere.jsonl",)}, "no such data file or folder: nowhere.jsonl"),
         ({"benchmarks": ("mbpp={empty}",)}, "{empty} holds no problem"),
-        ({"benchmarks": ("mbpp={rows}",)}, "{rows}, row 0: no column 'test_list'; it has: task_id, prompt, "),
-        ({"benchmarks": ("livecodebench={rows}",)}, "row 0: no column 'private_test_cases'; it has: task_id"),
+        ({"benchmarks": ("mbpp={rows}",)}, "{rows}, row 0: not a problem of mbpp .KeyError: 'test_list'.; it has: task_id, prompt, "),
+        ({"benchmarks": ("livecodebench={rows}",)}, "not a problem of livecodebench .KeyError: 'question_content'.; it has: task_id"),
         ({"benchmarks": ("humaneval={rows}", "humaneval={rows}")}, "task HumanEval/0 of humaneval is there twice"),
         ({"benchmarks": ("humaneval={broken}",)}, "{broken}, row 0: not a problem of humaneval"),
         ({"model": "{empty}"}, "cannot load the model|no tokenizer at"),
@@ -629,8 +683,8 @@ def test_other_arguments_are_refused(finished):
         ({"k": (0, 1)}, "every --k at least 1"),
         ({"n_samples": -1}, "--n-samples must not be negative"),
         ({"samples": "{rows}"}, "{rows} has no column `completion`"),
-        ({"samples": "{empty}"}, "{empty} has no sample of task HumanEval/0 of humaneval"),
-        ({"samples": "{other}"}, "{other} has no sample of task HumanEval/0 of humaneval"),
+        ({"samples": "{empty}"}, "{empty} has no sample of 1 of 1 tasks .HumanEval/0 of humaneval"),
+        ({"samples": "{other}"}, "{other} has no sample of 1 of 1 tasks .HumanEval/0 of humaneval"),
     ],
 )
 def test_bad_input_is_said_in_one_line(tmp_path, options, message):
