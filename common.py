@@ -19,6 +19,7 @@ import errno
 import glob
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -284,7 +285,8 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
     if longest > context_of(name):
         raise UserError(f"the longest rows of this run have {longest} tokens; {name} takes {context_of(name)}")
-    if max(len(tokenizer), *eos_ids(tokenizer, name)) > model.get_input_embeddings().num_embeddings:
+    largest = max(*tokenizer.get_vocab().values(), *eos_ids(tokenizer, name))
+    if largest >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {name} has more tokens than the model: call model.resize_token_embeddings")
     # nothing of its own, which may add top-k or a penalty; the Sampler draws, and generate takes its choice
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
@@ -832,7 +834,7 @@ class Run:
         self.path = Path(all_gather_list([path], ranks)[0])
         self.state = together(self._open, ranks)
         together(self._prepare, ranks)  # when no rank refuses
-        self.started = json.loads((self.path / "data.json").read_text())["started"]
+        self.started = json.loads((self.path / "data.json").read_text(encoding="utf-8"))["started"]
         self.writer = self.tracker = self.first_log = None
         self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
         self.seconds_before = 0.0  # of this run, before it was resumed
@@ -864,6 +866,8 @@ class Run:
             number += 1
 
     def _open(self) -> dict | None:
+        if getattr(self.args, "track", False) and importlib.util.find_spec("wandb") is None:
+            raise UserError("--track needs Weights & Biases: pip install wandb")
         found = (self._complete() or [None])[-1] if self.args.resume else None
         if self.args.resume not in ("", "auto") and found is None:
             raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
@@ -949,10 +953,8 @@ class Run:
         arguments = dataclasses.asdict(self.args)
         self.writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in arguments.items()]))
         if getattr(self.args, "track", False):
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--track needs Weights & Biases: pip install wandb") from None
+            import wandb
+
             name = self.path.name
             self.tracker = wandb.init(project=self.script.stem, name=name, id=name, resume="allow", config=arguments)
 
@@ -966,15 +968,16 @@ class Run:
             return
         from matplotlib.figure import Figure
 
-        history = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        history = [json.loads(line) for line in lines]
         panels = [p for p in panels if any(key in row for key in p[1] for row in history)]
         if not panels:
             return
         columns = min(3, len(panels))
-        lines = math.ceil(len(panels) / columns)
-        figure = Figure(figsize=(4.4 * columns, 3.0 * lines), layout="constrained")
+        height = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(4.4 * columns, 3.0 * height), layout="constrained")
         for index, (title, keys, x) in enumerate(panels):
-            axis = figure.add_subplot(lines, columns, index + 1)
+            axis = figure.add_subplot(height, columns, index + 1)
             for key, label in keys.items():
                 points = [(row[x], row[key]) for row in history if key in row and x in row]
                 if points:
@@ -1106,7 +1109,7 @@ class Run:
             distributed_state.set_optimizer_state_dict(models["policy"], optimizer, tensors["optimizer"])
         metrics = self.path / "metrics.jsonl"
         if self.ranks.main and metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+            lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["update"] <= self.state["update"]]
             write_whole(metrics, "".join(line + "\n" for line in kept))
         self.skipped, self.skipped_in_a_row = self.state.pop("skipped")

@@ -1,6 +1,17 @@
+import logging
 import signal
 
 import pytest
+
+
+class NoDeprecations(logging.Handler):
+    """transformers logs some of its deprecations instead of warning."""
+
+    def emit(self, record):
+        assert "deprecated" not in record.getMessage(), record.getMessage()
+
+
+logging.getLogger("transformers").addHandler(NoDeprecations())
 
 
 @pytest.fixture(autouse=True)
