@@ -433,11 +433,13 @@ def segment(piece: tuple[str, str | None, bool], source: str, v: Vocabulary, arg
         own = [(offset - begin, kind) for offset, kind in actions if begin <= offset < end]
         own = own[:1] if args.granularity == "snippet" else own
         snippet = tokenised(text[begin:end], own, last and end == len(text), source, v)
-        if snippet is None or end - begin < 2:
+        if snippet is None:
             return []
         if len(snippet.ids) <= args.max_snippet_tokens and snippet.width(args.max_latent_tokens) <= context:
             snippets.append(snippet)
             continue
+        if end - begin < 2:
+            return []
         middle = (begin + end) // 2
         inside = [offset for offset, _ in actions if begin < offset < end]
         cut = min(inside, key=lambda offset: abs(offset - middle), default=text.rfind("\n", begin, middle) + 1 or middle)
