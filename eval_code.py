@@ -201,7 +201,7 @@ def load_problems(args: Args) -> tuple[list[Problem], dict[str, str]]:
             raise UserError(f"unknown benchmark {name}; there are {', '.join(BENCHMARKS)}")
         title, hub, split, timeout_s, read = BENCHMARKS[name]
         source, earlier = file or hub, len(problems)
-        titles[name] = min(file, os.path.relpath(file), key=len)[-30:] if file else title
+        titles[name] = "/".join(Path(os.path.relpath(file)).parts[-3:]).lstrip("./") if file else title
         rows = read_rows(source, split)
         if name == "livecodebench":
             first, last = LCB_WINDOW

@@ -205,7 +205,7 @@ def test_contest_prompts_are_those_of_training():
 
     for row in (lcb_row(True, False), lcb_row(False, False)):
         signature = row["starter_code"].rstrip() or "def main():"
-        prompt = grpo_rlvr.code_prompt(row["question_content"], signature)
+        prompt = grpo_rlvr.CODE_PROMPT.format(question=row["question_content"], signature=signature)
         assert eval_code.contest_problem(row, Args()).prompt == prompt
 
 
@@ -230,6 +230,8 @@ def test_titles_and_labels(tmp_path, monkeypatch):
     file = write_rows(tmp_path / "humaneval.jsonl", [HUMANEVAL])
     _, titles = eval_code.load_problems(Args(benchmarks=(f"humaneval={file}",)))
     assert titles == {"humaneval": "humaneval.jsonl"}  # of a local file its path, from here
+    _, titles = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=1))
+    assert titles["humaneval"].endswith("tiny/code_problems.jsonl")
     run = tmp_path / "runs/ra3_ra3__model__s0__20261130-041500/checkpoints/em_001"
     run.mkdir(parents=True)
     label = eval_code.label_of
