@@ -12,6 +12,7 @@ A world is a module in this folder (code_world.py, text_world.py) with
     ADDED_TOKENS      strings that are always one token
     MODEL             arguments of LlamaConfig
     TRAINING          tokens (in all), row_tokens, batch_rows
+    WEIGHTS           weights of tokens in the loss, by their text; 1 for the others
     write_data(folder)                        writes the JSON Lines files
     document(rng, tokenizer, progress)        draws one pre-training document, a str or a list of ids;
                                               `tokenizer` is None while it is not trained yet (then a str);
@@ -120,6 +121,10 @@ def pretrain(world, folder, seed, bf16):
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     adam = torch.optim.Adam(others, betas=(0.9, 0.95))
 
+    weights = torch.ones(len(tokenizer))
+    for text, weight in world.WEIGHTS.items():
+        weights[tokenizer.convert_tokens_to_ids(text)] = weight
+
     rows, batch_rows = packed_rows(world, tokenizer, seed), world.TRAINING["batch_rows"]
     steps = world.TRAINING["tokens"] // (world.TRAINING["row_tokens"] * batch_rows)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps", flush=True)
@@ -129,7 +134,7 @@ def pretrain(world, folder, seed, bf16):
         ids = torch.tensor([next(rows) for _ in range(batch_rows)])  # [B, T+1]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), weights)
         loss.backward()
         muon_step(stacks, momenta, scale)
         adam.param_groups[0]["lr"] = scale * ADAM_LR

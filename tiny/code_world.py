@@ -1,0 +1,386 @@
+"""The code world: RA3, then RLVR, then evaluation, in one family of problems.
+
+    Let k be 7 after v, u. Given the list xs, keep the numbers above k, then reverse the order.
+
+    def solve(xs):
+        k = 3
+        xs = [x for x in xs if x > k]
+        return xs[::-1]
+
+g, h, p, q, r, t, u, v, w and z are fixed permutations of the digits, which pre-training teaches. k needs one look-up
+a hop: one hop is easy, but two and more want a worked comment (`# 7 v1 u3`). Pre-training is unreliable on purpose, because RL can only sharpen what a model already does now and then:
+
+  problems    each operation has a typical mistake, as often as its row in NUMBER, LIST, ... says; a worked
+              comment before `k =` in P_WORKED of the documents, an idle one before P_IDLE of the other lines
+  drills      chains with their worked comment
+  real code   the running Python's standard library, without the files that `is_heldout` names
+
+The mid-training corpus holds right programs without comments. It, the RLVR problems, the development and the
+test problems have no tuple of operations and no chain (start and functions) in common; pre-training shares those
+of the corpus and the RLVR problems, and its drills have every chain of one hop: those are the functions.
+"""
+
+import functools
+import itertools
+import json
+import random
+import sysconfig
+import tokenize
+import zlib
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent / "code"
+VOCAB_SIZE, ADDED_TOKENS, WEIGHTS = 1024, [], {}
+MODEL = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+TRAINING = {"tokens": 12_000_000, "row_tokens": 256, "batch_rows": 16}
+SHARES = {"problem": 0.60, "drill": 0.28, "real code": 0.12}  # of documents
+P_WORKED, P_IDLE = 0.3, 0.2
+N_CORPUS, N_RL, N_DEV, N_TEST, N_TESTS = 10_000, 512, 256, 512, 6
+HOPS = [1, 2, 3, 4]
+
+# ---- the grammar: (words, right, typical mistake, probability of the right one in pre-training)
+
+MOSTLY, SELDOM = 0.70, 0.42
+NUMBER = [
+    ("add k", "n + k", "n - k", MOSTLY),
+    ("subtract k", "n - k", "k - n", SELDOM),
+    ("multiply by k", "n * k", "n ** k", MOSTLY),
+    ("divide by k and round down", "n // k", "n % k", SELDOM),
+    ("take the remainder by k", "n % k", "n // k", MOSTLY),
+    ("raise it to at least k", "max(n, k)", "min(n, k)", SELDOM),
+    ("cut it to at most k", "min(n, k)", "max(n, k)", MOSTLY),
+    ("drop the sign", "abs(n)", "-n", MOSTLY),
+    ("square it", "n * n", "n + n", SELDOM),
+]
+LIST = [
+    ("keep the even numbers", "[x for x in xs if x % 2 == 0]", "[x for x in xs if x % 2 == 1]", MOSTLY),
+    ("keep the numbers above k", "[x for x in xs if x > k]", "[x for x in xs if x >= k]", SELDOM),
+    ("keep the numbers from k up", "[x for x in xs if x >= k]", "[x for x in xs if x > k]", MOSTLY),
+    ("add k to each", "[x + k for x in xs]", "xs + [k]", MOSTLY),
+    ("multiply each by k", "[x * k for x in xs]", "xs * k", SELDOM),
+    ("square each", "[x * x for x in xs]", "[x + x for x in xs]", MOSTLY),
+    ("sort upwards", "sorted(xs)", "sorted(xs, reverse=True)", SELDOM),
+    ("reverse the order", "xs[::-1]", "sorted(xs)", MOSTLY),
+    ("take the first k", "xs[:k]", "xs[k:]", MOSTLY),
+    ("leave out the first k", "xs[k:]", "xs[:k]", SELDOM),
+    ("take the last k", "xs[-k:]", "xs[:-k]", SELDOM),
+    ("take every second one", "xs[::2]", "xs[1::2]", MOSTLY),
+]
+LIST_ENDS = [
+    ("add them up", "sum(xs)", "len(xs)", MOSTLY),
+    ("count them", "len(xs)", "sum(xs)", SELDOM),
+    ("find the largest", "max(xs, default=0)", "min(xs, default=0)", MOSTLY),
+]
+STRING = [
+    ("make it upper case", "s.upper()", "s.title()", MOSTLY),
+    ("make it lower case", "s.lower()", "s.upper()", SELDOM),
+    ("swap upper and lower case", "s.swapcase()", "s.lower()", MOSTLY),
+    ("reverse it", "s[::-1]", "s[1:]", MOSTLY),
+    ("remove the spaces", 's.replace(" ", "")', "s.strip()", SELDOM),
+    ("take the first k letters", "s[:k]", "s[k:]", MOSTLY),
+    ("leave out the first k letters", "s[k:]", "s[:k]", SELDOM),
+    ("repeat it k times", "s * k", "s + s[:k]", MOSTLY),
+    ("put a dot at the end", 's + "."', '"." + s', SELDOM),
+    ("double every letter", '"".join(c * 2 for c in s)', "s * 2", MOSTLY),
+]
+# parameter: (the question's word for it, operations, further operations that can only be the last)
+KINDS = {"n": ("number", NUMBER, []), "xs": ("list", LIST, LIST_ENDS), "s": ("string", STRING, [])}
+INPUTS = {  # a problem's tests are chosen among these; its reference program gives the outputs
+    "n": [*range(-7, 12), 15, 20, 24, 37, -13, 53, 71, -29],
+    "xs": [[], [3], [5, 5, 2], *(random.Random(i).choices(range(-5, 14), k=11) for i in range(9))],
+    "s": ["", "aZ", "Hello World of", "one two Three", "aBcDeF gHiJkL", "x y z A B C d", "MiXed case Text",
+          " hi there Friend ", "Treetop oO lan", "abcdefghijklm", "QWERTY uiop as", "a bC dE fG hI jK"],
+}  # fmt: skip
+FUNCTIONS = "ghpqrtuvwz"
+TABLE = {f: random.Random(f"table {f}").sample(range(10), 10) for f in FUNCTIONS}
+PARTS = ["corpus"] * 5 + ["rl"] * 2 + ["dev"] + ["test"] * 2
+IDLE = ["# next", "# step", "# set it", "# go on"]
+
+
+def draw_operations(rng):
+    """(kind, 2 or 3 different operations), at least one of which needs k."""
+    while True:
+        kind = rng.choice(list(KINDS))
+        _, operations, ends = KINDS[kind]
+        chosen = rng.sample(operations, rng.choice([2, 3]))
+        if ends and rng.random() < 0.3:
+            chosen[-1] = rng.choice(ends)
+        if any("k" in operation[0].split() for operation in chosen):
+            return kind, tuple(chosen)
+
+
+def draw_chain(rng, hops):
+    """(start, functions, values after each); the last value is k, from 2 to 9."""
+    while True:
+        start, functions = rng.randrange(10), rng.sample(FUNCTIONS, hops)
+        values = list(itertools.accumulate(functions, lambda x, f: TABLE[f][x], initial=start))[1:]
+        if values[-1] >= 2:
+            return start, "".join(functions), values
+
+
+def part_of(*key):
+    """Which part a tuple of operations or a chain belongs to, by a hash: the same on every machine."""
+    return PARTS[zlib.crc32(repr(key).encode()) % len(PARTS)]
+
+
+def draw_problem(rng, parts):
+    """(kind, operations, chain) of one of `parts`: the operations and the chain both belong to it."""
+    while True:
+        kind, operations = draw_operations(rng)
+        part = part_of(kind, *[operation[0] for operation in operations])
+        if part in parts:
+            break
+    hops = rng.choice(HOPS)
+    while part_of(*(chain := draw_chain(rng, hops))[:2]) != part:
+        pass
+    return kind, operations, chain
+
+
+def chain_words(chain):
+    return f"Let k be {chain[0]} after {', '.join(chain[1])}."
+
+
+def question(kind, operations, chain):
+    return f"{chain_words(chain)} Given the {KINDS[kind][0]} {kind}, {', then '.join(o[0] for o in operations)}."
+
+
+def prompt(kind, operations, chain):
+    """The prompt that grpo_rlvr.py and eval_code.py use."""
+    return f'"""\n{question(kind, operations, chain)}\n"""\ndef solve({kind}):\n'
+
+
+def worked_comment(chain):
+    return f"# {chain[0]}" + "".join(f" {f}{value}" for f, value in zip(*chain[1:], strict=True))
+
+
+def body_lines(kind, operations, k, right):
+    """`right` says for each operation whether it is rendered rightly or by its typical mistake."""
+    steps = [operation[1] if ok else operation[2] for operation, ok in zip(operations, right, strict=True)]
+    lines = [f"k = {k}", *[f"{kind} = {step}" for step in steps[:-1]], f"return {steps[-1]}"]
+    return [f"    {line}\n" for line in lines]
+
+
+# ---- data files
+
+
+def outputs_of(kind, lines, inputs):
+    """What a body returns for `inputs`, as JSON, or the error's name; only ever called on code of this file."""
+    space, outputs = {}, []
+    exec(f"def solve({kind}):\n" + "".join(lines), space)
+    for x in inputs:
+        try:
+            outputs.append(json.dumps(space["solve"](x)))
+        except (ArithmeticError, TypeError, ValueError) as error:
+            outputs.append(type(error).__name__)
+    return outputs
+
+
+def wrong_bodies(kind, operations, k):
+    """Bodies that the tests must reject: every mix of mistakes, and every other k."""
+    for right in itertools.product([True, False], repeat=len(operations)):
+        if not all(right):
+            yield body_lines(kind, operations, k, right)
+    for other in range(10):
+        if other != k:
+            yield body_lines(kind, operations, other, [True] * len(operations))
+
+
+def choose_tests(rng, kind, operations, k):
+    """N_TESTS inputs of which at least one tells each wrong body; None where that is not possible."""
+    inputs = INPUTS[kind]
+    expected = outputs_of(kind, body_lines(kind, operations, k, [True] * len(operations)), inputs)
+    if len(set(expected)) < 4 or any("Error" in output for output in expected):
+        return None
+    failing = []  # for each wrong body: the inputs that show it
+    for lines in wrong_bodies(kind, operations, k):
+        outputs = outputs_of(kind, lines, inputs)
+        failing.append({i for i, (x, y) in enumerate(zip(expected, outputs, strict=True)) if x != y})
+    for _ in range(30):
+        chosen = sorted(rng.sample(range(len(inputs)), N_TESTS))
+        if all(shown & set(chosen) for shown in failing):
+            return [inputs[i] for i in chosen]
+    return None
+
+
+def problem_row(index, kind, operations, chain, tests):
+    """A row with AReaL-boba-2-RL-Code's columns, and the number of hops."""
+    lines = body_lines(kind, operations, chain[2][-1], [True] * len(operations))
+    cases = {"inputs": [json.dumps(x) for x in tests], "outputs": outputs_of(kind, lines, tests), "fn_name": "solve"}
+    return {
+        "query_id": f"tiny-code-{index}",
+        "question": question(kind, operations, chain),
+        "signature": f"def solve({kind}):",
+        "input_output": json.dumps(cases),
+        "metadata": {"fn_name": "solve"},
+        "solutions": [f"def solve({kind}):\n" + "".join(lines)],
+        "hops": len(chain[1]),
+    }
+
+
+def humaneval_row(row):
+    """The same problem with HumanEval's columns."""
+    cases = json.loads(row["input_output"])
+    pairs = zip(cases["inputs"], cases["outputs"], strict=True)
+    return {
+        "task_id": row["query_id"],
+        "prompt": f'"""\n{row["question"]}\n"""\n{row["signature"]}\n',
+        "entry_point": "solve",
+        "canonical_solution": row["solutions"][0].split("\n", 1)[1],
+        "test": "def check(candidate):\n" + "".join(f"    assert candidate({x}) == {y}\n" for x, y in pairs),
+        "hops": row["hops"],
+    }
+
+
+@functools.cache
+def make_problems(part, n):
+    """n different problems (kind, operations, chain, tests) of a part, in random order."""
+    rng, problems = random.Random(f"problems {part}"), {}
+    while len(problems) < n:
+        kind, operations, chain = draw_problem(rng, [part])
+        if tests := choose_tests(rng, kind, operations, chain[2][-1]):
+            problems[kind, operations, *chain[:2]] = kind, operations, chain, tests
+    return list(problems.values())
+
+
+def write_data(folder):
+    rng, corpus = random.Random("corpus"), {}
+    while len(corpus) < N_CORPUS:
+        kind, operations, chain = draw_problem(rng, ["corpus"])
+        lines = body_lines(kind, operations, chain[2][-1], [True] * len(operations))
+        corpus[prompt(kind, operations, chain) + "".join(lines)] = None
+    files = {"corpus": [{"text": text} for text in corpus]}
+    for name, part, n in [("rl_train", "rl", N_RL), ("dev", "dev", N_DEV), ("test", "test", N_TEST)]:
+        files[name] = [problem_row(f"{part}-{i}", *problem) for i, problem in enumerate(make_problems(part, n))]
+    files["humaneval"] = [humaneval_row(row) for row in files["test"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+# ---- pre-training documents
+
+SKIP_DIRS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data", "encodings"}
+PIECE_CHARS = 600
+
+
+def is_heldout(name):
+    """Files of the standard library that pre-training does not see; `name` is the path below its folder, with /."""
+    return zlib.crc32(name.encode()) % 5 == 0
+
+
+@functools.cache
+def real_code(heldout):
+    """Pieces of the standard library's files, cut at top-level statements where possible."""
+    root, pieces = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if SKIP_DIRS & set(name.parts) or is_heldout(name.as_posix()) != heldout:
+            continue
+        try:
+            with tokenize.open(path) as f:
+                lines = f.read().splitlines(keepends=True)
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        piece = ""
+        for line in lines:
+            top_level = line[0] not in " \t\n#)]}\"'"
+            if len(piece) > PIECE_CHARS or (len(piece) > PIECE_CHARS / 3 and top_level):
+                pieces.append(piece)
+                piece = ""
+            piece += line
+        pieces.append(piece)
+    return pieces
+
+
+def document(rng, tokenizer, progress):
+    """One pre-training document."""
+    sort = rng.choices(list(SHARES), SHARES.values())[0]
+    if sort == "real code":
+        return rng.choice(real_code(heldout=False))
+    if sort == "drill":
+        return "".join(drill(rng) for _ in range(6))
+    kind, operations, chain = draw_problem(rng, ["corpus", "rl"])
+    lines = body_lines(kind, operations, chain[2][-1], [rng.random() < operation[3] for operation in operations])
+    text = prompt(kind, operations, chain)
+    for i, line in enumerate(lines):
+        if rng.random() < (P_IDLE if i else P_WORKED):
+            text += f"    {rng.choice(IDLE) if i else worked_comment(chain)}\n"
+        text += line
+    return text
+
+
+def drill(rng):
+    """A chain, its comment (in half of the cases) and k. All chains of one hop, because they are the functions."""
+    hops = rng.choice(HOPS)
+    while part_of(*(chain := draw_chain(rng, hops))[:2]) not in ("corpus", "rl") and hops > 1:
+        pass
+    comment = worked_comment(chain) + "\n" if rng.random() < 0.5 else ""
+    return f"{chain_words(chain)}\n{comment}k = {chain[2][-1]}\n"
+
+
+# ---- report of a model
+
+def complete(model, tokenizer, texts, max_new_tokens, greedy):
+    """Completions without eos; one token of them is the most likely one where `greedy`."""
+    how = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **how)
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def next_probs(model, tokenizer, texts):
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -1].softmax(-1)
+
+
+def report(model, tokenizer):
+    """Wanted: comments right in >= 0.9 at every number of hops; without one k is right at one hop only; think rates
+    of about P_WORKED before k and P_IDLE elsewhere; operations right in about half; pass@1 of 0.05 to 0.2."""
+    problems = make_problems("dev", N_DEV)
+    texts = [prompt(*problem[:3]) for problem in problems]
+    chains, ks = [problem[2] for problem in problems], [f"{problem[2][2][-1]}" for problem in problems]
+    bodies = [body_lines(p[0], p[1], k, [True] * len(p[1])) for p, k in zip(problems, ks, strict=True)]
+    opens = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).lstrip(" \t").startswith("#")]
+
+    def show(title, values):
+        groups = [[v for c, v in zip(chains, values, strict=True) if len(c[1]) == hops] for hops in HOPS]
+        print(f"  {title:28}", *[f"{mean(group):8.3f}" for group in [*groups, values]])
+
+    def think_rates(texts):  # a body's line begins with a token of 3 spaces; the 4th belongs to the next token
+        return next_probs(model, tokenizer, [text + "   " for text in texts])[:, opens].sum(1).tolist()
+
+    def k_probs(texts):
+        probs = next_probs(model, tokenizer, [text + "    k = " for text in texts])
+        return probs[range(len(ks)), [tokenizer.encode(k)[0] for k in ks]].tolist()
+
+    print(f"{len(problems)} development problems, by hops:", *HOPS, "all")
+    show("think rate before k", think_rates(texts))
+    elsewhere = [t + "".join(b[:i]) for t, b in zip(texts, bodies, strict=True) for i in range(1, len(b))]
+    print(f"  think rate elsewhere         {mean(think_rates(elsewhere)):8.3f}")
+    show("p(right k), no comment", k_probs(texts))
+    for name, greedy in [("greedy", True), ("sampled", False)]:
+        found = complete(model, tokenizer, [text + "    #" for text in texts], 15, greedy)
+        comments = ["#" + comment.split("\n")[0] for comment in found]
+        show(f"comment right, {name}", [a == worked_comment(c) for a, c in zip(comments, chains, strict=True)])
+        show("  p(right k) after it", k_probs([f"{t}    {c}\n" for t, c in zip(texts, comments, strict=True)]))
+    for name, greedy in [("greedy", True), ("sampled", False)]:
+        found = complete(model, tokenizer, texts, 96, greedy)
+        lines = [[x for x in text.splitlines(keepends=True) if x.lstrip()[:1] != "#"] for text in found]
+        show(f"pass@1 {name}", [a == b for a, b in zip(lines, bodies, strict=True)])
+        show("  k right", [a[:1] == b[:1] for a, b in zip(lines, bodies, strict=True)])
+        show("  operations right", [mean(x == y for x, y in itertools.zip_longest(a[1:], b[1:], fillvalue=""))
+                                    for a, b in zip(lines, bodies, strict=True)])  # fmt: skip
+    print(texts[0] + found[0])
+    losses = []
+    for piece in random.Random(0).sample(real_code(heldout=True), 200):
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(piece)[:300]]])
+        losses.append(torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none"))
+    print(f"  held-out files of the standard library: {torch.cat(losses).mean():.3f} nats a token")
