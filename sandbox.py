@@ -2,56 +2,65 @@
 
     from sandbox import run_tests
     run_tests([{"code": "def add(a, b): return a + b", "tests": "assert add(1, 2) == 3"}])
-    -> [{"passed": True, "reason": "passed", "seconds": 0.004, "tests_passed": 1, "tests_total": 1}]
+    -> [{"passed": True, "reason": "passed"}]
 
 **Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base
 model writes `os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests
 and the owner of the machine are not. What a process prints, returns or exits with after success, a program
 inside that process can print, return or exit with too: program and test never share a process.
 
-**Processes**, for each worker (a worker is one thread of the caller):
+    caller --- limits, files ---> Z  zygote, one per worker: a fresh, confined Python. It forks per program
+                                  |- T  tester: runs the trusted tests, writes the verdict
+                                  '- C  candidate: runs the program
+                             C <---> T  calls and their results, as plain data
 
-    caller --- code, limits ---> Z  zygote: a fresh `python -I -S`, confined; forks per program
-      |                          |- C  candidate: a fork of Z that runs one program and dies
-      '--- tests / verdict ----- '- T  tester: a fork of Z that runs trusted tests, job after job
-                              C <---> T  calls and their results, as plain data
-
-Z ends when its caller is gone, however that died, and takes C and T along; the shell that has started Z then
-removes the worker's folder.
-
-- C holds stdin, stdout, stderr, a socket to T and a pipe that tells Z of its end. No test is in its memory
-  (it is a copy of Z, which reads neither code nor tests) nor in a file that it can open, and it can neither
-  trace nor signal another process. All it can do is to answer T's calls, rightly or wrongly.
-- T executes the tests. A name that a test does not define is asked from C. Arguments and results travel as
-  JSON that can only become built-in plain data (`PLAIN`): there is no pickle anywhere. What is not plain data
-  stays in C: the test gets a `Handle`, which never equals or computes with plain data.
+- C holds stdin, stdout, stderr and a socket to T. No test is in its memory (it is a copy of Z, which reads
+  neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process.
+  All it can do is to answer T's calls, rightly or wrongly.
+- T executes the tests. A name that a test does not define is asked from C. What travels is JSON that can only
+  become plain data (`PLAIN`); there is no pickle. Other objects stay where they are, and the other side holds
+  a number for them. In T such a `Handle` never equals or computes with plain data. The verdict goes to a
+  memory file that only T and the caller hold.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
+- Nothing lasts from one program to the next: C and T are new each time, and Z runs neither code nor tests.
 
-**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, one
-scratch folder can be written, nothing else opens. seccomp (`SYSCALLS`): a list of what is allowed; not in it
-are exec, ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. For C also no fork
-(`candidate_filter`): a program is one process and SIGKILL ends all of it. No capabilities, hardly any
-environment, and limits on time, memory, files, output and threads.
+**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing
+else opens, no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec,
+ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. For C also no fork (`candidate_filter`):
+a program is one process and SIGKILL ends all of it. No capabilities, hardly any environment, and limits on
+time, memory, output and threads, or the machine's own where they are smaller.
+
+**Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a
+worker dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each
+new worker first runs programs that are known to be right.
+
+**What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as
+such, numpy scalars as Python's. Lists, dicts, sets and arrays that a call changes in place change in the test
+if the call returned None, and only then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test
+may pass functions and iterators (C calls back), importable functions and types (by name). Two objects of the
+program are compared and combined by the program. What cannot cross: an operator between an object of the
+program and plain data, instances of the test's own classes, what both would share (`random.seed`, captured
+stdout, monkeypatches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met
-without computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal).
-Programs cannot use subprocess or multiprocessing or make folders; a test cannot mix their objects and plain
-data in one operator. Without Landlock (Linux < 5.13, gVisor) a program cannot write files, but can read what
-this user can, the caller's memory with the tests included; on a machine without a column in `SYSCALLS` it can
-do most of what this user can. Both are said once, on stderr: use a container then. Linux only.
+without computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal);
+a callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files.
+Without Landlock (Linux < 5.13, gVisor) a program can read what this user can, the caller's memory with the
+tests included; on a machine without a column in `SYSCALLS` it can do most of what this user can. Both are
+said once, on stderr: use a container then. Linux only.
 """
 
+import _thread
 import builtins
 import collections
 import contextlib
 import ctypes
-import datetime
-import decimal
-import fractions
 import functools
 import gc
 import importlib
+import io
 import json
+import marshal
 import math
 import operator
 import os
@@ -65,124 +74,285 @@ import sys
 import time
 import types
 
-if "zygote" not in sys._xoptions:  # only the caller needs these; threading would make each fork of Z slower
+if "zygote" not in sys._xoptions:  # only the caller needs these, and each module makes the fork dearer
     import atexit
+    import decimal
     import queue
-    import shutil
     import subprocess
-    import tempfile
     import threading
 
     CHOOSING = threading.Lock()
 
 MIB = 1 << 20
-LIMITS = ("timeout_s", "memory_mb", "file_mb", "disk_mb", "threads")  # what Z is told, in this order
-RESULT_LIMIT, TESTER_MEMORY = 16 * MIB, 2048 * MIB  # of one result as JSON; of T's address space
-TICK_S = 0.05  # how often the threads, files and CPU time of a running program are looked at
-OPEN_FILES, SCRATCH_FILES = 64, 1000
+OUTPUT_MB, THREADS, OPEN_FILES = 16, 64, 64  # what one program may write to stdout or stderr, start and open
+ANSWER_LIMIT, TESTER_MB = 16 * MIB, 2048  # of one answer of C as JSON; of T's address space
+TICK_S = 0.05  # how often the threads and the CPU time of a running program are looked at
 START_TIMEOUT_S, GRACE_S = 120, 20  # until a worker must be ready; until one must answer after a timeout
-PRELOADED = "array bisect copy enum heapq itertools random string typing"  # each makes the fork dearer, too
+BUSY = 10  # times timeout_s: wall time of a program that computes, but shares its core
+GONE = 3  # T's exit status when C did not answer any more
 
 
-# ---- Messages: a length, then JSON of that length. File descriptors travel with the length. --------------
+class SandboxError(RuntimeError):
+    """The machine, not a program, is at fault. The message names its limits."""
 
 
-def send(sock, value, fds=()):
+# ---- Messages: a length, then JSON of that length ----------------------------------------------------------
+
+
+def send(sock, value):
     payload = json.dumps(value).encode()
-    message = len(payload).to_bytes(8, "little") + payload
-    sent = socket.send_fds(sock, [message], fds) if fds else 0
-    sock.sendall(message[sent:])
+    sock.sendall(len(payload).to_bytes(8, "little") + payload)
 
 
-def receive(sock, max_fds=0, limit=None):
-    """-> (value, fds). EOFError when the other side is gone. Both sides wait for an answer before they send
-    again, so what is read at once belongs to one message."""
-    message, fds, *_ = socket.recv_fds(sock, 4096, max_fds) if max_fds else (sock.recv(4096), [])
+def receive(sock, limit=math.inf):
+    """EOFError when the other side is gone. Both sides wait for an answer before they send again, so what is
+    read at once belongs to one message."""
+    message = sock.recv(4096)
     if len(message) < 8:
         raise EOFError
-    size = int.from_bytes(message[:8], "little")
-    if limit and size > limit:
-        raise ValueError("result too large")
-    payload = bytearray(message[8:])  # grows by what has come, not by what the other side announced
-    while len(payload) < size:
+    size, payload = int.from_bytes(message[:8], "little"), bytearray(message[8:])
+    if size > limit:
+        raise ValueError("answer too large")
+    while len(payload) < size:  # it grows by what has come, not by what the other side announced
         part = sock.recv(min(size - len(payload), MIB))
         if not part:
             raise EOFError
         payload += part
-    return json.loads(payload.decode()), fds
+    return json.loads(payload.decode())
 
 
-# ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ..
+# ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
 
-PLAIN = {  # class: (value, also of a subclass, -> parts; parts -> value)
-    int: (lambda value: [hex(value)], lambda text: int(text, 16)),  # if too long for JSON, or of a subclass
-    float: (lambda value: [float.__float__(value)], float),
-    str: (lambda value: [str.__str__(value)], str),
-    bytes: (lambda value: [value.decode("latin-1")], lambda text: text.encode("latin-1")),
-    list: (list, lambda *parts: list(parts)),
-    tuple: (list, lambda *parts: parts),
-    set: (list, lambda *parts: set(parts)),
-    frozenset: (list, lambda *parts: frozenset(parts)),
-    dict: (lambda value: [part for item in value.items() for part in item],
-           lambda *parts: dict(zip(parts[::2], parts[1::2]))),
-    collections.deque: (list, lambda *parts: collections.deque(parts)),
-    complex: (lambda value: [value.real, value.imag], complex),
-    range: (lambda value: [value.start, value.stop, value.step], range),
-    decimal.Decimal: (lambda value: [str(value)], decimal.Decimal),
-    fractions.Fraction: (lambda value: [value.numerator, value.denominator],
-                         lambda *parts: fractions.Fraction(*map(operator.index, parts))),  # not "1e999999999"
-    datetime.date: (lambda value: value.timetuple()[:3], datetime.date),
-    datetime.datetime: (lambda value: [*value.timetuple()[:6], value.microsecond], datetime.datetime),
-    datetime.time: (lambda value: [value.hour, value.minute, value.second, value.microsecond], datetime.time),
-    datetime.timedelta: (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
+
+def later(module, name):
+    """A function of a module that is loaded when the first value arrives: Z is smaller without it."""
+    return lambda *parts: operator.attrgetter(name)(importlib.import_module(module))(*parts)
+
+
+def dict_of(*parts):
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+def array(dtype, shape, content):
+    if not re.fullmatch(r"[<>|=][biufcSU]\d+", dtype):  # no array of objects: they would be addresses
+        raise ValueError(dtype)
+    numpy = importlib.import_module("numpy")
+    return numpy.frombuffer(content, dtype).reshape(shape).copy() if content else numpy.empty(shape, dtype)
+
+
+def namedtuple(name, fields, *parts):
+    if (name, fields) not in NAMEDTUPLES:
+        NAMEDTUPLES[name, fields] = collections.namedtuple(name, fields)  # which checks that they are names
+    return NAMEDTUPLES[name, fields]._make(parts)
+
+
+NAMEDTUPLES = {}  # (name, fields): in C the program's class, in T one like it
+PAIRS = (lambda value: [part for item in value.items() for part in item])
+ISO = (lambda value: [value.isoformat()])  # a time zone becomes a fixed offset
+RANGE = (lambda value: [value.start, value.stop, value.step])
+PLAIN = {  # name of the class: (value -> parts; parts -> value)
+    "int": (lambda value: [hex(value)], lambda text: int(text, 16)),  # too long for JSON, or of a subclass
+    "float": (lambda value: [float.__float__(value)], float),
+    "str": (lambda value: [str.__str__(value)], str),
+    "bytes": (lambda value: [value.decode("latin-1")], lambda text: text.encode("latin-1")),
+    "list": (list, lambda *parts: list(parts)),
+    "tuple": (list, lambda *parts: parts),
+    "set": (list, lambda *parts: set(parts)),
+    "frozenset": (list, lambda *parts: frozenset(parts)),
+    "dict": (PAIRS, dict_of),
+    "complex": (lambda value: [value.real, value.imag], complex),
+    "range": (RANGE, range),
+    "slice": (RANGE, slice),
+    "collections.deque": (list, lambda *parts: collections.deque(parts)),
+    "collections.Counter": (PAIRS, lambda *parts: collections.Counter(dict_of(*parts))),
+    "decimal.Decimal": (lambda value: [str(value)], later("decimal", "Decimal")),
+    "fractions.Fraction": (lambda value: [value.numerator, value.denominator],  # ints, not "1e999999999"
+                           lambda *parts: later("fractions", "Fraction")(*map(operator.index, parts))),
+    "datetime.date": (ISO, later("datetime", "date.fromisoformat")),
+    "datetime.time": (ISO, later("datetime", "time.fromisoformat")),
+    "datetime.datetime": (ISO, later("datetime", "datetime.fromisoformat")),
+    "datetime.timedelta": (lambda value: [value.days, value.seconds, value.microseconds],
+                           later("datetime", "timedelta")),
+    "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.tobytes()], array),
+    "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value], namedtuple),
 }
-CLASSES = {kind.__name__: kind for kind in PLAIN}
-SCALARS = {type(None), bool, int, float, str}
 BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
+SCALARS = {type(None), bool, int, float, str}
+
+
+class Given:
+    """The lists, dicts, ... that come with a request, numbered alike on both sides."""
+
+    def __init__(self):
+        self.values, self.numbers, self.open = [], {}, True
+
+    def add(self, name, value):
+        if self.open and name in ("list", "dict", "set", "collections.deque", "collections.Counter",
+                                  "numpy.ndarray"):
+            self.numbers[id(value)] = len(self.values)
+            self.values.append(value)
+
+
+NOTHING = Given()
+NOTHING.open = False
 
 
 def fits_json(value):
     return type(value) in SCALARS and (type(value) is not int or value.bit_length() < 10_000)
 
 
-def pack(value, number_of):
-    """`number_of` gives the number of an object of C that is not plain data."""
+def plain_name(value):
+    """-> key of PLAIN or None"""
     kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    if name == "numpy.ndarray":
+        return name if value.dtype.kind in "biufcSU" else None
+    if name in PLAIN:
+        return name
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        NAMEDTUPLES.setdefault((kind.__name__, kind._fields), kind)
+        return "namedtuple"
+    return next((base.__name__ for base in BASES if isinstance(value, base)), None)
+
+
+def pack(value, peer, given=NOTHING):
+    """`peer.outgoing` packs what is not plain data."""
     if fits_json(value):
         return value
-    if kind.__module__ == "numpy" and hasattr(value, "tolist"):
-        return pack(value.tolist(), number_of)
-    if kind not in PLAIN:
-        kind = next((base for base in BASES if isinstance(value, base)), None)
-    if kind is None:
-        return ["object", number_of(value)]
-    parts = PLAIN[kind][0](value)
+    if id(value) in given.numbers:
+        return ["again", given.numbers[id(value)]]
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return pack(value.item(), peer)
+    return pack_whole(value, peer, given)
+
+
+def pack_whole(value, peer, given):
+    """Also a value that is itself in `given`."""
+    name = plain_name(value)
+    if name is None:
+        return peer.outgoing(value)
+    parts = PLAIN[name][0](value)
     if not all(map(fits_json, parts)):
-        parts = [pack(part, number_of) for part in parts]
-    return [kind.__name__, *parts]
+        parts = [pack(part, peer, given) for part in parts]
+    given.add(name, value)
+    return [name, *parts]
 
 
-def unpack(value, object_of):
-    """What `pack`, or an attacker, has written. The result is made of `PLAIN` and of `object_of(number)`."""
-    if type(value) is not list:
-        return value
-    name, *parts = value
-    if name == "object":
-        return object_of(*parts)
+def unpack(message, peer, given=NOTHING):
+    """What `pack`, or an attacker, has written. The result is made of `PLAIN` and of `peer.incoming`."""
+    if type(message) is not list:
+        return message
+    name, *parts = message
+    if name == "again":
+        return given.values[parts[0]]
+    if name not in PLAIN:
+        return peer.incoming(name, *parts)
     if list in set(map(type, parts)):
-        parts = [unpack(part, object_of) for part in parts]
-    return PLAIN[CLASSES[name]][1](*parts)
+        parts = [unpack(part, peer, given) for part in parts]
+    value = PLAIN[name][1](*parts)
+    given.add(name, value)
+    return value
+
+
+def replace(old, new):
+    """Gives a list, dict, ... the content of another."""
+    if type(old).__module__ == "numpy":
+        old[...] = new
+    elif isinstance(old, list):
+        old[:] = new
+    else:
+        old.clear()
+        (old.extend if isinstance(old, collections.deque) else old.update)(new)
+
+
+def deep(function, *args):
+    """With room for data nested 500 deep, whatever the program's own limit."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 4000)
+    try:
+        return function(*args)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+class Peer:
+    """One end of the channel between C and T. Either asks; whoever waits for an answer answers meanwhile."""
+
+    def __init__(self, channel):
+        self.channel, self.lock = channel, _thread.RLock()  # a program's threads may call back
+        self.shown, self.numbers = [], {}  # objects that the other side knows by number; their numbers by id
+
+    def number_of(self, value):
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.shown)
+            self.shown.append(value)
+        return self.numbers[id(value)]
+
+    def ask(self, request, *args):
+        with self.lock:
+            given = Given()
+            message = [request, deep(pack, args, self, given)]
+            given.open = False
+            result, error = self.exchange(message, given)
+        if error is None:
+            return result
+        if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
+            error = RuntimeError("StopIteration")
+        raise error
+
+    def exchange(self, message, given):
+        """-> (result, None) or (None, error)"""
+        send(self.channel, message)
+        while True:
+            kind, *values = receive(self.channel, self.limit)
+            if kind == "raise":
+                return None, self.exception(*values)
+            if kind == "value":
+                break
+            self.answer(kind, *values)
+        result, *contents = (deep(unpack, value, self, given) for value in values)
+        if result is None:  # only then what came with the request may have changed
+            for old, new in zip(given.values, contents):
+                replace(old, new)
+        return result, None
+
+    def answer(self, request, args):
+        given = Given()
+        try:
+            args = deep(unpack, args, self, given)
+            given.open = False
+            result = self.requests[request](*args)
+            message = ["value", deep(pack, result, self)]
+            if result is None:
+                message += [deep(pack_whole, value, self, given) for value in given.values]
+        except self.caught as error:
+            message = ["raise", *self.describe(error)]
+        send(self.channel, message)
 
 
 # ---- C, the candidate. This runs inside the hostile process: it serves honest programs, it guards nothing. -
 
 
+def load(source, name):
+    """-> the program's module, not yet run, and its code"""
+    module = sys.modules["__main__"] = sys.modules[name] = types.ModuleType(name)
+    build = functools.partial(compile, filename=f"{name}.py", mode="exec", dont_inherit=True)
+    try:
+        return module, build(source)
+    except SyntaxError as error:
+        if "__future__" not in str(error):
+            raise
+        imports = rb"^from __future__ import [^\n;()\\]*"  # behind a preamble: they belong at the beginning
+        moved = b";".join(line.split(b"#")[0].strip() for line in re.findall(imports, source, re.M))
+        return module, build(moved + b";" + re.sub(imports, b"", source, flags=re.M))
+
+
 def run_script(source):
     """The program as `python program.py` would run it. -> exit status"""
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
     status = 0
     try:
-        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
+        module, code = load(source, "__main__")
+        exec(code, module.__dict__)
     except SystemExit as stop:
         status = stop.code or 0
         if not isinstance(status, int):
@@ -194,46 +364,94 @@ def run_script(source):
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # waits for the threads that are not daemons
     importlib.import_module("atexit")._run_exitfuncs()
-    with contextlib.suppress(ValueError, AttributeError):  # stdout closed or replaced by the program
-        sys.stdout.flush()
+    writers = [thing for thing in gc.get_objects() if issubclass(type(thing), io.TextIOWrapper)]
+    raw = [thing for thing in gc.get_objects() if issubclass(type(thing), io.BufferedWriter)]
+    for stream in (sys.__stdout__, sys.stdout, *writers, *raw):  # all that Python would flush at its end
+        with contextlib.suppress(ValueError, AttributeError, OSError):  # closed, or replaced by the program
+            stream.flush()
     return status
 
 
-def serve(source, channel):
+class Candidate(Peer):
     """The program as an imported module, which answers T's requests until T hangs up."""
-    module = sys.modules["solution"] = sys.modules["__main__"] = types.ModuleType("solution")
-    kept, numbers = [], {}  # what T has handles to; its number by id
 
-    def number_of(value):
-        if id(value) not in numbers:
-            numbers[id(value)] = len(kept)
-            kept.append(value)
-        return numbers[id(value)]
+    limit, caught = math.inf, BaseException
 
-    def find(name):
-        names = vars(module)
-        if name not in names and hasattr(names.get("Solution"), name):  # LeetCode's form
+    def __init__(self, source, channel):
+        super().__init__(channel)
+        self.source, self.module = source, None
+        self.requests = {**REQUESTS, "load": self.load, "find": self.find}
+
+    def load(self):
+        self.module, code = load(self.source, "solution")
+        exec(code, self.module.__dict__)
+
+    def find(self, name):
+        names = vars(self.module)
+        own = getattr(names.get(name), "__module__", None) == "solution"
+        if not own and hasattr(names.get("Solution"), name):  # LeetCode's form, before what a `*` has imported
             return getattr(names["Solution"](), name)
         if name not in names:
             raise NameError(f"name '{name}' is not defined")
         return names[name]
 
-    def load():
-        exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__)
+    def outgoing(self, value):
+        if isinstance(value, type) and value.__module__ == "builtins":
+            return ["named", "builtins", value.__name__]
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return self.exception_class(value)
+        return ["mine", self.number_of(value)]
 
-    while True:
-        (request, args), _ = receive(channel)
-        try:
-            function = REQUESTS.get(request) or {"load": load, "find": find}[request]
-            send(channel, ["value", pack(function(*unpack(args, kept.__getitem__)), number_of)])
-        except BaseException as error:
-            names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
-            send(channel, ["raise", names, type(error).__name__, str(error)[:500]])
+    def incoming(self, tag, *parts):
+        if tag == "yours":
+            return self.shown[parts[0]]
+        if tag == "named":
+            module, name = parts
+            return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        number, request = parts
+        if request == "next":
+            return self.iterate(number)
+        return lambda *args, **named: self.ask("call", number, args, tuple(named.items()))
+
+    def iterate(self, number):
+        while True:
+            try:
+                yield self.ask("next", number)
+            except StopIteration:
+                return
+
+    def exception_class(self, kind):
+        """-> the name of a built-in one, or [tag, number, name, its bases ...]"""
+        if kind.__module__ == "builtins":
+            return kind.__name__
+        bases = [self.exception_class(base) for base in kind.__bases__ if issubclass(base, BaseException)]
+        return ["exception", self.number_of(kind), kind.__name__, *bases]
+
+    def describe(self, error):
+        kind = self.exception_class(type(error))
+        name, text = type(error).__name__, str(error)[:500]
+        with contextlib.suppress(BaseException):
+            return kind, name, text, pack(error.args, self), pack(dict(vars(error)), self)
+        return kind, name, text, ["tuple", text], ["dict"]
+
+    def exception(self, name, text):
+        """What a function of the test has raised."""
+        return getattr(builtins, name, RuntimeError)(text)
+
+    def serve(self):
+        while True:
+            self.answer(*receive(self.channel))
 
 
-REQUESTS = {"call": lambda function, args, named: function(*args, **named), "getattr": getattr,
-            "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "str": str,
-            "repr": repr, "iter": iter, "next": next, "eq": operator.eq}
+COMPARISONS = ("lt", "le", "gt", "ge", "eq")
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift",
+             "rshift")
+UNARY = ("neg", "pos", "abs", "invert")
+REQUESTS = {"call": lambda function, args, named: function(*args, **dict(named)), "getattr": getattr,
+            "setattr": setattr, "getitem": operator.getitem, "setitem": operator.setitem,
+            "delitem": operator.delitem, "len": len, "bool": bool, "str": str, "repr": repr, "iter": iter,
+            "next": next, "isinstance": isinstance, "issubclass": issubclass}
+REQUESTS |= {name: getattr(operator, f"__{name}__") for name in COMPARISONS + OPERATORS + UNARY}
 
 
 # ---- T, the tester ---------------------------------------------------------------------------------------
@@ -243,51 +461,105 @@ class Gone(BaseException):
     """C does not answer any more. Not an Exception, so that no `except Exception` in a test swallows it."""
 
 
-class Program:
+TYPES = {"object", "type", "bool", "NoneType", *(name for name in PLAIN if hasattr(builtins, name))}
+CALLABLE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+
+
+class Program(Peer):
     """C, as T sees it."""
 
-    def __init__(self, channel, timeout_s):
-        channel.settimeout(timeout_s)
-        self.channel, self.handles, self.gone = channel, {}, None
+    limit, caught = ANSWER_LIMIT, Exception
 
-    def handle(self, number):
-        return self.handles.setdefault(number, Handle(self, number))
+    def __init__(self, channel):
+        super().__init__(channel)
+        self.handles, self.exceptions, self.gone, self.used = {}, {}, None, False
+        self.requests = {"call": lambda number, args, named: self.shown[number](*args, **dict(named)),
+                         "next": lambda number: next(self.shown[number])}
 
     def ask(self, request, *args):
-        message = [request, pack(args, handle_number)]
+        self.used |= request not in ("load", "find")
+        result = super().ask(request, *args)
+        self.used |= request == "find" and not isinstance(result, (Handle, type))  # a constant
+        return result
+
+    def exchange(self, message, given):
         try:
-            send(self.channel, message)
-            (kind, *values), _ = receive(self.channel, limit=RESULT_LIMIT)
-            if kind == "value":
-                return unpack(values[0], self.handle)
-            error = builtin_exception(*values)
+            return super().exchange(message, given)
+        except Gone:
+            raise
         except BaseException as problem:
-            if isinstance(problem, (EOFError, ConnectionError)):
-                self.gone = "gone"
-            else:
-                self.gone = "timeout" if isinstance(problem, TimeoutError) else f"exception: {problem!r}"
+            lost = isinstance(problem, (EOFError, ConnectionError))
+            self.gone = "gone" if lost else f"exception: {problem!r}"
             raise Gone from None
-        if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
-            error = RuntimeError("StopIteration")
-        raise error
+
+    def outgoing(self, value):
+        if type(value) is Handle:
+            return ["yours", value._number]
+        if isinstance(value, type) and value in self.exceptions.values():
+            return ["yours", next(number for number, kind in self.exceptions.items() if kind is value)]
+        home = getattr(value, "__module__", None) or getattr(
+            getattr(value, "__objclass__", None), "__module__", None)  # of `str.upper`
+        name = getattr(value, "__qualname__", None)
+        if name and home in sys.modules and home.partition(".")[0] in {*sys.stdlib_module_names, "numpy"}:
+            with contextlib.suppress(AttributeError):
+                if functools.reduce(getattr, name.split("."), sys.modules[home]) == value:
+                    return ["named", home, name]  # C uses its own: with T's `eval` it could forge
+        if hasattr(type(value), "__next__"):
+            return ["mine", self.number_of(value), "next"]
+        if isinstance(value, CALLABLE):
+            return ["mine", self.number_of(value), "call"]
+        raise TypeError(f"a test cannot pass a {type(value).__name__} to the program")
+
+    def incoming(self, tag, *parts):
+        if tag == "mine":
+            return self.handles.setdefault(parts[0], Handle(self, parts[0]))
+        if tag == "exception":
+            return self.exception_class([tag, *parts])
+        if tag != "named" or parts[0] != "builtins":
+            raise ValueError(tag)
+        if parts[1] in TYPES:
+            return type(None) if parts[1] == "NoneType" else getattr(builtins, parts[1])
+        kind = self.exception_class(parts[1])
+        # `Bad = Exception` in a program must not make `except Bad` catch the test's own `assert False`
+        return type(kind.__name__, (kind,), {}) if issubclass(AssertionError, kind) else kind
+
+    def exception_class(self, message):
+        """A class that `except` takes: a built-in Exception, or one like the program's. SystemExit is none."""
+        if type(message) is str:
+            kind = getattr(builtins, message, None)
+            return kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
+        _, number, name, *bases = message
+        if number not in self.exceptions:
+            bases = tuple(map(self.exception_class, bases)) or (RuntimeError,)
+            try:
+                kind = type(name, bases, {"__str__": said})
+            except TypeError:  # bases that do not go together
+                kind = type(name, (RuntimeError,), {"__str__": said})
+            self.exceptions[number] = kind
+        return self.exceptions[number]
+
+    def exception(self, kind, name, text, args, state):
+        kind = self.exception_class(kind)
+        try:
+            error = kind(*deep(unpack, args, self))
+        except Exception:  # some want other arguments
+            error = RuntimeError(text)
+        vars(error).update(deep(unpack, state, self))
+        error.reported, error.text = f"{name}: {text}" if text else name, text
+        return error
+
+    def describe(self, error):
+        """For C, what a function of the test has raised."""
+        return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"), str(error)
 
 
-def builtin_exception(names, name, text):
-    """An exception of C, as the first of its classes that is a built-in Exception. SystemExit is none."""
-    error = RuntimeError(text)
-    for kind in (getattr(builtins, name, None) for name in names):
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            with contextlib.suppress(TypeError):  # some want more than a text
-                error = kind(text)
-                break
-    error.reported = f"{name}: {text}" if text else f"{name}"
-    return error
+def said(error):
+    return vars(error).get("text", Exception.__str__(error))
 
 
 class Handle:
     """In T: an object of C that is not plain data (a function, an instance, an iterator). Calls, attributes,
-    items and iteration go to C. Two handles are compared there; a handle never equals plain data and has no
-    other operator."""
+    items and iteration go to C, and operators between two handles. A handle never equals plain data."""
 
     __slots__ = ("_program", "_number")
     # `assert f(x).isdigit()` wants a str; an object of C would just say yes
@@ -298,15 +570,21 @@ class Handle:
         object.__setattr__(self, "_number", number)
 
     def __getattr__(self, name):
-        if name.startswith("__") or name in Handle.WITHHELD:  # `__array_interface__` is an address for numpy
-            raise AttributeError(f"'{name}' of an object that is not plain data")
+        if name in Handle.WITHHELD or name.startswith("__") and name != "__name__":
+            raise AttributeError(f"'{name}' of an object that is not plain data")  # one is an address for numpy
         return self._program.ask("getattr", self, name)
 
     def __setattr__(self, name, value):
         self._program.ask("setattr", self, name, value)
 
     def __call__(self, *args, **named):
-        return self._program.ask("call", self, args, named)
+        return self._program.ask("call", self, args, tuple(named.items()))
+
+    def __instancecheck__(self, value):
+        return comes_from_c(value) and self._program.ask("isinstance", value, self) is True
+
+    def __subclasscheck__(self, kind):
+        return comes_from_c(kind) and self._program.ask("issubclass", kind, self) is True
 
     def __eq__(self, other):
         return type(other) is Handle and (self is other or self._program.ask("eq", self, other) is True)
@@ -314,26 +592,42 @@ class Handle:
     __hash__ = object.__hash__
 
 
-for _name in ("getitem", "len", "bool", "str", "repr", "iter", "next"):
-    setattr(Handle, f"__{_name}__", lambda self, *args, _name=_name: self._program.ask(_name, self, *args))
+def comes_from_c(value):
+    return type(value) is Handle or type(value) in NAMEDTUPLES.values()
 
 
-def handle_number(value):
-    if type(value) is not Handle:
-        raise TypeError(f"a test cannot pass a {type(value).__name__} to the program")
-    return value._number
+def unary(name):
+    return lambda self, *args: self._program.ask(name, self, *args)
+
+
+def binary(name, finish=lambda result: result):
+    def operate(self, other):
+        return finish(self._program.ask(name, self, other)) if type(other) is Handle else NotImplemented
+
+    return operate
+
+
+for _name in ("getitem", "setitem", "delitem", "len", "bool", "str", "repr", "iter", "next", *UNARY):
+    setattr(Handle, f"__{_name}__", unary(_name))
+for _name in OPERATORS:
+    setattr(Handle, f"__{_name}__", binary(_name))
+for _name in COMPARISONS[:-1]:
+    setattr(Handle, f"__{_name}__", binary(_name, lambda result: result is True))
 
 
 class TestNamespace(dict):
     """The globals of a test. A name that neither the test nor Python defines is the candidate's."""
 
-    def __init__(self, program, called):
-        super().__init__(vars(builtins), __name__="tests")
-        self.program, self.called = program, called
+    def __init__(self, program, called, under_test):
+        super().__init__(__name__="tests", __builtins__=builtins)
+        self.program, self.called, self.under_test = program, called, under_test
 
     def __missing__(self, name):
-        if name in sys.stdlib_module_names and name not in self.called:
-            return importlib.import_module(name)  # `math.isclose` in a test is the true one
+        if name not in self.under_test:
+            if hasattr(builtins, name):
+                return getattr(builtins, name)
+            if name in sys.stdlib_module_names and name not in self.called:
+                return importlib.import_module(name)  # `math.isclose` in a test is the true one
         try:
             return self.program.ask("find", name)
         except NameError:
@@ -342,45 +636,31 @@ class TestNamespace(dict):
             raise
 
 
-@functools.lru_cache(maxsize=64)  # the samples of a group share their tests
-def compile_tests(source):
-    """-> (code, numbers of the lines that begin with `assert`, names that are called)"""
-    lines = enumerate(source.split("\n"), 1)
-    asserts = [number for number, line in lines if line.startswith("assert") and re.match(r"assert\b", line)]
-    called = set(re.findall(r"(?<![\w.])(\w+) *\(", source))
-    return compile(source, "tests", "exec", dont_inherit=True), asserts, called
-
-
 def run_asserts(program, job):
-    """Yields None for each line that asserts, or once if none does, and why the test has failed if it has."""
-    code, asserts, called = compile_tests(job["tests"])
-    under_test = {job["entry_point"]} - {None}
-    namespace = TestNamespace(program, called | under_test)
-    exec(compile_tests(job["setup"])[0], namespace)
+    """-> why the test has failed or None"""
+    code, under_test = job["tests"], {job["entry_point"]} - {None}
+    namespace = TestNamespace(program, job["called"], under_test)
+    exec(job["setup"], namespace)
     if vars(builtins).keys() >= set(code.co_names):  # the test is about a redefined builtin: MBPP 126's `sum`
         under_test.update(code.co_names)
     for name in under_test:
         namespace.pop(name, None)
+    exec(code, namespace)
+    return None if program.used else "no tests"
+
+
+def run_case(function, case):
+    """-> why a call of the function has failed or None"""
+    args = case["input"]
+    if lines := isinstance(args, str):
+        args = [json.loads(line) for line in args.split("\n") if line.strip()]
     try:
-        exec(code, namespace)
-        yield from [None] * (len(asserts) or 1) if job["tests"].strip() else ["no tests"]
-    except Exception as error:
-        frame = error.__traceback__.tb_next  # of the test's top level
-        yield from [None for line in asserts if frame and line < frame.tb_lineno]
-        yield explain(error)
-
-
-def run_calls(program, job):
-    """Yields for each case None or why it failed."""
-    function = program.ask("find", job["fn_name"])
-    for case in job["cases"]:
-        args = case["input"]
-        if isinstance(args, str):
-            args = [json.loads(line) for line in args.splitlines() if line.strip()]
-        try:
-            yield None if same_value(function(*args), from_json(case["output"])) else "wrong answer"
-        except Exception as error:
-            yield explain(error)
+        got = function(*args)
+    except TypeError:
+        if not (lines and len(args) == 1 and isinstance(args[0], list)):
+            raise
+        got = function(*args[0])  # some data sets write all arguments as one list
+    return None if same_value(got, from_json(case["output"])) else "wrong answer"
 
 
 def from_json(text):
@@ -392,6 +672,8 @@ def from_json(text):
 
 def same_value(got, expected):
     """Equality of plain data as JSON has it: a tuple is a list; two floats may differ by rounding."""
+    if type(got).__module__ == "numpy":
+        got = got.tolist()
     if isinstance(got, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(got) == len(expected) and all(map(same_value, got, expected))
     if isinstance(got, dict) and isinstance(expected, dict):
@@ -410,31 +692,44 @@ def explain(error):
     return f"exception: {reported or f'{type(error).__name__}: {error}'}"
 
 
-def judge(job, channel):
-    """-> [tests passed, tests in all, why it failed or None]"""
-    passed, total, reason = 0, len(job["cases"]), None
-    program = Program(channel, job["call_timeout_s"])
+def explained(function, *args):
     try:
-        total = total or len(compile_tests(job["tests"])[1]) or 1
+        return function(*args)
+    except Exception as error:
+        return explain(error)
+
+
+def judge(job, channel, next_case):
+    """-> [cases passed, why it failed or None]"""
+    passed, reason, program = 0, None, Program(channel)
+    try:
         program.ask("load")
-        for failure in (run_calls if job["cases"] else run_asserts)(program, job):
+        if not job["cases"]:
+            reason = explained(run_asserts, program, job)
+            passed += not reason
+        else:
+            function = program.ask("find", job["fn_name"])
+        for case in job["cases"]:
+            next_case()
+            failure = explained(run_case, function, case)
             passed += not failure
             reason = reason or failure
             if failure and not job["all_cases"]:
                 break
     except BaseException as error:
         reason = reason or explain(error)
-    return [passed, total, program.gone or reason]  # a C that is gone has failed, whatever the test thinks
+    return [passed, program.gone or reason]  # a C that is gone has failed, whatever the test thinks
 
 
-def tester(sock):
-    resource.setrlimit(resource.RLIMIT_AS, (TESTER_MEMORY, TESTER_MEMORY))
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            job, fds = receive(sock, max_fds=1)
-            with socket.socket(fileno=fds[0]) as channel:
-                send(sock, judge(unpack(job, None), channel))
-            # Now that the channel is closed, C exits.
+def tester(job, verdict, channel, for_candidate, lifeline):
+    """All of T's life."""
+    for_candidate.close()  # so that the end of C can be seen
+    lower_limit(resource.RLIMIT_AS, TESTER_MB * MIB)
+    sys.setrecursionlimit(3000)
+    job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
+    passed, reason = judge(job, channel, lambda: os.write(lifeline, b"."))
+    os.pwrite(verdict, json.dumps([passed, reason]).encode(), 0)
+    os._exit(GONE if reason == "gone" else 0)
 
 
 # ---- Confinement -----------------------------------------------------------------------------------------
@@ -451,11 +746,9 @@ SYSCALLS = """
     close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, openat 257 56,
     fstat 5 80, newfstatat 262 79, stat 4 -, lstat 6 -, statx 332 291, access 21 -, faccessat 269 48,
     readlink 89 -, readlinkat 267 78, getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50,
-    umask 95 166, fsync 74 82, fdatasync 75 83, ftruncate 77 46, fallocate 285 47, unlink 87 -,
-    unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, brk 12 214, mmap 9 222, munmap 11 215,
-    mremap 25 216, mprotect 10 226, madvise 28 233, msync 26 227, clone 56 220, exit 60 93,
-    exit_group 231 94, futex 202 98, set_robust_list 273 99, rseq 334 293, set_tid_address 218 96,
-    gettid 186 178, sched_yield 24 124, sched_getaffinity 204 123, nanosleep 35 101,
+    brk 12 214, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226, madvise 28 233, msync 26 227,
+    clone 56 220, exit 60 93, exit_group 231 94, futex 202 98, set_robust_list 273 99, rseq 334 293,
+    set_tid_address 218 96, gettid 186 178, sched_yield 24 124, sched_getaffinity 204 123, nanosleep 35 101,
     clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -,
     getitimer 36 102, setitimer 38 103, alarm 37 -, times 100 153, getrusage 98 165, sysinfo 99 179,
     uname 63 160, getrandom 318 278, prlimit64 302 261, prctl 157 167, ioctl 16 29, fcntl 72 25,
@@ -472,6 +765,7 @@ COLUMN, AUDIT_ARCH = MACHINES.get(os.uname().machine, (0, 0))
 NUMBER = {entry.split()[0]: int(entry.split()[COLUMN])
           for entry in SYSCALLS.split(",") if COLUMN and entry.split()[COLUMN] != "-"}
 
+ALL_BUT = "all but"  # first of the values: these are forbidden, and others allowed
 # Calls that are allowed with some arguments only: {name: [(index of the argument, mask, values allowed)]}
 ARGUMENTS = {
     "prctl": [(0, ALL_BITS, {PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NAME, PR_GET_NAME})],
@@ -486,7 +780,6 @@ ARGUMENTS = {
                                             os.O_RDWR | O_TRUNC})],
 }
 WITHOUT_LANDLOCK = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # nothing is written
-CHANGE_FOLDERS = {"unlink", "unlinkat", "rename", "renameat", "renameat2"}
 
 
 def bpf_filter(arguments, otherwise):
@@ -502,6 +795,10 @@ def bpf_filter(arguments, otherwise):
         block = []
         for argument, mask, values in conditions:
             block += [op(load, 16 + 8 * argument), op(mask_with, mask)]
+            if ALL_BUT in values:
+                block += [line for value in values - {ALL_BUT}
+                          for line in (op(jump_if_equal, value, 0, 1), op(give, deny))]
+                continue
             block += [op(jump_if_equal, value, len(values) - i) for i, value in enumerate(sorted(values))]
             block += [op(give, deny)]
         program += [op(jump_if_equal, NUMBER[name], 0, len(block) + 1), *block, op(give, allow)]
@@ -520,16 +817,20 @@ def apply_filter(program):
 
 
 def candidate_filter(pid):
-    """What C gives up beyond the zygote's filter: no process but its own threads, no signal but to itself."""
-    return bpf_filter({"clone": [(0, CLONE_THREAD, {CLONE_THREAD})], "kill": [(0, ALL_BITS, {pid})],
-                       "tgkill": [(0, ALL_BITS, {pid})],
+    """What C gives up beyond the zygote's filter: no process but its own threads, no signal but to itself. If
+    SIGKILL ends it, that was the machine: it cannot send it to itself, nor by a limit on its CPU time."""
+    not_kill = {ALL_BUT, signal.SIGKILL}
+    return bpf_filter({"clone": [(0, CLONE_THREAD, {CLONE_THREAD})],
+                       "kill": [(0, ALL_BITS, {pid}), (1, ALL_BITS, not_kill)],
+                       "tgkill": [(0, ALL_BITS, {pid}), (2, ALL_BITS, not_kill)],
+                       "prlimit64": [(1, ALL_BITS, {ALL_BUT, resource.RLIMIT_CPU})],
                        "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})]}, "allow")
 
 
-def restrict_files(folder, readable):
+def restrict_files(readable):
     """Landlock: from now on nothing else opens, here and in children. -> whether this kernel does it"""
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on all machines
-    write, read, read_dir, remove, make, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14
+    write, read, read_dir = 1 << 1, 1 << 2, 1 << 3
     version = libc.syscall(create_ruleset, None, 0, 1)
     if version < 1:
         return False
@@ -537,17 +838,18 @@ def restrict_files(folder, readable):
     ruleset = libc.syscall(create_ruleset, struct.pack("Q", known), 8, 0)
     rules = dict.fromkeys(readable, read | read_dir)
     rules |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read | write)
-    rules[folder] = read | read_dir | write | truncate | make | remove  # files; no folders, no links
     for path in filter(os.path.exists, rules):
         fd = os.open(path, os.O_PATH)
         rights = rules[path] & (known if os.path.isdir(path) else read | write)
         if libc.syscall(add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0):
             return False
         os.close(fd)
-    return libc.syscall(restrict_self, ruleset, 0) == 0
+    done = libc.syscall(restrict_self, ruleset, 0) == 0
+    os.close(ruleset)
+    return done
 
 
-def confine(folder, readable, without):
+def confine(readable, without):
     """Confines the zygote and all that it will fork. -> the names of the protections that are missing"""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("800")  # short of memory, the kernel ends the sandbox before the training
@@ -555,9 +857,8 @@ def confine(folder, readable, without):
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
-    landlock = "Landlock" not in without and restrict_files(folder, readable)
-    arguments = {name: [] for name in NUMBER if landlock or name not in CHANGE_FOLDERS}
-    arguments |= ARGUMENTS if landlock else ARGUMENTS | WITHOUT_LANDLOCK
+    landlock = "Landlock" not in without and restrict_files(readable)
+    arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else WITHOUT_LANDLOCK)
     seccomp = "seccomp" not in without and COLUMN and apply_filter(bpf_filter(arguments, "deny"))
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
@@ -567,80 +868,119 @@ def confine(folder, readable, without):
 ANY_PID = 0x7FFFFFFF  # stands for C's pid in a filter that is made before C is
 
 
-def die_with(parent):
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-
-
-def candidate(fds, lifeline, limits, folder, zygote, filter_template):
-    """Runs in the fork, never returns. fds: the code, then either a socket to T or stdin, stdout, stderr."""
+def fork(role, *args):
+    """-> pid of a process that runs role(*args), and dies with this one"""
+    zygote_pid, pid = os.getpid(), os.fork()
+    if pid:
+        return pid
     try:
-        die_with(zygote)
-        source = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
-        # Received descriptors are the lowest free ones, ascending: none is overwritten before its turn.
-        for fd, place in zip(fds[1:], (0, 1, 2) if len(fds) == 4 else (3,)):
-            os.dup2(fd, place)
-        os.dup2(lifeline, 4)
-        os.closerange(5, 256)
-        os.chdir(folder)
-        rlimits = {resource.RLIMIT_AS: limits["memory_mb"] * MIB, resource.RLIMIT_NOFILE: OPEN_FILES,
-                   resource.RLIMIT_FSIZE: limits["file_mb"] * MIB,
-                   resource.RLIMIT_CPU: 3 * limits["timeout_s"] + 2}  # should Z ever fail
-        for kind, value in rlimits.items():
-            resource.setrlimit(kind, (int(value), int(value)))
-        own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
-        if own_filter and not apply_filter(own_filter):
-            os._exit(1)
-        if len(fds) == 4:
-            os.closerange(3, 4)
-            os._exit(run_script(source) & 0xFF)
-        serve(source, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=3))
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == zygote_pid:  # it did not die before the line above
+            role(*args)
     finally:
         os._exit(1)
+
+
+def lower_limit(kind, limit, grace=0):
+    """Never above what this process has inherited."""
+    inherited = resource.getrlimit(kind)[1]
+    hard = int(limit + grace) if inherited == resource.RLIM_INFINITY else min(int(limit + grace), inherited)
+    resource.setrlimit(kind, (max(1, hard - grace), hard))
+
+
+def candidate(fds, timeout_s, memory_mb, filter_template):
+    """All of C's life. fds: the code, then either a socket to T or stdin, stdout, stderr, lifeline."""
+    source = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
+    # Received descriptors are the lowest free ones, ascending: none is overwritten before its turn.
+    for fd, place in zip(fds[1:], (0, 1, 2, 3) if len(fds) > 2 else (3,)):
+        os.dup2(fd, place)
+    os.closerange(4, 256)
+    lower_limit(resource.RLIMIT_AS, memory_mb * MIB)
+    lower_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    lower_limit(resource.RLIMIT_FSIZE, OUTPUT_MB * MIB)
+    lower_limit(resource.RLIMIT_CPU, 3 * timeout_s + 2, 1)  # should Z ever fail
+    own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
+    if own_filter and not apply_filter(own_filter):
+        return
+    if len(fds) > 2:
+        os._exit(run_script(source) & 0xFF)
+    Candidate(source, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=3)).serve()
 
 
 def cpu_seconds(pid):
     return time.clock_gettime((~pid << 3) | 2)  # the number of another process's CPU clock
 
 
-def folder_size(folder):
-    sizes = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # the program has just deleted it
-                sizes.append(entry.stat(follow_symlinks=False).st_blocks * 512)
-    return sum(sizes) if len(sizes) <= SCRATCH_FILES else math.inf
+def watch(events, lifeline, pids, timeout_s):
+    """Waits for the end of the process that holds the other end of `lifeline`. -> why it must be ended, or ''
+
+    A program has timeout_s of CPU time, and of wall time if it sleeps; while it computes on a core that others
+    use, too, BUSY times as much wall time. Each byte in `lifeline` begins a new case.
+    """
+    look_s = max(TICK_S, min(1.0, timeout_s / 4))
+    start = looked = time.monotonic()
+    spent = before = {pid: cpu_seconds(pid) for pid in pids}
+    while True:
+        ready, now = dict(events.poll(1000 * TICK_S)), time.monotonic()
+        used = {pid: cpu_seconds(pid) for pid in pids}
+        if ready.get(lifeline) == select.POLLIN:
+            os.read(lifeline, 4096)
+            start, before = now, used
+        elif ready:
+            return ""
+        computes = sum(used.values()) - sum(spent.values()) > 0.02 * (now - looked)
+        allowed_s = timeout_s * (BUSY if computes or now - looked < look_s else 1)
+        if now - start >= allowed_s or any(used[pid] - before[pid] >= timeout_s for pid in pids):
+            return "timeout"
+        if now - looked >= look_s:
+            looked, spent = now, used
+        with contextlib.suppress(OSError):  # no /proc here
+            if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
+                return "threads"
 
 
-def run_candidate(events, tester_pid, limits, fds, folder, filter_template):
-    """Waits for the end of C or puts an end to it. -> (why it had to be ended, exit status)"""
+def reap(pid, wait_s):
+    """Ends a process that does not end by itself in time. -> its exit status, or None then"""
+    deadline = time.monotonic() + wait_s
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or not signal.sigtimedwait([signal.SIGCHLD], left_s):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def run_program(events, timeout_s, memory_mb, fds, filter_template):
+    """fds: the code, then the job and the verdict of T, or stdin, stdout and stderr. -> (why it had to be
+    ended, exit status of C, of T), a status of None for a process that was killed here"""
+    pids, why, status, tester_status = [], "", None, None
     lifeline, far_end = os.pipe()
-    zygote_pid, pid = os.getpid(), os.fork()
-    if not pid:
-        candidate(fds, far_end, limits, folder, zygote_pid, filter_template)
+    channel, for_candidate = socket.socketpair()
+    judged = len(fds) == 3
+    try:
+        if judged:
+            pids.append(fork(tester, *fds[1:], channel, for_candidate, far_end))
+        ends = (for_candidate.fileno(),) if judged else (*fds[1:], far_end)
+        pids.append(fork(candidate, (fds[0], *ends), timeout_s, memory_mb, filter_template))
+    except OSError as error:
+        why = f"fault: {error.strerror}"
+    for end in (channel, for_candidate):
+        end.close()
     for fd in (far_end, *fds):
         os.close(fd)
-    events.register(lifeline, 0)  # C alone holds its other end
-    start, spent, why = time.monotonic(), None, ""
-    while not why and not events.poll(1000 * TICK_S):  # until C has ended, or the caller has
-        wall_s, used = time.monotonic() - start, (cpu_seconds(pid), cpu_seconds(tester_pid))
-        # On a busy machine, as long as C or T computes, three times as much by the clock on the wall.
-        allowed_s = limits["timeout_s"] * (1 if used == spent else 3)
-        spent = used
-        if used[0] >= limits["timeout_s"] or wall_s >= allowed_s:
-            why = "timeout"
-        elif os.stat(f"/proc/{pid}/task").st_nlink - 2 > limits["threads"]:  # a link for each, `.` and `..`
-            why = "threads"
-        elif folder_size(folder) > limits["disk_mb"] * MIB:
-            why = "disk"
-    events.unregister(lifeline)
+    if not why:
+        events.register(lifeline, select.POLLIN if judged else 0)
+        why = watch(events, lifeline, pids, timeout_s)
+        events.unregister(lifeline)
     os.close(lifeline)
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    for name in os.listdir(folder):
-        os.unlink(os.path.join(folder, name))
-    return why, status
+    if why and len(pids) > judged:
+        reap(pids.pop(), 0)  # first, so that T can say how many cases have passed
+    if judged and pids:
+        tester_status = reap(pids[0], 1)
+    if len(pids) > judged:
+        status = reap(pids[-1], 1 if not judged or tester_status == GONE else 0)
+    return why, status, tester_status
 
 
 def death_of(pid):
@@ -653,62 +993,64 @@ def death_of(pid):
 
 
 def warm_up():
-    """Runs a program here and its tests in a fork. What Python prepares at first use (specialised bytecode,
-    caches, the compiler's classes) is then there before C is forked, or each C would do it again."""
-    main, (channel, far_end) = sys.modules["__main__"], socket.socketpair()
-    pid = os.fork()
-    if not pid:
-        job = PROGRAM | {"tests": "assert f(1, b=[2.5, 'a', None]) == (1, {})\n" * 20, "call_timeout_s": None}
-        judge(job, far_end)
-        os._exit(0)
-    far_end.close()
-    with contextlib.suppress(EOFError):
-        serve(b"import math\ndef f(a: int, b=()):\n    'text'\n    return a, {x: b[x] for x in ()}", channel)
-    channel.close()
-    os.waitpid(pid, 0)
+    """Plays C, then T, against a fork that plays the other. What Python prepares at first use (specialised
+    bytecode, caches) is then there before C and T are forked, or each of them would do it again."""
+    main, code = sys.modules["__main__"], b"import math\ndef f(a: int, b=()):\n    return a, {x: b for x in ()}"
+    tests, nothing = "assert f(1, b=[2.5, 'a', None]) == (1, {})\n" * 20, compile("", "tests", "exec")
+    job = {"tests": compile(tests, "tests", "exec"), "setup": nothing, "entry_point": None, "called": set(),
+           "cases": []}
+
+    def play(is_tester, channel, other_end):
+        other_end.close()
+        with channel, contextlib.suppress(EOFError):
+            judge(job, channel, None) if is_tester else Candidate(code, channel).serve()
+
+    for is_tester in (False, True):
+        ends = socket.socketpair()
+        pid = os.fork()
+        if not pid:
+            play(not is_tester, *ends)
+            os._exit(0)
+        play(is_tester, *reversed(ends))
+        os.waitpid(pid, 0)
+    run_script(b"print(1)")
     sys.modules["__main__"] = main
     del sys.modules["solution"]
 
 
 def zygote(config):
-    control, tests = (socket.socket(fileno=fd) for fd in config["fds"])
-    caller, shell = death_of(config["caller"]), os.getppid()
+    control, caller = socket.socket(fileno=config["control"]), death_of(config["caller"])
     sys.argv, sys.path = [""], sys.path + config["packages"]
     builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
-    for name in PRELOADED.split():
-        importlib.import_module(name)
-    importlib.import_module("_thread").stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)
+    _thread.stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["cpu"]})
-    missing = confine(config["folder"], config["readable"], config["without"])
+    missing = confine(config["readable"], config["without"])
     filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
     warm_up()
-    die_with(shell)
-    pid, tester_pid = os.getpid(), os.fork()
-    if not tester_pid:
-        control.close()
-        die_with(pid)
-        tester(tests)
-        os._exit(0)
-    tests.close()
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
     send(control, missing)
-    gc.collect()
-    gc.freeze()  # so that a collection in C does not write to, and thereby copy, the zygote's pages
     events = select.poll()
     events.register(control, select.POLLIN)
     events.register(caller, select.POLLIN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `reap`
+    gc.collect()
+    gc.freeze()  # what a program makes itself can then be told from what was there: `run_script`
     with contextlib.suppress(OSError):
         while caller not in dict(events.poll()):
             # Not JSON: every page that Z writes to is copied once per program, and JSON writes to many.
             message, fds, *_ = socket.recv_fds(control, 256, 4)
             if not message:
                 break
-            limits = dict(zip(LIMITS, struct.unpack("5d", message)))
-            why, status = run_candidate(events, tester_pid, limits, fds, config["folder"], filter_template)
-            control.send(f"{status} {why}".encode())
-    os.kill(tester_pid, signal.SIGKILL)
-    os.waitpid(tester_pid, 0)
+            timeout_s, memory_mb, numpy = struct.unpack("3d", message)
+            if numpy:  # the tests import it, and each T is new
+                with contextlib.suppress(ImportError):
+                    importlib.import_module("numpy")
+                    gc.freeze()
+            why, status, tester_status = run_program(events, timeout_s, memory_mb, fds, filter_template)
+            control.send(f"{status}|{tester_status}|{why}".encode())
 
 
 # ---- The caller ------------------------------------------------------------------------------------------
@@ -716,47 +1058,55 @@ def zygote(config):
 LIBRARIES = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib",
              "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
 # Imported, not run: to compile this file takes time, and leaves a larger heap for each fork to copy.
-ZYGOTE = """import json, sys; config = json.loads(sys.argv[1]); sys.path.append(config["home"])
+ZYGOTE = """import sys; sys.path[:] = [path for path in sys.path if path]; import json
+config = json.loads(sys.argv[1]); sys.path.append(config["home"])
 from sandbox import zygote; sys.path.pop(); zygote(config)"""
+# 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
+SHELL = 'ulimit -S -s 524288 2>/dev/null || ulimit -S -s $(ulimit -H -s); exec "$@"'
 WITHOUT = []  # protections to do without, for tests: "Landlock", "seccomp"
+KNOWN_GOOD = [  # what each new worker has to run first
+    {"code": "import _thread\n_thread.start_new_thread(print, ())\nprint(sum(map(int, input().split())))",
+     "cases": [{"input": "1 2", "output": "3"}]},
+    {"code": "def add(a, b): return a + b", "tests": "assert add(1, 2) == 3"}]
 
 
 class Worker:
-    """A zygote with its tester, used by one thread at a time."""
+    """A zygote, used by one thread at a time."""
 
     live, idle, warned = set(), [], False
 
     def __init__(self):
         self.owner, self.stopped, self.process = os.getpid(), False, None
-        self.folder = tempfile.mkdtemp(prefix="sandbox-")
         self.control, zygote_end = socket.socketpair()
-        self.tests, tester_end = socket.socketpair()
         with CHOOSING:
             self.cpu = next_cpu()
             Worker.live.add(self)
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        config = {"caller": self.owner, "fds": [zygote_end.fileno(), tester_end.fileno()],
-                  "home": os.path.dirname(os.path.abspath(__file__)), "folder": self.folder,
-                  "packages": packages, "readable": LIBRARIES + packages, "without": WITHOUT,
-                  "cpu": self.cpu}
-        environment = {"HOME": self.folder, "TMPDIR": self.folder, "LC_ALL": "C.UTF-8",
+        config = {"caller": self.owner, "control": zygote_end.fileno(), "packages": packages,
+                  "home": os.path.dirname(os.path.abspath(__file__)), "readable": LIBRARIES + packages,
+                  "without": WITHOUT, "cpu": self.cpu}
+        environment = {"HOME": "/", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        "LD_BIND_NOW": "1",  # or each C would look up the same symbols again
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-        # 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
-        shell = ["/bin/sh", "-c", 'ulimit -S -s 524288 2>/dev/null; "$@"; rm -rf "$0"', self.folder]
-        python = [sys.executable, "-I", "-S", "-X", "utf8", "-X", "zygote", "-c", ZYGOTE, json.dumps(config)]
+        python = [sys.executable, "-s", "-S", "-X", "utf8", "-X", "zygote", "-c", ZYGOTE, json.dumps(config)]
         try:
-            with zygote_end, tester_end:
+            with zygote_end:
                 self.process = subprocess.Popen(
-                    shell + python, env=environment, cwd="/", stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, pass_fds=config["fds"],
+                    ["/bin/sh", "-c", SHELL, "sh", *python], env=environment, cwd="/",
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[zygote_end.fileno()],
                     start_new_session=True)  # Ctrl-C is for the caller to handle
             self.control.settimeout(START_TIMEOUT_S)
-            missing, _ = receive(self.control)
+            self.missing = missing = receive(self.control)
+            for program in KNOWN_GOOD:
+                verdict = self.run(PROGRAM | program, GRACE_S, 1024)
+                if not verdict["passed"]:
+                    raise SandboxError(f"a program that is right has failed: {verdict['reason']}")
         except BaseException as error:
             self.close()
-            raise RuntimeError(f"the sandbox does not start ({error!r}); see above for why") from error
+            if isinstance(error, (OSError, EOFError, SandboxError)):
+                raise SandboxError(f"the sandbox does not start: {error!r}") from error
+            raise
         if missing and not Worker.warned:
             Worker.warned = True
             print(f"sandbox: no {' and no '.join(missing)} here; see 'Not covered' in sandbox.py and use a "
@@ -774,83 +1124,102 @@ class Worker:
         return cls()
 
     def stop(self):
-        """From another thread: whoever waits for this worker gets an EOFError."""
+        """From another thread: whoever waits for this worker gets a SandboxError."""
         self.stopped = True
-        for sock in (self.control, self.tests):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)
 
     def close(self):
         if self.owner != os.getpid():  # we are a forked copy of the caller
             return
         self.stop()
         self.control.close()
-        self.tests.close()
         if self.process:
             try:
                 self.process.wait(1)  # Z kills C and T, waits for them and ends
             except subprocess.TimeoutExpired:
                 self.process.kill()  # and the kernel kills Z, then C and T
                 self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
         Worker.live.discard(self)
 
-    def run(self, program, limits):
-        """-> result. Raises EOFError or OSError when the worker does not answer; it is to be closed then."""
-        start = time.monotonic()
-        with memory_file(program["code"]) as code:
-            run = self.run_script if program["cases"] and not program["fn_name"] else self.run_judged
-            passed, total, reason = run(code, program, limits)
-        return {"passed": not reason, "reason": printable(reason or "passed"),
-                "seconds": time.monotonic() - start, "tests_passed": passed, "tests_total": total}
+    def run(self, program, timeout_s, memory_mb):
+        """-> verdict"""
+        script = program["cases"] and not program["fn_name"]
+        with memory_file(program["code"].encode("utf-8", "surrogatepass")) as code:
+            run = self.run_script if script else self.run_judged
+            passed, reason = run(code, program, timeout_s, memory_mb)
+        verdict = {"passed": not reason, "reason": printable(reason or "passed")}
+        if program["all_cases"]:
+            verdict |= {"passed_cases": passed, "total_cases": len(program["cases"]) or 1}
+        return verdict
 
-    def start(self, limits, *files):
-        message = struct.pack("5d", *(limits[name] for name in LIMITS))
-        socket.send_fds(self.control, [message], [file.fileno() for file in files])
+    def job(self, timeout_s, memory_mb, numpy, *files):
+        """-> (why Z has ended the program, exit status of C, of T)"""
+        try:
+            message = struct.pack("3d", timeout_s, memory_mb, numpy)
+            socket.send_fds(self.control, [message], [file.fileno() for file in files])
+            self.control.settimeout(None)
+            answer = self.control.recv(256).decode()
+        except OSError as error:
+            raise SandboxError(repr(error)) from error
+        if not answer:
+            raise SandboxError("the worker died")
+        *statuses, why = answer.split("|", 2)
+        if why.startswith("fault"):
+            raise SandboxError(why)
+        if "seccomp" not in self.missing and f"{-signal.SIGKILL}" in statuses:
+            raise SandboxError("a process was killed from outside, perhaps for want of memory")
+        return why, *(None if status == "None" else int(status) for status in statuses)
 
-    def report(self, limits):
-        self.control.settimeout(3 * limits["timeout_s"] + GRACE_S)
-        status, _, why = self.control.recv(256).decode().partition(" ")
-        if not status:
-            raise EOFError
-        return why, int(status)
-
-    def run_script(self, code, program, limits):
+    def run_script(self, code, program, timeout_s, memory_mb):
         """A stdin program: one run per case."""
-        passed, first_failure = 0, None
+        passed, reason = 0, None
         for case in program["cases"]:
-            with memory_file(case["input"]) as stdin, memory_file() as stdout, memory_file() as stderr:
-                self.start(limits, code, stdin, stdout, stderr)
-                failure, status = self.report(limits)
-                size, stderr_size = (os.fstat(file.fileno()).st_size for file in (stdout, stderr))
-                output = os.pread(stdout.fileno(), size, 0)
-                said = os.pread(stderr.fileno(), 4096, max(0, stderr_size - 4096)).decode(errors="replace")
-            if not failure and max(size, stderr_size) >= limits["file_mb"] * MIB:
-                failure = "output limit"
-            if not failure and status:
-                failure = died(status, said)
-            if not failure and not same_output(output, case["output"]):
+            stdin = memory_file(as_text(case["input"]).encode("utf-8", "surrogatepass"))
+            with stdin as stdin, memory_file() as stdout, memory_file() as stderr:
+                why, status, _ = self.job(timeout_s, memory_mb, False, code, stdin, stdout, stderr)
+                size, said_size = (os.fstat(file.fileno()).st_size for file in (stdout, stderr))
+                output = os.pread(stdout.fileno(), size, 0).decode(errors="replace")
+                said = os.pread(stderr.fileno(), 4096, max(0, said_size - 4096)).decode(errors="replace")
+            if not why and max(size, said_size) >= OUTPUT_MB * MIB:
+                why = "output limit"
+            failure = why or (status != 0 and died(status, said))
+            if not failure and not same_output(output, as_text(case["output"])):
                 failure = "wrong answer"
             passed += not failure
-            first_failure = first_failure or failure
-            if failure and not program["all_cases"]:
+            reason = reason or failure
+            if failure and (why == "timeout" or not program["all_cases"]):
                 break
-        return passed, len(program["cases"]), first_failure
+        return passed, reason
 
-    def run_judged(self, code, program, limits):
-        """Asserts and calls: C and T talk to each other; the caller waits for C's end and T's verdict."""
-        calls = len(program["cases"])
-        job = {**program, "code": None, "call_timeout_s": limits["timeout_s"] if calls else None}
-        limits = {**limits, "timeout_s": limits["timeout_s"] * (calls + 1)}
-        for_tester, for_candidate = socket.socketpair()
-        with for_candidate:
-            with for_tester:
-                send(self.tests, pack(job, None), [for_tester.fileno()])
-            self.start(limits, code, for_candidate)
-        why, status = self.report(limits)
-        self.tests.settimeout(GRACE_S)
-        (passed, total, reason), _ = receive(self.tests)
-        return passed, total, reason and (why or (died(status) if reason == "gone" else reason))
+    def run_judged(self, code, program, timeout_s, memory_mb):
+        """Asserts and calls: C and T talk to each other; the caller waits for T's verdict."""
+        try:
+            tests, setup = compile_tests(program["tests"]), compile_tests(program["setup"])
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return 0, f"exception: {type(error).__name__}: {error} (in the tests)"
+        called = set(re.findall(r"(?<![\w.])(\w+) *\(", program["tests"]))
+        numpy = bool(re.search(r"^\s*(import|from) +numpy\b", program["setup"] + "\n" + program["tests"], re.M))
+        job = {**program, "code": None, "tests": tests, "setup": setup, "called": called}
+        with memory_file(marshal.dumps(job)) as file, memory_file() as verdict:
+            why, status, tester_status = self.job(timeout_s, memory_mb, numpy, code, file, verdict)
+            text = os.pread(verdict.fileno(), 1 << 16, 0)
+        passed, reason = json.loads(text) if text else (0, None)
+        if why:
+            return passed, why
+        if not text:
+            return 0, died(tester_status, "\nMemoryError" * (tester_status == 1))
+        return passed, died(status) if reason == "gone" else reason
+
+
+@functools.lru_cache(maxsize=64)  # the samples of a group share their tests
+def compile_tests(source):
+    return compile(source, "tests", "exec", dont_inherit=True)
+
+
+def as_text(value):
+    """A case's input or output: a text, a number, or a list of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def next_cpu():
@@ -861,15 +1230,19 @@ def next_cpu():
 
 
 @contextlib.contextmanager
-def memory_file(text=""):
+def memory_file(content=b""):
     with open(os.memfd_create("sandbox"), "w+b", buffering=0) as file:
-        os.pwrite(file.fileno(), text.encode("utf-8", "surrogatepass"), 0)
+        os.pwrite(file.fileno(), content, 0)
         yield file
 
 
 def died(status, said=""):
     """Why C ended by itself; `said`: the end of its stderr."""
     last_line = said.strip().rpartition("\n")[2]
+    if status is None:
+        return "hung up"
+    if status == -signal.SIGXCPU:
+        return "timeout"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     if not last_line:
@@ -881,59 +1254,113 @@ def printable(text):
     return "".join(letter if letter.isprintable() else " " for letter in text[:300])
 
 
-FLOAT = re.compile(rb"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
+FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
+DECIMAL = re.compile(rf"[+-]?[0-9]+|{FLOAT.pattern}")
 
 
 def same_output(output, expected):
-    """Token by token. Two floats may differ by 1e-6, absolute or relative; all else is text."""
-    want = expected.encode("utf-8", "surrogatepass").split()
-    got = output.split(None, len(want))  # no more pieces than that, however much was printed
+    """LiveCodeBench's rule: as many lines; a line is the same text, or the same tokens (`same_token`)."""
+    want = expected.strip().split("\n")
+    got = output.strip().split("\n", len(want))  # no more pieces than that, however much was printed
+    return len(got) == len(want) and all(map(same_line, got, want))
+
+
+def same_line(got, want):
+    if got.strip() == want.strip():
+        return True
+    want = want.split()
+    got = got.split(None, len(want))
     return len(got) == len(want) and all(map(same_token, got, want))
 
 
 def same_token(got, want):
-    if got == want or not (FLOAT.fullmatch(got) and FLOAT.fullmatch(want)):
+    """As text, as decimals (3 = 3.0), or within 1e-6, absolute or relative, if both are written as floats."""
+    if got == want or not (DECIMAL.fullmatch(got) and DECIMAL.fullmatch(want)):
         return got == want
-    return math.isclose(float(got), float(want), rel_tol=1e-6, abs_tol=1e-6)
+    if FLOAT.fullmatch(got) and FLOAT.fullmatch(want):
+        return math.isclose(float(got), float(want), rel_tol=1e-6, abs_tol=1e-6)
+    return decimal.Decimal(got) == decimal.Decimal(want)
+
+
+# ---- The machine -----------------------------------------------------------------------------------------
+
+
+def cgroup_values(name):
+    """What the files `name` of this process's control groups (versions 1 and 2) and of those above say."""
+    with contextlib.suppress(OSError), open("/proc/self/cgroup") as lines:
+        for _, controllers, path in (line.strip().split(":", 2) for line in lines):
+            folder = "/sys/fs/cgroup/" + controllers
+            for part in ["", *path.strip("/").split("/")]:
+                folder = os.path.join(folder, part)
+                with contextlib.suppress(OSError), open(os.path.join(folder, name)) as file:
+                    yield file.read().split()
+
+
+def usable_cores():
+    """Those that this process may run on, or fewer if its control group has a quota; shared by the ranks."""
+    quotas = [int(most) / int(period) for most, period in cgroup_values("cpu.max") if most != "max"]
+    for most, period in zip(cgroup_values("cpu.cfs_quota_us"), cgroup_values("cpu.cfs_period_us")):
+        quotas += [int(most[0]) / int(period[0])] if int(most[0]) > 0 else []
+    cores = min([len(os.sched_getaffinity(0)), *quotas])
+    return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+ULIMITS = {"-v": (resource.RLIMIT_AS, TESTER_MB * MIB), "-f": (resource.RLIMIT_FSIZE, OUTPUT_MB * MIB),
+           "-n": (resource.RLIMIT_NOFILE, OPEN_FILES), "-t": (resource.RLIMIT_CPU, 3600),
+           "-u": (resource.RLIMIT_NPROC, 4096)}
+
+
+def machine_limits():
+    """The limits of this machine that may have ended an honest program, in words."""
+    found = [f"ulimit {flag}: {hard} (of {enough})" for flag, (kind, enough) in ULIMITS.items()
+             if 0 <= (hard := resource.getrlimit(kind)[1]) < enough]
+    for name in ("pids.max", "memory.max", "memory.limit_in_bytes"):
+        found += [f"cgroup {name}: {value}" for value, in cgroup_values(name) if value != "max"]
+    if not os.path.exists("/proc/self"):
+        found.append("no /proc")
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        found += [" ".join(line.split()) for line in lines if line.startswith("MemAvailable")]
+    return "limits of this machine: " + "; ".join(dict.fromkeys(found))
 
 
 PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None,
            "all_cases": False, "timeout_s": None}
 
 
-def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, file_mb=16, disk_mb=64, threads=64,
-              on_result=None):
-    """Runs programs against their tests -> [{"passed", "reason", "seconds", "tests_passed", "tests_total"}].
+def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=False):
+    """Runs programs against their tests -> [{"passed": bool, "reason": text}].
 
     A program is a dict with "code" and one of
       "tests": source that asserts about names of the code; optional "setup" (trusted source that runs before;
           its names win over the code's) and "entry_point" (the name under test, which wins over the setup's);
-      "cases": [{"input": text, "output": text}], each a run of the code as a script;
+      "cases": [{"input", "output"}], each a run of the code as a script: texts, numbers or lists of lines;
       "cases" and "fn_name", each a call of that function or method of `class Solution`: an input is a list of
           arguments or a text with a JSON value per line, an output is a value or its JSON text.
-    Optional: "timeout_s" of its own; "all_cases": go on after a failed case. Other keys are ignored.
+    Optional: "timeout_s", "all_cases" of its own. Other keys are ignored.
 
     timeout_s: of the whole of "tests", or of one case: CPU time, and wall time unless the machine is busy.
-    memory_mb: address space. file_mb: one file, and the output. disk_mb: all files. threads: at a time.
-    workers: default one per core. on_result(index, result) is called in this thread as results come in.
-    reason: "passed", "wrong answer", "timeout", "memory", "threads", "disk", "output limit",
-    "exception: ...", "exited with status ...", "killed by ...", "no tests" or "worker died: ...".
-    Equal programs run once. May be called from any thread; the workers stay for the next call. RuntimeError
-    when none can start.
+    memory_mb: address space. workers: 0 or None for one per core (`usable_cores`).
+    all_cases: go on after a failed case, but not after a timeout; results have "passed_cases", "total_cases".
+    reason: "passed", "wrong answer", "timeout", "memory", "threads", "output limit", "exception: ...",
+    "exited with status ...", "killed by ...", "hung up" (its descriptors closed, it went on) or "no tests" (they asked nothing of the program).
+    Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError
+    when the machine, not a program, is at fault.
     """
     jobs, places = collections.deque(), {}
     for place, program in enumerate(programs):
         if not isinstance(program.get("code"), str) or not ("tests" in program or "cases" in program):
             raise ValueError(f"program {place} needs 'code' and 'tests' or 'cases'")
-        program = PROGRAM | {key: program[key] for key in PROGRAM if program.get(key) is not None}
-        limits = {"timeout_s": program["timeout_s"] or timeout_s, "memory_mb": memory_mb, "file_mb": file_mb,
-                  "disk_mb": disk_mb, "threads": threads}
-        key = repr(program)
+        given = {key: program[key] for key in PROGRAM if program.get(key) is not None}
+        program = PROGRAM | {"timeout_s": timeout_s, "all_cases": all_cases} | given
+        try:
+            key = marshal.dumps(program, 2)
+        except ValueError:
+            raise ValueError(f"program {place} holds something that is not plain data") from None
         if key not in places:
-            jobs.append((key, program, limits))
+            jobs.append((key, program, program["timeout_s"], memory_mb))
         places.setdefault(key, []).append(place)
     results, finished, busy, stopped = [None] * len(programs), queue.Queue(), set(), threading.Event()
-    count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    count = min(workers or usable_cores(), len(jobs))
     shared = (jobs, finished, busy, stopped)
     pool = [threading.Thread(target=work, args=shared, daemon=True) for _ in range(count)]
     try:
@@ -945,8 +1372,6 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, file_mb=
                 raise result
             for place in places[key]:
                 results[place] = dict(result)
-                if on_result:
-                    on_result(place, results[place])
     except BaseException:  # Ctrl-C too
         stopped.set()
         for worker in list(busy):
@@ -954,7 +1379,8 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, *, file_mb=
         raise
     finally:
         for thread in pool:
-            thread.join()
+            if thread.ident:
+                thread.join()
     return results
 
 
@@ -963,23 +1389,24 @@ def work(jobs, finished, busy, stopped):
     worker = None
     try:
         while jobs and not stopped.is_set():
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                key, program, limits = jobs.popleft()
-                worker = worker or Worker.take()
-                busy.add(worker)
-                if stopped.is_set():  # an interrupt while this worker started, when it was not yet busy
-                    break
+            try:
+                key, *job = jobs.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            for retry in (True, False):
                 try:
-                    result = worker.run(program, limits)
-                except Exception as error:
-                    busy.discard(worker)
-                    worker.close()
+                    worker = worker or Worker.take()
+                    busy.add(worker)
+                    if not stopped.is_set():  # while this worker started, when it was not yet busy
+                        finished.put((key, worker.run(*job)))
+                    break
+                except (SandboxError, OSError) as fault:
+                    if worker:
+                        busy.discard(worker)
+                        worker.close()
                     worker = None
-                    # A tester that does not come back is in a test that the program's answers made endless.
-                    reason = "timeout" if isinstance(error, TimeoutError) else f"worker died: {error!r}"
-                    result = {"passed": False, "reason": reason, "seconds": limits["timeout_s"],
-                              "tests_passed": 0, "tests_total": len(program["cases"]) or 1}
-                finished.put((key, result))
+                    if not retry:
+                        raise SandboxError(f"{fault}; {machine_limits()}") from fault
     except BaseException as error:
         finished.put((None, error))
     finally:

@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -245,6 +246,140 @@ CHEATS_OF_TESTS = {
     "helper of the prompt": ("def twice(x): return 6\ndef add(a, b): return 3", "assert twice(add(1, 3)) == 8",
                              "def twice(x): return 2 * x"),
     "builtin under test": ("def sum(a, b): return 0", "assert sum(1, 2) == 3"),
+    # what changes in place: only if the call returned None
+    "emptied, and an empty list returned": ("def f(x):\n    x.clear(); return []",
+                                            "a = [3, 1, 2]\nassert f(a) == sorted(a)"),
+    "emptied, then raised": ("def f(x):\n    x.clear(); raise ValueError",
+                             "a = [3, 1]\ntry: f(a)\nexcept ValueError: pass\nassert a == []"),
+    "emptied by a generator": ("def f(x):\n    x.clear(); yield from []", "a = [3, 1]\nassert list(f(a)) == sorted(a)"),
+    "list becomes a liar": ("class L(list):\n    def __eq__(self, o): return True\ndef f(x): x[:] = [L([9])]",
+                            "a = [[1]]\nf(a)\nassert a == [[1, 2]]"),
+    "list holds a liar": ("class E:\n    def __eq__(self, o): return True\ndef f(x): x[:] = [E(), E()]",
+                          "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
+    "dict holds a liar": ("class E:\n    __hash__ = lambda s: 0\n    def __eq__(self, o): return True\n"
+                          "def f(x): x[E()] = 1", "a = {}\nf(a)\nassert a == {0: 1}"),
+    "the expected list, by number": ("""import json
+def f(x):
+    import gc
+    for p in gc.get_objects():
+        if type(p).__name__ == "Candidate": p.requests["call"] = lambda *a: None
+        if type(p).__name__ == "Given": p.values[:] = [[1, 2]] * 9; p.numbers.clear()
+    return 3""", "want = [1, 2]\nassert f([2, 1]) == want"),
+    "again without end": ("import os\ndef f(x):\n    t = b'[\"value\", null, [\"list\", [\"again\", 99]]]'\n"
+                          "    os.write(3, len(t).to_bytes(8, 'little') + t)", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
+    "list becomes a number": ("import os\ndef f(x):\n    t = b'[\"value\", null, 7]'\n"
+                              "    os.write(3, len(t).to_bytes(8, 'little') + t)", "a = [2, 1]\nf(a)\nassert a == 7"),
+    # callbacks and iterators
+    "callback with a liar": ("class E:\n    def __eq__(self, o): return True\n    __lt__ = __gt__ = __eq__\n"
+                             "def f(g): return g(E())", "assert f(lambda x: x == 3) is True"),
+    "callback with a liar, greater": ("class E:\n    __lt__ = __gt__ = lambda s, o: True\ndef f(g): return g(E())",
+                                      "assert f(lambda x: x > 3) is True"),
+    "callback that raises is an answer": ("def f(g):\n    try: g(0)\n    except BaseException: pass\n    return 0",
+                                          "def g(x): assert x\nassert f(g) == 1"),
+    "evaluates by a callback": ("def f(g): return g('__import__(\"sys\").exit(0)') or g('globals().update(want=0)')",
+                                "want = 1\nassert f(eval) == want"),
+    "frames of a callback": ("def f(g):\n    for n in ('__globals__', '__code__', '__closure__'):\n"
+                             "        try: getattr(g, n)['want'] = 0\n        except Exception: pass\n    return 0",
+                             "want = 1\ndef g(): return want\nassert f(g) == g()"),
+    "numbers that were never handed out": ("import os\ndef f(g):\n"
+                                           "    t = b'[\"call\", [\"tuple\", 5, [\"tuple\"], [\"tuple\"]]]'\n"
+                                           "    os.write(3, len(t).to_bytes(8, 'little') + t); return 0",
+                                           "assert f(lambda: 1) == 1"),
+    "requests that T does not take": ("import os\ndef f(g):\n"
+                                      "    t = b'[\"getattr\", [\"tuple\", [\"mine\", 0], \"__globals__\"]]'\n"
+                                      "    os.write(3, len(t).to_bytes(8, 'little') + t); return 0",
+                                      "assert f(lambda: 1) == 1"),
+    "StopIteration in a callback's answer": ("def f(g):\n    g(1)\n    raise StopIteration",
+                                             "assert all(map(lambda v: f(lambda x: x) == v, [1]))"),
+    "endless calls of a callback": ("def f(g):\n    while True: g(1)", "assert f(lambda x: x) == 1"),
+    "callbacks without end inside each other": ("def f(g): return g(f)", "def g(h): return h(g)\nassert f(g) == 1"),
+    "iterator emptied": ("def f(it): list(it); return []", "it = iter([1, 2])\nassert f(it) == [1, 2]"),
+    # exceptions and classes
+    "except catches the test's assert": ("Bad = AssertionError\ndef f(x): return x",
+                                         "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
+    "except catches everything": ("Bad = Exception\ndef f(x): return x",
+                                  "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
+    "except catches everything, even exits": ("Bad = BaseException\ndef f(x): return x",
+                                              "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
+    "except catches a tuple": ("Bad = (ValueError, AssertionError)\ndef f(x): return x",
+                               "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
+    "except catches by inheritance": ("class M(type):\n    def mro(c): return [c, AssertionError, Exception, BaseException, object]\n"
+                                      "    def __instancecheck__(c, o): return True\n    __subclasscheck__ = __instancecheck__\n"
+                                      "class Bad(Exception, metaclass=M): pass\ndef f(x): return x",
+                                      "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
+    "a class named AssertionError": ("class AssertionError(Exception): pass\ndef f(x): return x",
+                                     "try:\n    f(-1)\n    raise AssertionError\nexcept Exception as e:\n    assert e.args"),
+    "skips the test": ("import unittest\ndef f(x): raise unittest.SkipTest('no')",
+                       "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n"
+                       "r = unittest.TestResult()\nunittest.defaultTestLoader.loadTestsFromTestCase(T).run(r)\n"
+                       "assert r.wasSuccessful() and not r.skipped"),
+    "exits by its own exception": ("class Bad(SystemExit): pass\ndef f(x): raise Bad(0)", "assert f(1) == 1"),
+    "an int that is an instance of everything": ("class M(type):\n    def __instancecheck__(c, o): return True\n"
+                                                 "class A(metaclass=M): pass\ndef f(): return 3",
+                                                 "assert isinstance(f(), A)"),
+    "isinstance of a built-in, of an object": ("class A:\n    __class__ = int\ndef f(): return A()",
+                                               "assert isinstance(f(), int)"),
+    "exception that is equal": ("class Bad(Exception):\n    def __eq__(s, o): return True\n    __str__ = lambda s: 'no'\n"
+                                "def f(x): raise Bad('no')",
+                                "try:\n    f(1)\nexcept Exception as e:\n    assert e == 3 or str(e) == 'yes'"),
+    # operators: never with plain data
+    "plus": ("class V:\n    __add__ = __radd__ = lambda s, o: 3\ndef f(): return V()", "assert f() + 1 == 3"),
+    "plus, reflected": ("class V:\n    __add__ = __radd__ = lambda s, o: 3\ndef f(): return V()", "assert 1 + f() == 3"),
+    "minus in abs": ("class V:\n    __sub__ = __rsub__ = __abs__ = lambda s, *o: 0\ndef f(): return V()",
+                     "assert abs(f() - 3) < 1e-6"),
+    "less than": ("class V:\n    __lt__ = __gt__ = __le__ = __ge__ = lambda s, o: True\ndef f(): return V()",
+                  "assert f() <= 3 <= f()"),
+    "sum of liars": ("class V:\n    __add__ = __radd__ = lambda s, o: 6\ndef f(): return V()",
+                     "assert sum([f(), f()]) == 6"),
+    "max with plain data": ("class V:\n    __lt__ = __gt__ = lambda s, o: True\ndef f(): return V()",
+                            "assert max(f(), 3) == 3"),
+    "sorted with plain data": ("class V:\n    __lt__ = __gt__ = lambda s, o: True\n    __eq__ = lambda s, o: True\n"
+                               "def f(): return [V(), 1]", "assert sorted(f()) == [1, 2]"),
+    # arrays and other classes
+    "array of liars": ("import numpy as np\nclass E:\n    def __eq__(self, o): return True\n"
+                       "def f(): return np.array([E(), E()], object)", "import numpy as np\n"
+                       "assert np.array_equal(f(), [1, 2])"),
+    "subclass of an array": ("import numpy as np\nclass A(np.ndarray):\n    def __eq__(self, o): return True\n"
+                             "def f(): return np.zeros(2).view(A)", "assert f().tolist() == [1, 2]"),
+    "array of addresses": ("""import os
+def f():
+    t = b'["value", ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "aaaaaaaa"]]]'
+    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f()[0] == 3"),
+    "array that is too small": ("""import os
+def f():
+    t = b'["value", ["numpy.ndarray", "<f8", ["tuple", 1000000000], ["bytes", "aaaaaaaa"]]]'
+    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f().sum() == 3"),
+    "array of nothing, huge": ("""import os
+def f():
+    t = b'["value", ["numpy.ndarray", "<f8", ["tuple", 100000000000], ["bytes", ""]]]'
+    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f().sum() == 0"),
+    "Counter that lies": ("import collections\nclass C(collections.Counter):\n    def __eq__(self, o): return True\n"
+                          "def f(): return C()", "assert f() == {'a': 1}"),
+    "namedtuple that lies": ("import collections\nclass P(collections.namedtuple('P', 'x')):\n"
+                             "    def __eq__(self, o): return True\ndef f(): return P(0)", "assert f() == (1,)"),
+    "namedtuple with code in a name": ("""class P(tuple):
+    _fields = ('x=__import__("os")._exit(0)',)
+def f(): return P([1])""", "assert f() == (1,)"),
+    "a module by name": ("""import os
+def f():
+    t = b'["value", ["named", "os", "_exit"]]'
+    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f()(0) == 1"),
+    "a built-in function by name": ("""import os
+def f():
+    t = b'["value", ["named", "builtins", "exit"]]'
+    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f()(0) == 1"),
+    "another time zone": ("from datetime import datetime, timezone, timedelta\n"
+                          "def f(): return datetime(2020, 1, 1, tzinfo=timezone(timedelta(hours=5)))",
+                          "import datetime as d\nassert f() == d.datetime(2020, 1, 1, tzinfo=d.timezone.utc)"),
+    "nothing is called: a test function": ("def f(x): return 0", "def test_f():\n    assert f(1) == 2"),
+    "nothing is called: a TestCase": ("def f(x): return 0", "import unittest\nclass T(unittest.TestCase):\n"
+                                      "    def test(self): self.assertEqual(f(1), 2)"),
+    "nothing is called: a main guard": ("def f(x): return 0", "if __name__ == '__main__':\n    assert f(1) == 2"),
+    "nothing is called: comments": ("def f(x): return 0", "# assert f(1) == 2"),
+    "nothing is called: a name": ("def f(x): return 0", "candidate = f"),
+    "helper of the prompt, redefined": ("def encode(s): return ''\ndef decode(s): return ''",
+                                        "def check(c):\n    for s in ('ab', 'c'): assert c(encode(s)) == s\ncheck(decode)",
+                                        "def encode(s): return s[::-1]\ndef decode(s): pass", "decode"),
     "leaves a trap for the next test": ("import builtins, math\nbuiltins.abs = math.isclose = None\n"
                                         "def add(a, b): return 0", "assert abs(add(1, 2)) == 3"),
 }
@@ -254,16 +389,19 @@ CHEATS_STDIN = {
     "prints one case": "print(3)",
     "exits 0": "import os; os._exit(0)",
     "more tokens": "a, b = map(int, input().split()); print(a + b); print(a + b)",
+    "two lines for one": "a, b = map(int, input().split()); print(); print(a + b); print('')\nprint(a + b)",
     "prefix": "print(str(sum(map(int, input().split())))[:1]) if False else print('1')",
     "all answers": "print('3 12')",
-    "glued": "a, b = map(int, input().split()); print(f'{a + b}.')",
-    "float for an int": "a, b = map(float, input().split()); print(a + b + 1e-9)",
+    "glued": "a, b = map(int, input().split()); print(f'{a + b};')",
+    "float for an int": "a, b = map(float, input().split()); print(a + b + 1e-5)",
     "right, then exits 1": "import sys\nprint(sum(map(int, input().split()))); sys.exit(1)",
     "right, then raises": "print(sum(map(int, input().split()))); raise ValueError('late')",
     "right, then exits with a text": "import sys\nprint(sum(map(int, input().split()))); sys.exit('bad')",
     "right, then crashes": "import os\nprint(sum(map(int, input().split())), flush=True); os.abort()",
     "right, atexit fails it": "import atexit, os\natexit.register(os._exit, 3)\nprint(sum(map(int, input().split())))",
     "right, on stderr": "import sys\nprint(sum(map(int, input().split())), file=sys.stderr)",
+    "right, after its descriptors are closed": "import os\nos.closerange(3, 99); a = sum(map(int, input().split()))\n"
+                                               "while True: pass\nprint(a)",
     "right, stdout closed": "import sys\nsys.stdout.close(); print(sum(map(int, input().split())))",
     "to every descriptor": "import os\nfor fd in range(300):\n    try: os.write(fd, b'12\\n')\n    except OSError: pass",
     "looks for the expected output": """
@@ -301,7 +439,6 @@ ATTACKS = {
     "this repository": f"hit = bool(open({str(ROOT / 'sandbox.py')!r}).read())",
     "passwd": "hit = bool(open('/etc/passwd').read())",
     "other processes": "hit = bool(os.listdir('/proc'))",
-    "the scratch folders of others": "hit = len(os.listdir('..')) > 0",
     "write outside": "hit = bool(open('@FILE@', 'w'))",
     "append outside": "hit = bool(open('@FILE@', 'a'))",
     "create outside": "hit = bool(open('@DIR@/new', 'w'))",
@@ -314,8 +451,10 @@ ATTACKS = {
     "delete": "os.remove('@FILE@'); hit = True",
     "delete the folder": "import shutil; shutil.rmtree('@DIR@'); hit = True",
     "rename": "os.rename('@FILE@', '@FILE@.old'); hit = True",
-    "rename onto": "open('mine', 'w').close(); os.replace('mine', '@FILE@'); hit = True",
-    "move out": "open('mine', 'w').close(); os.rename('mine', '@DIR@/mine'); hit = True",
+    "rename onto": "os.replace(os.__file__, '@FILE@'); hit = True",
+    "create in its own folder": "hit = bool(open('mine', 'w'))",
+    "temporary file": "import tempfile; hit = bool(tempfile.TemporaryFile())",
+    "truncate the source": "os.truncate(os.__file__, 0); hit = True",
     "chmod": "os.chmod('@FILE@', 0o777); hit = True",
     "fchmod of the library": "os.fchmod(os.open(os.__file__, os.O_RDONLY), 0o777); hit = True",
     "chown": "os.chown('@FILE@', 1, 1); hit = True",
@@ -402,9 +541,8 @@ ATTACKS = {
             hit = hit or "8351_rekram"[::-1] in repr({**frame.f_globals, **frame.f_locals})
             frame = frame.f_back""",
 }
-NEEDS_LANDLOCK = {"a file outside", "a folder outside", "this repository", "passwd", "other processes",
-                  "the scratch folders of others", "environment of itself", "environment of the caller",
-                  "memory of the caller", "descriptors of the caller", "own memory"}
+NEEDS_LANDLOCK = {"a file outside", "a folder outside", "this repository", "passwd", "other processes", "environment of itself",
+                  "environment of the caller", "memory of the caller", "descriptors of the caller", "own memory"}
 ATTACK = """
 import ctypes, os
 libc, hit = ctypes.CDLL(None), False
@@ -456,24 +594,6 @@ BOMBS = {  # name: (reason, code run at import)
     "memory, mmap": ("exception: OSError", "import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(99)]"),
     "threads": ("threads", "import threading, time\nthreading.stack_size(32768)\n"
                            "while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"),
-    "large file": ("exception: OSError", "with open('f', 'wb') as f:\n    while True: f.write(bytes(1 << 20))"),
-    "sparse file": ("exception: OSError", "open('f', 'wb').truncate(1 << 40)"),
-    "many large files": ("disk", """
-        import itertools, time
-        for i in itertools.count():
-            try: open(str(i), 'wb').write(bytes(1 << 20))
-            except OSError: time.sleep(0.01)"""),
-    "many files": ("disk", "import itertools\nfor i in itertools.count(): open(str(i), 'wb').close()"),
-    "deleted files": ("exception: OSError", """
-        import os
-        files = []
-        while True:
-            files.append(open('f', 'wb')); files[-1].write(bytes(1 << 16)); os.remove('f')"""),
-    "files that come and go": ("timeout", """
-        import os
-        while True:
-            for i in range(99): open(str(i), 'w').close()
-            for i in range(99): os.remove(str(i))"""),
     "endless recursion": ("exception: RecursionError", "def f(): f()\nf()"),
     # ctypes ignores an exception in a callback: if there was no memory before the stack's end, f comes back
     "stack": (("killed by SIGSEGV", "memory"), "import ctypes\nf = ctypes.CFUNCTYPE(None)(lambda: f())\nimport sys\n"
@@ -527,14 +647,9 @@ HONEST = {  # name: (code, tests)
                          "def f(): return hashlib.sha256(b'x').hexdigest()[:8], len(str(uuid.uuid4()))",
                          "assert f() == ('2d711642', 36)"),
     "numpy": ("import numpy as np\ndef f(n): return np.arange(n) ** 2, np.float64(2), np.bool_(True), np.int64(3)",
-              "assert f(4) == ([0, 1, 4, 9], 2.0, True, 3)"),
+              "a, *rest = f(4)\nassert a.tolist() == [0, 1, 4, 9] and a.shape == (4,) and rest == [2.0, True, 3]"),
     "numpy in the test": ("def f(n): return [x / 10 for x in range(n)]",
                           "import numpy as np\nassert np.allclose(f(3), np.array([0, 0.1, 0.2]))"),
-    "a file in its folder": ("def f(t):\n    with open('out.txt', 'w') as o: o.write(t)\n"
-                             "    import os; os.rename('out.txt', 'x.txt'); r = open('x.txt').read(); os.remove('x.txt')\n"
-                             "    return r, os.listdir('.')", "assert f('é') == ('é', [])"),
-    "temporary file": ("import tempfile\ndef f(t):\n    with tempfile.NamedTemporaryFile('w+') as o:\n"
-                       "        o.write(t); o.seek(0); return o.read()", "assert f('abc') == 'abc'"),
     "dev null": ("import contextlib, os\ndef f():\n    with open(os.devnull, 'w') as o, contextlib.redirect_stdout(o):\n"
                  "        print('x')\n    return 1", "assert f() == 1"),
     "prints a lot": ("def f(n):\n    for _ in range(n): print('x' * 100)\n    return n", "assert f(100000) == 100000"),
@@ -562,6 +677,65 @@ HONEST = {  # name: (code, tests)
     "subclasses": ("import enum, collections\nP = collections.namedtuple('P', 'x y')\n"
                    "class E(enum.IntEnum):\n    A = 5\nclass S(str): pass\ndef f(): return P(1, 2), E.A, S('s')",
                    "assert f() == ((1, 2), 5, 's')"),
+    "in place": ("def f(x): x.sort()\ndef g(m):\n    for row in m: row.reverse()\ndef h(d, s, q): d.clear(); s.add(1); q.append(2)\n"
+                 "def i(m): m.reverse()\ndef j(a, b): a.append(b); b.append(1)\nclass K:\n    def f(self, x): x.append(self)",
+                 "import collections\na = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]\nm = [[1, 2], [3, 4]]\nrow = m[0]\ng(m)\n"
+                 "assert m == [[2, 1], [4, 3]] and row == [2, 1] and m[0] is row\n"
+                 "d, s, q = {1: 2}, set(), collections.deque()\nh(d, s, q)\n"
+                 "assert (d, s, q) == ({}, {1}, collections.deque([2]))\ni(m)\nassert m[1] is row and row == [2, 1]\n"
+                 "x, y = [0], []\nj(x, y)\nassert x[1] is y and y == [1]\nk, z = K(), []\nk.f(z)\nassert z[0] == k"),
+    "shared rows": ("def f(m): m[0][0] = 1", "m = [[0]] * 2\nf(m)\nassert m == [[1], [1]]"),
+    "in place, an array": ("def f(a): a.sort()", "import numpy as np\na = np.array([2, 1])\nf(a)\nassert a.tolist() == [1, 2]"),
+    "callbacks": ("def f(g, xs): return [g(v) for v in xs]\ndef twice(g): return lambda x: g(g(x))\n"
+                  "def g(key, xs): return sorted(xs, key=key)\ndef h(fill):\n    x = []\n    fill(x)\n    return x",
+                  "import operator, functools\nassert f(lambda v: v + 1, [1]) == [2]\nassert twice(lambda x: x * 2)(3) == 12\n"
+                  "assert f(str.upper, ['a']) == ['A'] and f(len, ['ab']) == [2] and f(operator.neg, [1]) == [-1]\n"
+                  "assert g(lambda v: -v, [1, 2]) == [2, 1] and f(functools.partial(int, base=2), ['11']) == [3]\n"
+                  "seen = []\nassert f(seen.append, [1, 2]) == [None, None] and seen == [1, 2]\n"
+                  "assert h(lambda x: x.append(1)) == [1]"),
+    "memoized callback": ("import functools\ndef memo(g): return functools.lru_cache(None)(g)",
+                          "def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\nfib = memo(fib)\nassert fib(30) == 832040"),
+    "callback that raises": ("def f(g):\n    try: g(0)\n    except ZeroDivisionError as e: return str(e)",
+                             "assert f(lambda x: 1 / x) == 'division by zero'"),
+    "callback from threads": ("from concurrent.futures import ThreadPoolExecutor\ndef f(g, xs):\n"
+                              "    with ThreadPoolExecutor(4) as pool: return list(pool.map(g, xs))",
+                              "assert f(lambda v: v + 1, [1, 2, 3, 4]) == [2, 3, 4, 5]"),
+    "iterator as argument": ("def f(it, n): return [next(it) for _ in range(n)]",
+                             "import itertools\nc = itertools.count()\nassert f(c, 3) == [0, 1, 2] and next(c) == 3\n"
+                             "assert f((x for x in 'ab'), 2) == ['a', 'b']"),
+    "types": ("def f(xs, t): return [v for v in xs if isinstance(v, t)]\ndef g(x): return type(x)\ndef h(e): raise e('x')",
+              "assert f([1, 'a'], int) == [1] and g(1) is int and g(None) is type(None)\n"
+              "try:\n    h(ValueError)\n    assert False\nexcept ValueError: pass"),
+    "arrays": ("import numpy as np\ndef f(): return np.zeros((2, 3))\ndef g(a): return a + 1\ndef h(): return np.zeros((0, 2))",
+               "import numpy as np\nassert f().shape == (2, 3) and f().dtype == float and h().shape == (0, 2)\n"
+               "assert np.array_equal(g(np.arange(3)), [1, 2, 3])"),
+    "namedtuple": ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)\n"
+                   "def g(p): return isinstance(p, P) and p.x",
+                   "p = f()\nassert p == (1, 2) and p.x == 1 and isinstance(p, P) and g(p) == 1 and P(3, 4).y == 4"),
+    "Counter": ("from collections import Counter\ndef f(x): return Counter(x)", "assert f('aab').most_common(1) == [('a', 2)]"),
+    "own exceptions": ("class Bad(ValueError): pass\nclass Worse(Bad):\n    def __init__(self, code): self.code = code\n"
+                       "    def __str__(self): return f'code {self.code}'\ndef f(x):\n    if x < 0: raise Bad('negative')\n"
+                       "    if x > 9: raise Worse(x)\n    return x\nError = KeyError\ndef g(): raise Error('k')",
+                       "try:\n    f(-1)\n    assert False\nexcept Bad as e:\n    assert str(e) == 'negative' and type(e) is Bad\n"
+                       "try:\n    f(10)\n    assert False\nexcept Bad as e:\n    assert str(e) == 'code 10' and e.code == 10\n"
+                       "try:\n    g()\nexcept Error as e: assert e.args == ('k',)\n"
+                       "import unittest\nunittest.TestCase().assertRaises(Bad, f, -1)\nassert issubclass(Worse, Bad)"),
+    "only raises": ("class Bad(Exception): pass\ndef f(): raise Bad", "try:\n    f()\nexcept Bad: pass\nelse: assert False"),
+    "isinstance of own classes": ("class A: pass\nclass B(A): pass",
+                                  "assert isinstance(B(), A) and not isinstance(A(), B) and not isinstance(3, A)\n"
+                                  "assert issubclass(B, A) and not issubclass(int, A)"),
+    "operators": ("class V:\n    def __init__(s, x): s.x = x\n    def __add__(s, o): return V(s.x + o.x)\n"
+                  "    def __mul__(s, o): return s.x * o.x\n    def __neg__(s): return V(-s.x)\n    def __abs__(s): return abs(s.x)\n"
+                  "    def __lt__(s, o): return s.x < o.x\n    def __eq__(s, o): return s.x == o.x\n"
+                  "    def __getitem__(s, i): return [s.x, s.x + 1, s.x + 2][i]\n    def __setitem__(s, i, v): s.x = v",
+                  "assert (V(1) + V(2)).x == 3 and V(1) < V(2) and V(2) > V(1) and V(2) * V(3) == 6 and -V(1) == V(-1)\n"
+                  "assert abs(V(-2)) == 2 and sorted([V(2), V(1)])[0] == V(1) and V(1)[1:] == [2, 3]\nv = V(1)\nv[0] = 7\nassert v.x == 7"),
+    "aware datetimes": ("from datetime import datetime, timezone, timedelta\n"
+                        "def f(): return datetime(2020, 1, 1, 5, tzinfo=timezone(timedelta(hours=5)))",
+                        "import datetime as d\nassert f() == d.datetime(2020, 1, 1, tzinfo=d.timezone.utc)"),
+    "future import behind a preamble": ("import math\n'text'\nfrom __future__ import annotations  # why\ndef f(x: Unknown): return x",
+                                        "assert f(1) == 1"),
+    "nested 500 deep": ("def f(x): return [x]", "x = []\nfor _ in range(500): x = [x]\nassert f(x) == [x]"),
     "iterators": ("def f(n):\n    for i in range(n): yield i\ndef g(d): return d.keys()\ndef h(x): return map(str, x)",
                   "assert list(f(3)) == [0, 1, 2]\nassert set(g({1: 2})) == {1}\nassert 1 in g({1: 2})\n"
                   "assert sorted(h([2, 1])) == ['1', '2']\nassert sum(f(4)) == 6\nassert next(iter(f(2))) == 0"),
@@ -602,6 +776,14 @@ HONEST_CALLS = {  # name: (code, fn_name, [(input, output)])
     "rounding": ("def f(): return [0.1 + 0.2]", "f", [("", "[0.3]")]),
     "null, true, text": ("def f(x): return x", "f", [("null", "null"), ("true", "true"), ('"é\\n"', '"é\\n"'), (["x"], "x")]),
     "objects": ("def f(d): return {k: v + 1 for k, v in d.items()}", "f", [('{"a": 1}', '{"a": 2}')]),
+    "line separator in a text": ("def f(a, b): return a + b", "f", [('"a\u2028"\n"b"', '"a\u2028b"')]),
+    "large integer": ("def f(n): return 10 ** n", "f", [("5000", "1" + "0" * 5000), ([5000], 10 ** 5000)]),
+    "deep": ("def f(x): return x", "f", [("[" * 500 + "]" * 500, "[" * 500 + "]" * 500)]),
+    "all arguments as one list": ("def f(a, b): return a + b\n", "f", [("[1, 2]", "3")]),
+    "a list in a list": ("def f(xs): return [x for x in xs if x % 2 == 0]", "f", [("[[1, 2]]", "[2]")]),
+    "Solution before an import": ("from heapq import *\nclass Solution:\n    def merge(self, xs): return sorted(xs)",
+                                  "merge", [("[2, 1]", "[1, 2]")]),
+    "array": ("import numpy as np\ndef f(x): return np.array(x)", "f", [("[1, 2]", "[1, 2]")]),
     "arguments in place": ("def f(x):\n    x.append(1)\n    return x", "f", [("[0]", "[0, 1]"), ([[]], [1])]),
 }
 HONEST_STDIN = {
@@ -621,6 +803,12 @@ HONEST_STDIN = {
     "os.write": "import os\nos.write(1, str(sum(map(int, input().split()))).encode())",
     "stdout replaced": "import io, os, sys\nout = io.StringIO(); real = sys.stdout; sys.stdout = out\n"
                        "print(sum(map(int, input().split())))\nos.write(1, out.getvalue().encode())",
+    "an object of its own": "import os\no = os.fdopen(1, 'w')\no.write(str(sum(map(int, input().split()))))",
+    "an object in a cycle": "import os\nclass A: pass\na = A(); a.a = a; a.o = open(1, 'wb', closefd=False)\n"
+                            "a.o.write(str(sum(map(int, input().split()))).encode()); del a",
+    "stdout replaced after printing": "import io, sys\nprint(sum(map(int, input().split())))\nsys.stdout = io.StringIO()",
+    "decimals": "print(float(sum(map(int, input().split()))))",
+    "future import": "import sys\nfrom __future__ import annotations\nprint(sum(map(int, input().split())))",
     "atexit": "import atexit\na, b = map(int, input().split())\natexit.register(lambda: print(a + b))",
     "thread not joined": "import threading, time\ndef f():\n    time.sleep(0.1); print(sum(map(int, input().split())))\n"
                          "threading.Thread(target=f).start()",
@@ -636,7 +824,6 @@ HONEST_STDIN = {
     "class and pickle": "import pickle\nclass P: pass\np = pickle.loads(pickle.dumps(P()))\n"
                         "print(sum(map(int, input().split())))",
     "numpy": "import numpy as np\nprint(np.array(input().split(), int).sum())",
-    "a file": "open('f', 'w').write(input())\nprint(sum(map(int, open('f').read().split())))",
 }
 
 
@@ -688,7 +875,7 @@ def test_cheats_fail():
 
 
 def test_cheats_of_particular_tests_fail():
-    programs = [dict(zip(("code", "tests", "setup"), row)) for row in CHEATS_OF_TESTS.values()]
+    programs = [dict(zip(("code", "tests", "setup", "entry_point"), row)) for row in CHEATS_OF_TESTS.values()]
     results = run_tests(programs, timeout_s=2)
     assert [(name, result) for name, result in zip(CHEATS_OF_TESTS, results) if result["passed"]] == []
 
@@ -724,7 +911,6 @@ def test_bombs_are_contained_and_named(outside):
     odd = [(name, result["reason"]) for (name, (reason, _)), result in zip(wanted.items(), results)
            if result["passed"] or not result["reason"].startswith(reason)]
     assert odd == []
-    assert all(os.listdir(worker.folder) == [] for worker in sandbox.Worker.live)
 
 
 def test_honest_programs_pass():
@@ -763,19 +949,20 @@ def test_unicode_at_stdin_and_stdout():
 
 
 @pytest.mark.parametrize(("output", "expected", "same"), [
-    ("3", "3\n", True), ("  3 \n\n", "3", True), ("1 2\n3", "1\n2 3\n", True), ("", "", True), ("\n", "", True),
+    ("3", "3\n", True), ("  3 \n\n", "3", True), ("1 2\n3", "1\n2 3\n", False), ("", "", True), ("\n", "", True),
     ("3 4", "3", False), ("3", "3 4", False), ("", "3", False), ("3", "", False), ("33", "3 3", False),
+    ("1\n2", "1 2", False), ("1 2", "1\n2", False), ("1\n\n2", "1\n2", False), ("1  2 \n 3", "1 2\n3", True),
     ("3.0", "3.0", True), ("3.00", "3.0", True), ("3.0000001", "3.0", True), ("3.00001", "3.0", False),
-    ("3", "3.0", False), ("3.0", "3", False), ("3.", "3.0", True), (".5", "0.5", True), ("-.5", "-0.5", True),
-    ("1e3", "1000.0", True), ("1E+3", "1e3", True), ("1e", "1.0", False), ("-0.0", "0.0", True),
+    ("3", "3.0", True), ("3.0", "3", True), ("3.0000001", "3", False), ("3.", "3.0", True), (".5", "0.5", True),
+    ("1e3", "1000.0", True), ("1E+3", "1e3", True), ("1e", "1.0", False), ("-0.0", "0.0", True), ("-.5", "-0.5", True),
     ("100000000000000001", "100000000000000000", False), ("100000000000000001.0", "100000000000000000.0", True),
-    ("007", "7", False), ("+3", "3", False), ("YES", "yes", False), ("nan", "nan", True), ("nan", "1.0", False),
+    ("007", "7", True), ("+3", "3", True), ("YES", "yes", False), ("nan", "nan", True), ("nan", "1.0", False),
     ("inf", "1e999", False), ("0x10", "16", False), ("1_0.0", "10.0", False), ("é", "é", True),
-    ("\u0663.0", "3.0", False), ("1,2", "1, 2", False), ("1.0 2.0", "1.0 2.1", False),
-    ("0.3333333", "0.33333333333", True), ("0.333", "0.33333333333", False),
+    ("\u0663.0", "3.0", False), ("1,2", "1, 2", False), ("1.0 2.0", "1.0 2.1", False), ("1" * 5000, "1" * 5000 + ".0", True),
+    ("0.3333333", "0.33333333333", True), ("0.333", "0.33333333333", False), ("1e999999999", "1", False),
 ])
-def test_output_is_compared_token_by_token(output, expected, same):
-    assert same_output(output.encode(), expected) is same
+def test_output_is_compared_by_livecodebenchs_rule(output, expected, same):
+    assert same_output(output, expected) is same
 
 
 @pytest.mark.parametrize(("got", "want", "same"), [
@@ -788,38 +975,59 @@ def test_values_are_compared_as_json(got, want, same):
     assert sandbox.same_value(got, want) is same
 
 
-def test_counts_and_reasons():
+def test_reasons():
     def result(**program):
-        (found,) = run_tests([program], timeout_s=2)
-        return found["tests_passed"], found["tests_total"], found["reason"]
+        return run_tests([program], timeout_s=2)[0]["reason"]
 
-    assert result(code=ADD, tests=ASSERTS) == (3, 3, "passed")
-    assert result(code="def add(a, b): return 3 if a == 1 else 0", tests=ASSERTS) == (1, 3, "wrong answer")
-    assert result(code=ADD, tests=CHECK) == (1, 1, "passed")
-    assert result(code=ADD, tests="") == (0, 1, "no tests")
-    assert result(code=ADD, cases=[]) == (0, 1, "no tests")
-    assert result(code="", tests=ASSERTS) == (0, 3, "exception: NameError: name 'add' is not defined")
-    assert result(code=ADD, tests="assert add(1) == 1")[2].startswith("exception: TypeError: add() missing 1 required")
-    assert result(code="def add(a, b): return None", tests="assert add(1, 2) > 1")[2].startswith("exception: TypeError")
-    assert result(code=ADD, tests="assert add(")[2].startswith("exception: SyntaxError")
-    assert result(code="import os\ndef add(a, b): os._exit(3)", tests=ASSERTS) == (0, 3, "exited with status 3")
-    assert result(code="def add(a, b): raise ValueError('a\\x1b[31mb')", tests=ASSERTS)[2] == "exception: ValueError: a [31mb"
-    once = "print(3)"
-    assert result(code=once, cases=STDIN) == (1, 2, "wrong answer")
-    assert result(code=once, cases=STDIN[::-1]) == (0, 2, "wrong answer")
-    assert result(code=once, cases=STDIN[::-1], all_cases=True) == (1, 2, "wrong answer")
+    assert result(code=ADD, tests=ASSERTS) == "passed"
+    assert result(code="def add(a, b): return 3 if a == 1 else 0", tests=ASSERTS) == "wrong answer"
+    assert result(code=ADD, tests=CHECK) == "passed"
+    for nothing in ({"tests": ""}, {"cases": []}, {"tests": "def test(): assert add(1, 2) == 3"}, {"tests": "x = add"}):
+        assert result(code=ADD, **nothing) == "no tests"
+    assert result(code="", tests=ASSERTS) == "exception: NameError: name 'add' is not defined"
+    assert result(code=ADD, tests="assert add(1) == 1").startswith("exception: TypeError: add() missing 1 required")
+    assert result(code="def add(a, b): return None", tests="assert add(1, 2) > 1").startswith("exception: TypeError")
+    assert result(code=ADD, tests="assert add(").startswith("exception: SyntaxError")
+    assert result(code="import os\ndef add(a, b): os._exit(3)", tests=ASSERTS) == "exited with status 3"
+    assert result(code="def add(a, b): raise ValueError('a\x1b[31mb')", tests=ASSERTS) == "exception: ValueError: a [31mb"
+    assert result(code=ADD, tests="class A: pass\nadd(A(), 1)").endswith("a test cannot pass a A to the program")
+    assert result(code="print(3)", cases=STDIN) == "wrong answer"
+    assert result(code="print(4)", cases=[{"input": "", "output": 4}, {"input": 1, "output": ["4", ""]}]) == "passed"
+
+
+def test_all_cases():
+    """Partial credit: how many cases pass. A timeout ends it, or a loop would cost the limit for each case."""
+    def counts(all_cases=True, **program):
+        (found,) = run_tests([program], timeout_s=1, all_cases=all_cases)
+        return found["passed_cases"], found["total_cases"], found["reason"]
+
+    assert counts(code="print(3)", cases=STDIN[::-1]) == (1, 2, "wrong answer")
+    assert counts(code="print(3)", cases=STDIN[::-1], all_cases=True) == (1, 2, "wrong answer")
+    assert counts(code=ADD, tests=ASSERTS) == (1, 1, "passed")
     calls = [{"input": [0], "output": 1}, {"input": [1], "output": 1}, {"input": [2], "output": 0.5}]
     code = "def f(x): return 1 / x"
-    assert result(code=code, fn_name="f", cases=calls) == (0, 3, "exception: ZeroDivisionError: division by zero")
-    assert result(code=code, fn_name="f", cases=calls, all_cases=True)[:2] == (2, 3)
-    assert result(code="", fn_name="f", cases=calls)[2].startswith("exception: NameError")
+    assert counts(code=code, fn_name="f", cases=calls) == (2, 3, "exception: ZeroDivisionError: division by zero")
+    assert "passed_cases" not in run_tests([{"code": code, "fn_name": "f", "cases": calls}])[0]
+    assert counts(code="", fn_name="f", cases=calls)[2].startswith("exception: NameError")
+    begun = time.monotonic()
+    loop = "def f(x):\n    while x == 1: pass\n    return x"
+    calls = [{"input": [x], "output": x} for x in (0, *[1] * 20)]
+    assert counts(code=loop, fn_name="f", cases=calls) == (1, 21, "timeout")
+    script = "x = int(input())\nwhile x == 1: pass\nprint(x)"
+    cases = [{"input": f"{x}", "output": x} for x in (0, *[1] * 20)]
+    assert counts(code=script, cases=cases) == (1, 21, "timeout")
+    assert time.monotonic() - begun < 15
 
 
-def test_every_limit_is_an_option():
+def test_the_time_limit_is_per_case():
+    code = "import time\ndef f(x):\n    time.sleep(0.4)\n    return x"
+    calls = [{"input": [x], "output": x} for x in range(5)]
+    assert run_tests([{"code": code, "fn_name": "f", "cases": calls}], timeout_s=1)[0]["passed"]
+
+
+def test_limits_are_options():
     def reason(code, **options):
-        stdin = options.pop("stdin", False)
-        program = {"code": code, "cases": [{"input": "", "output": "ok"}]} if stdin else {"code": code, "tests": "f()"}
-        return run_tests([program], **options)[0]["reason"]
+        return run_tests([{"code": code, "tests": "f()"}], **options)[0]["reason"]
 
     sleep = "import time\ndef f(): time.sleep(0.7)"
     assert reason(sleep, timeout_s=0.3) == "timeout"
@@ -827,19 +1035,16 @@ def test_every_limit_is_an_option():
     assert run_tests([{"code": sleep, "tests": "f()", "timeout_s": 0.3}], timeout_s=6)[0]["reason"] == "timeout"
     assert reason("def f(): bytearray(300 << 20)", memory_mb=200) == "memory"
     assert reason("def f(): bytearray(300 << 20)", memory_mb=600) == "passed"
-    threads = "import threading, time\ndef f():\n    for _ in range(12): threading.Thread(target=time.sleep, args=(.4,)).start()"
-    threads += "\n    time.sleep(0.4)"
-    assert reason(threads, threads=8) == "threads"
-    assert reason(threads, threads=32) == "passed"
-    big = "def f():\n    open('x', 'wb').write(bytes(3 << 20))"
-    assert reason(big, file_mb=2).startswith("exception: OSError")
-    assert reason(big, file_mb=4) == "passed"
-    several = "import time\ndef f():\n    for i in range(4): open(str(i), 'wb').write(bytes(3 << 20))\n    time.sleep(.5)"
-    assert reason(several, disk_mb=8) == "disk"
-    assert reason(several, disk_mb=16) == "passed"
-    printing = "print('ok' + ' ' * (3 << 20))"
-    assert reason(printing, stdin=True, file_mb=2) == "output limit"
-    assert reason(printing, stdin=True, file_mb=4) == "passed"
+
+
+def test_nothing_reaches_the_next_test():
+    """Neither from a test nor from a program, on the same worker; and the seed of `hash` is fixed."""
+    spoil = "import math, decimal, random\nmath.pi = 3\ndecimal.getcontext().prec = 2\nimport builtins\nbuiltins.abs = None\n"
+    look = "import math, decimal\nassert math.pi > 3.1 and abs(f()) == 1 and decimal.getcontext().prec == 28"
+    programs = [{"code": spoil + "def f(): return 1", "tests": spoil + "f()"}, {"code": "def f(): return -1", "tests": look}]
+    assert passed(run_tests(programs * 2, workers=1)) == [True] * 4
+    hashes = {"code": "def f(): return hash('text')", "tests": "assert f() == hash('text')"}
+    assert run_tests([hashes])[0]["passed"]
 
 
 def test_zygote_shows_nothing_of_itself():
@@ -853,12 +1058,10 @@ def test_zygote_shows_nothing_of_itself():
 def test_results_come_in_order_and_equal_programs_run_once():
     code = "import time; time.sleep(0.4)\n" + ADD
     programs = [{"code": code, "tests": ASSERTS, "task_id": i} for i in range(8)] + [{"code": "", "tests": ASSERTS}]
-    seen = {}
     start = time.monotonic()
-    results = run_tests(programs, workers=1, on_result=lambda place, result: seen.update({place: result}))
+    results = run_tests(programs, workers=1)
     assert time.monotonic() - start < 8 * 0.4
     assert passed(results) == [True] * 8 + [False]
-    assert seen == dict(enumerate(results))
     assert run_tests([]) == []
 
 
@@ -866,12 +1069,6 @@ def test_results_come_in_order_and_equal_programs_run_once():
 def test_what_is_no_program_is_refused(program):
     with pytest.raises(ValueError, match="program 0 needs"):
         run_tests([program])
-
-
-def test_error_in_callback_is_the_callers():
-    with pytest.raises(ZeroDivisionError):
-        run_tests([{"code": ADD, "tests": ASSERTS}], on_result=lambda *_: 1 / 0)
-    assert run_tests([{"code": ADD, "tests": ASSERTS}])[0]["passed"]
 
 
 def test_called_from_threads_at_once():
@@ -897,13 +1094,112 @@ def test_workers_stay_and_a_dead_one_is_replaced():
     worker.process.kill()
     worker.process.wait()
     assert passed(run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)) == [True]
-    assert not os.path.exists(worker.folder)
-    # one that dies at work costs that program its verdict and no other
-    killer = threading.Timer(0.5, lambda: next(iter(sandbox.Worker.live)).process.kill())
-    killer.start()
-    programs = [{"code": "import time; time.sleep(30)\n" + ADD, "tests": ASSERTS}, {"code": ADD, "tests": ASSERTS}]
-    first, second = run_tests(programs, timeout_s=60, workers=1)
-    assert first["reason"].startswith("worker died") and second["passed"]
+
+
+def kill_when(condition, times):
+    """Kills, so often, what `condition` finds: from outside, as a machine without memory would."""
+    def run():
+        for _ in range(times):
+            wait_for(lambda: (found := condition()) and not os.kill(found[0], signal.SIGKILL))
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+SLEEP = [{"code": "import time; time.sleep(1.5)\n" + ADD, "tests": ASSERTS}, {"code": ADD, "tests": ASSERTS}]
+
+
+def busy_workers():
+    return [worker.process.pid for worker in list(sandbox.Worker.live) if len(descendants(worker.process.pid)) == 2]
+
+
+def busy_candidates():
+    return [max(descendants(pid)) for pid in busy_workers()]
+
+
+@pytest.mark.parametrize("victims", [busy_workers, busy_candidates])
+def test_what_the_machine_kills_runs_again_and_is_then_an_error(victims):
+    sandbox.close_workers()
+    run_tests(SLEEP[1:], workers=1)
+    killer = kill_when(victims, 1)
+    assert passed(run_tests(SLEEP, timeout_s=60, workers=1)) == [True, True]
+    killer.join()
+    killer = kill_when(victims, 2)
+    with pytest.raises(sandbox.SandboxError, match="limits of this machine"):
+        run_tests(SLEEP, timeout_s=60, workers=1)
+    killer.join()
+    assert passed(run_tests(SLEEP[1:], workers=1)) == [True]
+
+
+SELF_KILL = {
+    "SIGKILL": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "SIGKILL to a thread": "import signal, threading\nsignal.pthread_kill(threading.get_ident(), signal.SIGKILL)",
+    "a limit on its CPU time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass",
+    "a signal that cannot be ignored": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+}
+
+
+def test_a_program_cannot_pretend_that_the_machine_has_failed():
+    programs = [{"code": code, **tests} for code in SELF_KILL.values() for tests in ({"tests": ASSERTS}, {"cases": STDIN})]
+    assert passed(run_tests(programs, timeout_s=3)) == [False] * len(programs)
+
+
+@pytest.mark.parametrize(("limit", "fails"), [
+    ("ulimit -v 600000", ""), ("ulimit -f 20000", ""), ("ulimit -n 40", ""), ("ulimit -t 300", ""),
+    ("ulimit -v 20000", "ulimit -v"), ("ulimit -f 0", "ulimit -f")])
+def test_inherited_limits(limit, fails):
+    """The smaller limit holds; where nothing runs under it, an error names it."""
+    code = SCRIPT.format(root=str(ROOT), setup="", programs=[{"code": ADD, "tests": ASSERTS}, {"code": ADD + "print(3)", "cases": [
+        {"input": "", "output": "3"}]}])
+    # only the sandbox's processes: the caller would need more than some of these allow
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sandbox; sandbox.SHELL = {limit!r} + '; ' + sandbox.SHELL\n" + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if fails:
+        assert "SandboxError" in done.stderr and "True" not in done.stdout and "False" not in done.stdout
+    else:
+        assert eval(done.stdout.partition("\n")[2]) == [(True, "passed")] * 2, done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_limit_on_processes_is_an_error():
+    setup = "import os, resource\nos.setgroups([]); os.setgid(54321); os.setuid(54321)\n" \
+            "resource.setrlimit(resource.RLIMIT_NPROC, (4, 4))"
+    script = start_script([{"code": ADD, "tests": ASSERTS}], setup)
+    out, err = script.communicate(timeout=120)
+    assert "SandboxError" in err and "ulimit -u: 4" in err and "alse" not in out, (out, err)
+
+
+def test_many_workers_on_one_core():
+    honest = "def f(n):\n    return sum(i * i for i in range(n))"
+    programs = [{"code": f"{honest}#{i}", "tests": "assert f(500000) > 0"} for i in range(24)]
+    cores = os.sched_getaffinity(0)
+    sandbox.close_workers()
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        results = run_tests(programs, timeout_s=1, workers=12)
+    finally:
+        os.sched_setaffinity(0, cores)
+        sandbox.close_workers()
+    assert all(passed(results)), results
+
+
+def test_workers_are_the_cores_that_may_be_used(monkeypatch):
+    values = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(sandbox, "cgroup_values", lambda name: iter(values.get(name, [])))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert sandbox.usable_cores() == 16
+    values["cpu.max"] = [["max", "100000"], ["350000", "100000"]]
+    assert sandbox.usable_cores() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert sandbox.usable_cores() == 1
+    values.clear()
+    values |= {"cpu.cfs_quota_us": [["-1"], ["600000"]], "cpu.cfs_period_us": [["100000"], ["100000"]]}
+    assert sandbox.usable_cores() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert sandbox.usable_cores() == 1
 
 
 def test_each_worker_stays_on_a_core_of_its_own(monkeypatch):
@@ -927,11 +1223,9 @@ def test_each_worker_stays_on_a_core_of_its_own(monkeypatch):
 def test_nothing_is_left():
     sandbox.close_workers()
     run_tests([{"code": f"import time\n{ADD}#{i}", "tests": ASSERTS} for i in range(20)], workers=2)
-    folders = [worker.folder for worker in sandbox.Worker.live]
     pids = [pid for worker in sandbox.Worker.live for pid in (worker.process.pid, *descendants(worker.process.pid))]
-    assert len(folders) == 2 and len(pids) == 6  # two workers: a shell, a zygote and a tester each
+    assert len(pids) == 2  # two zygotes
     sandbox.close_workers()
-    assert not any(os.path.exists(folder) for folder in folders)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
@@ -971,14 +1265,14 @@ def test_interrupted_in_the_middle(number, setup, tmp_path):
     busy = [{"code": f"while True: {i}", "tests": ASSERTS} for i in range(4)]
     script = start_script(busy, setup, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert script.stdout.readline() == "ready\n"
-    assert wait_for(lambda: len(descendants(script.pid)) == 8 + bool(setup))  # 2 x (shell, Z, T, C)
+    assert wait_for(lambda: len(descendants(script.pid)) == 6 + bool(setup))  # 2 x (Z, T, C)
     children = [int(child) for child in Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()]
     pids = [pid for pid in descendants(script.pid) if not (setup and pid in children and not descendants(pid))]
-    assert len(pids) == 8 and len(os.listdir(tmp_path)) == 2
+    assert len(pids) == 6 and os.listdir(tmp_path) == []
     script.send_signal(number)
     script.wait(30)
     try:
-        assert wait_for(lambda: not any(map(alive, pids))) and wait_for(lambda: os.listdir(tmp_path) == [])
+        assert wait_for(lambda: not any(map(alive, pids))) and os.listdir(tmp_path) == []
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGKILL)  # the fork
@@ -1061,12 +1355,29 @@ def test_system_call_numbers_are_this_machines():
     assert {name: int(defined[f"__NR_{name}"]) for name in sandbox.NUMBER} == sandbox.NUMBER
 
 
+def test_system_call_numbers_of_aarch64():
+    """That column is the kernel's generic table, whose header is installed with any compiler."""
+    header = Path("/usr/include/asm-generic/unistd.h")
+    if not header.exists():
+        pytest.skip("no header to compare with")
+    defined = dict(re.findall(r"^#define __NR(?:3264)?_(\w+) (\d+)$", header.read_text(), re.M))
+    entries = [entry.split() for entry in sandbox.SYSCALLS.split(",")]
+    names = {"newfstatat": "fstatat"}  # as the header calls it for 64 bits
+    found = {name: number for name, _, number in entries if number != "-"}
+    assert {name: defined[names.get(name, name)] for name in found} == found
+    assert {name for name, _, number in entries if number == "-"}.isdisjoint(defined)
+
+
 def test_messages_hold_plain_data_only():
-    refuse = {"tag": ["eval", "1"], "empty": [], "not a name": [["list"], 1], "growth": ["Fraction", "1e999999999"],
+    refuse = {"tag": ["eval", "1"], "empty": [], "not a name": [["list"], 1], "growth": ["fractions.Fraction", "1e999999999"],
               "wrong": ["range", "a"], "unhashable": ["set", ["list", 1]]}
+    assert sandbox.unpack(["named", "builtins", "eval"], sandbox.Program(None)) is RuntimeError
+    refuse |= {"module": ["named", "os", "_exit"], "own": ["yours", 0],
+               "objects": ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "12345678"]], "again": ["again", 0],
+               "code": ["namedtuple", "P", ["tuple", "x=1"], 1], "method": ["datetime.date", 1]}
     for name, message in refuse.items():
-        with pytest.raises(Exception):  # noqa: B017
-            pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), lambda number: number)}")
+        with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
+            pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), sandbox.Program(None))}")
 
 
 def test_an_interrupt_while_a_worker_starts_does_not_wait_for_its_program(monkeypatch):
