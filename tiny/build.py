@@ -121,7 +121,7 @@ def pretrain(world, folder, seed, bf16):
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     adam = torch.optim.Adam(others, betas=(0.9, 0.95))
 
-    weights = torch.ones(len(tokenizer))
+    weights = torch.ones(world.VOCAB_SIZE)
     for text, weight in world.WEIGHTS.items():
         weights[tokenizer.convert_tokens_to_ids(text)] = weight
 
