@@ -25,9 +25,9 @@ inside that process can print, return or exit with too: program and test never s
 - Nothing lasts from one program to the next: C and T are new each time, and Z runs neither code nor tests.
 
 **Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing
-else opens, no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec,
-ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. For C also no fork (`candidate_filter`):
-a program is one process and SIGKILL ends all of it. No capabilities, hardly any environment, and limits on
+else, and no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace,
+mount, chmod, memfd, shared memory and all sockets but a pair. For C also no fork (`candidate_filter`): a
+program is one process and SIGKILL ends all of it. No capabilities, hardly any environment, and limits on
 time, memory, output and threads, or the machine's own where they are smaller.
 
 **Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a
@@ -77,9 +77,9 @@ import types
 if "zygote" not in sys._xoptions:  # only the caller needs these, and each module makes the fork dearer
     import atexit
     import decimal
-    import queue
     import subprocess
     import threading
+    from concurrent.futures import ThreadPoolExecutor
 
     CHOOSING = threading.Lock()
 
@@ -129,8 +129,20 @@ def later(module, name):
     return lambda *parts: operator.attrgetter(name)(importlib.import_module(module))(*parts)
 
 
+def pairs(mapping):
+    return [part for item in mapping.items() for part in item]
+
+
 def dict_of(*parts):
     return dict(zip(parts[::2], parts[1::2]))
+
+
+def iso(value):
+    return [value.isoformat()]  # a time zone becomes a fixed offset
+
+
+def span(value):
+    return [value.start, value.stop, value.step]
 
 
 def array(dtype, shape, content):
@@ -147,9 +159,6 @@ def namedtuple(name, fields, *parts):
 
 
 NAMEDTUPLES = {}  # (name, fields): in C the program's class, in T one like it
-PAIRS = (lambda value: [part for item in value.items() for part in item])
-ISO = (lambda value: [value.isoformat()])  # a time zone becomes a fixed offset
-RANGE = (lambda value: [value.start, value.stop, value.step])
 PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "int": (lambda value: [hex(value)], lambda text: int(text, 16)),  # too long for JSON, or of a subclass
     "float": (lambda value: [float.__float__(value)], float),
@@ -159,18 +168,18 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "tuple": (list, lambda *parts: parts),
     "set": (list, lambda *parts: set(parts)),
     "frozenset": (list, lambda *parts: frozenset(parts)),
-    "dict": (PAIRS, dict_of),
+    "dict": (pairs, dict_of),
     "complex": (lambda value: [value.real, value.imag], complex),
-    "range": (RANGE, range),
-    "slice": (RANGE, slice),
+    "range": (span, range),
+    "slice": (span, slice),
     "collections.deque": (list, lambda *parts: collections.deque(parts)),
-    "collections.Counter": (PAIRS, lambda *parts: collections.Counter(dict_of(*parts))),
+    "collections.Counter": (pairs, lambda *parts: collections.Counter(dict_of(*parts))),
     "decimal.Decimal": (lambda value: [str(value)], later("decimal", "Decimal")),
     "fractions.Fraction": (lambda value: [value.numerator, value.denominator],  # ints, not "1e999999999"
                            lambda *parts: later("fractions", "Fraction")(*map(operator.index, parts))),
-    "datetime.date": (ISO, later("datetime", "date.fromisoformat")),
-    "datetime.time": (ISO, later("datetime", "time.fromisoformat")),
-    "datetime.datetime": (ISO, later("datetime", "datetime.fromisoformat")),
+    "datetime.date": (iso, later("datetime", "date.fromisoformat")),
+    "datetime.time": (iso, later("datetime", "time.fromisoformat")),
+    "datetime.datetime": (iso, later("datetime", "datetime.fromisoformat")),
     "datetime.timedelta": (lambda value: [value.days, value.seconds, value.microseconds],
                            later("datetime", "timedelta")),
     "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.tobytes()], array),
@@ -389,7 +398,7 @@ class Candidate(Peer):
     def find(self, name):
         names = vars(self.module)
         own = getattr(names.get(name), "__module__", None) == "solution"
-        if not own and hasattr(names.get("Solution"), name):  # LeetCode's form, before what a `*` has imported
+        if not own and hasattr(names.get("Solution"), name):  # LeetCode's form, before what `*` has imported
             return getattr(names["Solution"](), name)
         if name not in names:
             raise NameError(f"name '{name}' is not defined")
@@ -524,7 +533,7 @@ class Program(Peer):
         return type(kind.__name__, (kind,), {}) if issubclass(AssertionError, kind) else kind
 
     def exception_class(self, message):
-        """A class that `except` takes: a built-in Exception, or one like the program's. SystemExit is none."""
+        """What `except` takes: a built-in Exception, or a class like the program's. SystemExit is none."""
         if type(message) is str:
             kind = getattr(builtins, message, None)
             return kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
@@ -549,8 +558,8 @@ class Program(Peer):
         return error
 
     def describe(self, error):
-        """For C, what a function of the test has raised."""
-        return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"), str(error)
+        names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+        return names[0], str(error)
 
 
 def said(error):
@@ -571,7 +580,7 @@ class Handle:
 
     def __getattr__(self, name):
         if name in Handle.WITHHELD or name.startswith("__") and name != "__name__":
-            raise AttributeError(f"'{name}' of an object that is not plain data")  # one is an address for numpy
+            raise AttributeError(f"'{name}' of an object that is not plain data")  # numpy reads addresses
         return self._program.ask("getattr", self, name)
 
     def __setattr__(self, name, value):
@@ -649,9 +658,9 @@ def run_asserts(program, job):
     return None if program.used else "no tests"
 
 
-def run_case(function, case):
+def run_case(program, name, case):
     """-> why a call of the function has failed or None"""
-    args = case["input"]
+    function, args = program.ask("find", name), case["input"]
     if lines := isinstance(args, str):
         args = [json.loads(line) for line in args.split("\n") if line.strip()]
     try:
@@ -692,26 +701,17 @@ def explain(error):
     return f"exception: {reported or f'{type(error).__name__}: {error}'}"
 
 
-def explained(function, *args):
-    try:
-        return function(*args)
-    except Exception as error:
-        return explain(error)
-
-
 def judge(job, channel, next_case):
     """-> [cases passed, why it failed or None]"""
     passed, reason, program = 0, None, Program(channel)
     try:
         program.ask("load")
-        if not job["cases"]:
-            reason = explained(run_asserts, program, job)
-            passed += not reason
-        else:
-            function = program.ask("find", job["fn_name"])
-        for case in job["cases"]:
+        for case in job["cases"] or [None]:
             next_case()
-            failure = explained(run_case, function, case)
+            try:
+                failure = run_case(program, job["fn_name"], case) if case else run_asserts(program, job)
+            except Exception as error:
+                failure = explain(error)
             passed += not failure
             reason = reason or failure
             if failure and not job["all_cases"]:
@@ -728,7 +728,7 @@ def tester(job, verdict, channel, for_candidate, lifeline):
     sys.setrecursionlimit(3000)
     job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
     passed, reason = judge(job, channel, lambda: os.write(lifeline, b"."))
-    os.pwrite(verdict, json.dumps([passed, reason]).encode(), 0)
+    os.pwrite(verdict, json.dumps([passed, reason and reason[:300]]).encode(), 0)
     os._exit(GONE if reason == "gone" else 0)
 
 
@@ -912,10 +912,10 @@ def cpu_seconds(pid):
 
 
 def watch(events, lifeline, pids, timeout_s):
-    """Waits for the end of the process that holds the other end of `lifeline`. -> why it must be ended, or ''
+    """Waits for the end of the process with the other end of `lifeline`. -> why it must be ended, or ''
 
-    A program has timeout_s of CPU time, and of wall time if it sleeps; while it computes on a core that others
-    use, too, BUSY times as much wall time. Each byte in `lifeline` begins a new case.
+    A program has timeout_s of CPU time, and of wall time if it sleeps; while it computes on a core that
+    others use, too, BUSY times as much wall time. Each byte in `lifeline` begins a new case.
     """
     look_s = max(TICK_S, min(1.0, timeout_s / 4))
     start = looked = time.monotonic()
@@ -983,27 +983,17 @@ def run_program(events, timeout_s, memory_mb, fds, filter_template):
     return why, status, tester_status
 
 
-def death_of(pid):
-    """A descriptor that can be read once that process is gone, even if a fork of it lives on and holds our
-    sockets, so that they never say so."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError:  # Linux < 5.3: the sockets have to do
-        return os.pipe()[0]
-
-
 def warm_up():
     """Plays C, then T, against a fork that plays the other. What Python prepares at first use (specialised
     bytecode, caches) is then there before C and T are forked, or each of them would do it again."""
-    main, code = sys.modules["__main__"], b"import math\ndef f(a: int, b=()):\n    return a, {x: b for x in ()}"
-    tests, nothing = "assert f(1, b=[2.5, 'a', None]) == (1, {})\n" * 20, compile("", "tests", "exec")
-    job = {"tests": compile(tests, "tests", "exec"), "setup": nothing, "entry_point": None, "called": set(),
-           "cases": []}
+    main, code = sys.modules["__main__"], b"import math\ndef f(a: int, b=()): return a, {x: b for x in ()}"
+    tests, setup = (compile(text, "", "exec") for text in ("assert f(1, b=[2.5, 'a']) == (1, {})\n" * 20, ""))
+    job = {"tests": tests, "setup": setup, "entry_point": None, "called": set(), "cases": []}
 
     def play(is_tester, channel, other_end):
         other_end.close()
         with channel, contextlib.suppress(EOFError):
-            judge(job, channel, None) if is_tester else Candidate(code, channel).serve()
+            judge(job, channel, bool) if is_tester else Candidate(code, channel).serve()
 
     for is_tester in (False, True):
         ends = socket.socketpair()
@@ -1019,7 +1009,9 @@ def warm_up():
 
 
 def zygote(config):
-    control, caller = socket.socket(fileno=config["control"]), death_of(config["caller"])
+    control, caller = socket.socket(fileno=config["control"]), os.pipe()[0]
+    with contextlib.suppress(OSError):  # before Linux 5.3 the end of the caller shows only in `control`,
+        caller = os.pidfd_open(config["caller"])  # and not if a fork of it lives on and holds its sockets
     sys.argv, sys.path = [""], sys.path + config["packages"]
     builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
     if hasattr(sys, "set_int_max_str_digits"):
@@ -1099,7 +1091,7 @@ class Worker:
             self.control.settimeout(START_TIMEOUT_S)
             self.missing = missing = receive(self.control)
             for program in KNOWN_GOOD:
-                verdict = self.run(PROGRAM | program, GRACE_S, 1024)
+                verdict = self.run(PROGRAM | program, 1024)
                 if not verdict["passed"]:
                     raise SandboxError(f"a program that is right has failed: {verdict['reason']}")
         except BaseException as error:
@@ -1142,12 +1134,12 @@ class Worker:
                 self.process.wait()
         Worker.live.discard(self)
 
-    def run(self, program, timeout_s, memory_mb):
+    def run(self, program, memory_mb):
         """-> verdict"""
         script = program["cases"] and not program["fn_name"]
         with memory_file(program["code"].encode("utf-8", "surrogatepass")) as code:
             run = self.run_script if script else self.run_judged
-            passed, reason = run(code, program, timeout_s, memory_mb)
+            passed, reason = run(code, program, program["timeout_s"], memory_mb)
         verdict = {"passed": not reason, "reason": printable(reason or "passed")}
         if program["all_cases"]:
             verdict |= {"passed_cases": passed, "total_cases": len(program["cases"]) or 1}
@@ -1199,7 +1191,7 @@ class Worker:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             return 0, f"exception: {type(error).__name__}: {error} (in the tests)"
         called = set(re.findall(r"(?<![\w.])(\w+) *\(", program["tests"]))
-        numpy = bool(re.search(r"^\s*(import|from) +numpy\b", program["setup"] + "\n" + program["tests"], re.M))
+        numpy = bool(re.search(r"\b(import|from) +numpy\b", program["setup"] + program["tests"]))
         job = {**program, "code": None, "tests": tests, "setup": setup, "called": called}
         with memory_file(marshal.dumps(job)) as file, memory_file() as verdict:
             why, status, tester_status = self.job(timeout_s, memory_mb, numpy, code, file, verdict)
@@ -1258,19 +1250,15 @@ FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9
 DECIMAL = re.compile(rf"[+-]?[0-9]+|{FLOAT.pattern}")
 
 
-def same_output(output, expected):
+def same_output(output, expected, separator="\n"):
     """LiveCodeBench's rule: as many lines; a line is the same text, or the same tokens (`same_token`)."""
-    want = expected.strip().split("\n")
-    got = output.strip().split("\n", len(want))  # no more pieces than that, however much was printed
-    return len(got) == len(want) and all(map(same_line, got, want))
+    want = expected.strip().split(separator)
+    got = output.strip().split(separator, len(want))  # no more pieces than that, however much was printed
+    return len(got) == len(want) and all(map(same_line if separator else same_token, got, want))
 
 
 def same_line(got, want):
-    if got.strip() == want.strip():
-        return True
-    want = want.split()
-    got = got.split(None, len(want))
-    return len(got) == len(want) and all(map(same_token, got, want))
+    return got.strip() == want.strip() or same_output(got, want, None)
 
 
 def same_token(got, want):
@@ -1324,7 +1312,7 @@ def machine_limits():
 
 
 PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None,
-           "all_cases": False, "timeout_s": None}
+           "all_cases": False, "timeout_s": GRACE_S}
 
 
 def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=False):
@@ -1342,80 +1330,58 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     memory_mb: address space. workers: 0 or None for one per core (`usable_cores`).
     all_cases: go on after a failed case, but not after a timeout; results have "passed_cases", "total_cases".
     reason: "passed", "wrong answer", "timeout", "memory", "threads", "output limit", "exception: ...",
-    "exited with status ...", "killed by ...", "hung up" (its descriptors closed, it went on) or "no tests" (they asked nothing of the program).
+    "exited with status ...", "killed by ...", "hung up" (its descriptors closed, it went on) or "no tests"
+    (they asked nothing of the program).
     Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError
     when the machine, not a program, is at fault.
     """
-    jobs, places = collections.deque(), {}
+    keys, jobs = [], {}
     for place, program in enumerate(programs):
         if not isinstance(program.get("code"), str) or not ("tests" in program or "cases" in program):
             raise ValueError(f"program {place} needs 'code' and 'tests' or 'cases'")
         given = {key: program[key] for key in PROGRAM if program.get(key) is not None}
         program = PROGRAM | {"timeout_s": timeout_s, "all_cases": all_cases} | given
         try:
-            key = marshal.dumps(program, 2)
+            keys.append(marshal.dumps(program, 2))
         except ValueError:
             raise ValueError(f"program {place} holds something that is not plain data") from None
-        if key not in places:
-            jobs.append((key, program, program["timeout_s"], memory_mb))
-        places.setdefault(key, []).append(place)
-    results, finished, busy, stopped = [None] * len(programs), queue.Queue(), set(), threading.Event()
-    count = min(workers or usable_cores(), len(jobs))
-    shared = (jobs, finished, busy, stopped)
-    pool = [threading.Thread(target=work, args=shared, daemon=True) for _ in range(count)]
+        jobs[keys[-1]] = program
+    busy, stopped = set(), threading.Event()
+    pool = ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs))))
     try:
-        for thread in pool:
-            thread.start()
-        for _ in places:
-            key, result = finished.get()
-            if isinstance(result, BaseException):
-                raise result
-            for place in places[key]:
-                results[place] = dict(result)
-    except BaseException:  # Ctrl-C too
+        running = [pool.submit(run_one, program, memory_mb, busy, stopped) for program in jobs.values()]
+        verdicts = dict(zip(jobs, (future.result() for future in running)))
+    except BaseException as error:  # Ctrl-C too
         stopped.set()
         for worker in list(busy):
             worker.stop()
+        if isinstance(error, RuntimeError) and "new thread" in str(error):
+            raise SandboxError(f"{error}; {machine_limits()}") from error
         raise
     finally:
-        for thread in pool:
-            if thread.ident:
-                thread.join()
-    return results
+        pool.shutdown(cancel_futures=True)
+    return [dict(verdicts[key]) for key in keys]
 
 
-def work(jobs, finished, busy, stopped):
-    """A thread of run_tests: takes jobs while there are any."""
-    worker = None
-    try:
-        while jobs and not stopped.is_set():
-            try:
-                key, *job = jobs.popleft()
-            except IndexError:  # another thread took the last one
-                break
-            for retry in (True, False):
-                try:
-                    worker = worker or Worker.take()
-                    busy.add(worker)
-                    if not stopped.is_set():  # while this worker started, when it was not yet busy
-                        finished.put((key, worker.run(*job)))
-                    break
-                except (SandboxError, OSError) as fault:
-                    if worker:
-                        busy.discard(worker)
-                        worker.close()
-                    worker = None
-                    if not retry:
-                        raise SandboxError(f"{fault}; {machine_limits()}") from fault
-    except BaseException as error:
-        finished.put((None, error))
-    finally:
-        if worker:
-            busy.discard(worker)
-            if stopped.is_set():
+def run_one(program, memory_mb, busy, stopped):
+    """-> verdict. Runs in a thread of its own; once more if something happens to the worker."""
+    for retry in (True, False):
+        worker = None
+        try:
+            worker = Worker.take()
+            busy.add(worker)
+            if stopped.is_set():  # while this worker started, when it was not yet busy
+                raise SandboxError("interrupted")
+            verdict = worker.run(program, memory_mb)
+            Worker.idle.append(worker)
+            return verdict
+        except (SandboxError, OSError) as fault:
+            if worker:
                 worker.close()
-            else:
-                Worker.idle.append(worker)
+            if stopped.is_set() or not retry:
+                raise SandboxError(f"{fault}; {machine_limits()}") from fault
+        finally:
+            busy.discard(worker)
 
 
 def close_workers():
