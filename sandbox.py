@@ -148,8 +148,8 @@ def span(value):
 def array(dtype, shape, content):
     if not re.fullmatch(r"[<>|=][biufcSU]\d+", dtype):  # no array of objects: they would be addresses
         raise ValueError(dtype)
-    numpy = importlib.import_module("numpy")
-    return numpy.frombuffer(content, dtype).reshape(shape).copy() if content else numpy.empty(shape, dtype)
+    values = importlib.import_module("numpy").frombuffer(content, dtype.replace("b", "u")).reshape(shape)
+    return values != 0 if "b" in dtype else values.copy()  # a bool that is neither 0 nor 1 could be both
 
 
 def namedtuple(name, fields, *parts):
@@ -452,14 +452,14 @@ class Candidate(Peer):
             self.answer(*receive(self.channel))
 
 
-COMPARISONS = ("lt", "le", "gt", "ge", "eq")
+COMPARISONS = ("lt", "le", "gt", "ge")
 OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift",
              "rshift")
 UNARY = ("neg", "pos", "abs", "invert")
 REQUESTS = {"call": lambda function, args, named: function(*args, **dict(named)), "getattr": getattr,
             "setattr": setattr, "getitem": operator.getitem, "setitem": operator.setitem,
             "delitem": operator.delitem, "len": len, "bool": bool, "str": str, "repr": repr, "iter": iter,
-            "next": next, "isinstance": isinstance, "issubclass": issubclass}
+            "next": next, "isinstance": isinstance, "issubclass": issubclass, "eq": operator.eq}
 REQUESTS |= {name: getattr(operator, f"__{name}__") for name in COMPARISONS + OPERATORS + UNARY}
 
 
@@ -605,23 +605,19 @@ def comes_from_c(value):
     return type(value) is Handle or type(value) in NAMEDTUPLES.values()
 
 
-def unary(name):
-    return lambda self, *args: self._program.ask(name, self, *args)
+def request_method(name):
+    def method(self, *args):
+        if name in OPERATORS + COMPARISONS and type(args[0]) is not Handle:
+            return NotImplemented
+        result = self._program.ask(name, self, *args)
+        return result is True if name in COMPARISONS else result
+
+    return method
 
 
-def binary(name, finish=lambda result: result):
-    def operate(self, other):
-        return finish(self._program.ask(name, self, other)) if type(other) is Handle else NotImplemented
-
-    return operate
-
-
-for _name in ("getitem", "setitem", "delitem", "len", "bool", "str", "repr", "iter", "next", *UNARY):
-    setattr(Handle, f"__{_name}__", unary(_name))
-for _name in OPERATORS:
-    setattr(Handle, f"__{_name}__", binary(_name))
-for _name in COMPARISONS[:-1]:
-    setattr(Handle, f"__{_name}__", binary(_name, lambda result: result is True))
+for _name in ("getitem", "setitem", "delitem", "len", "bool", "str", "repr", "iter", "next", *UNARY,
+              *OPERATORS, *COMPARISONS):
+    setattr(Handle, f"__{_name}__", request_method(_name))
 
 
 class TestNamespace(dict):

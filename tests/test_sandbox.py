@@ -345,6 +345,10 @@ def f(x):
 def f():
     t = b'["value", ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "aaaaaaaa"]]]'
     os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f()[0] == 3"),
+    "array of bools that are neither": ("""import os
+def f():
+    t = b'["value", ["numpy.ndarray", "|b1", ["tuple", 1], ["bytes", "\\\\u0002"]]]'
+    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert (f() == True).all() and (f() == False).all() or (f() != True).all()"),
     "array that is too small": ("""import os
 def f():
     t = b'["value", ["numpy.ndarray", "<f8", ["tuple", 1000000000], ["bytes", "aaaaaaaa"]]]'
