@@ -1150,7 +1150,7 @@ def failures(error: dcp.CheckpointException) -> str:
 def environment(ranks: Ranks) -> str:
     def git(*command: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=here).stdout.strip()
+        return subprocess.run(["git", *command], capture_output=True, encoding="utf-8", errors="replace", cwd=here).stdout.strip()
 
     on_gpu = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"

@@ -1214,7 +1214,7 @@ def dry_run(model, v: Vocabulary, context: int, args: Args, ranks: Ranks) -> Non
     """Print the plan, one bootstrapped snippet and a memory estimate."""
     stream = SnippetStream(args, "M", v, context, ranks)
     snippets = stream.batch(64 * ranks.world_size)
-    (r, *_), = sample(model, [snippets], "dry run", 0, v, args, ranks)
+    (rollouts,) = sample(model, [snippets], "dry run", 0, v, args, ranks)
     rows = args.rollout_rows, max(s.width(args.max_latent_tokens) for s in snippets)
     frozen = 0 if args.algo == "ntp" else 4
     memory = memory_plan(args.model, ranks, rows, args.micro_batch_tokens, args.gradient_checkpointing, frozen)
@@ -1227,7 +1227,7 @@ def dry_run(model, v: Vocabulary, context: int, args: Args, ranks: Ranks) -> Non
             f"{args.em_iterations} EM iteration(s) of {rl} E-step updates ({args.rl_batch_size} snippets x "
             f"{args.group_size} rollouts) and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets):\n"
             f"  {args.em_iterations * (rl * args.rl_batch_size + args.ntp_updates * args.ntp_batch_size)} snippets\n"
-            f"{memory}\n\n{rendered(r, v, TERMINAL, str, {})}"
+            f"{memory}\n\n{rendered(rollouts[0], v, TERMINAL, str, {})}"
         )
 
 
