@@ -100,7 +100,7 @@ class Args:
     )
     """sources, see common.read_rows: hub ids, .jsonl or .parquet files, folders of .py files, `stdlib`"""
     dataset_weights: tuple[float, ...] = ()
-    """share of each source in the snippets; empty: equal, and 0.95 and 0.05 for the default sources"""
+    """share of each source in the snippets; empty: equal, but for the default sources see WEIGHTS"""
     text_column: str = "text"
     """the column that holds the code"""
     max_snippet_tokens: int = 1024
@@ -169,11 +169,11 @@ class Args:
 
 TINY_DEFAULTS = Args(  # a thought in these programs serves the next line only; a longer horizon adds noise
     tiny=True, model=f"{TINY}/code/model", dataset=(f"{TINY}/code/corpus.jsonl", "stdlib"),
-    dataset_weights=(0.9, 0.1), max_snippet_tokens=128, return_horizon=1, rl_updates=60, rl_batch_size=32,
+    max_snippet_tokens=128, return_horizon=1, rl_updates=60, rl_batch_size=32,
     rl_learning_rate=4e-5, ntp_updates=40, ntp_batch_size=64, ntp_learning_rate=6e-5, rollout_rows=128,
     micro_batch_tokens=4096, eval_problems=f"{TINY}/code/humaneval.jsonl",
 )  # fmt: skip
-HUB_WEIGHTS = (0.95, 0.05)  # the paper's 2.36M and 129K snippets
+WEIGHTS = {Args.dataset: (0.95, 0.05), TINY_DEFAULTS.dataset: (0.9, 0.1)}  # the paper's 2.36M and 129K snippets; ours
 MALFORMED_PENALTY = 2.0  # nats per token, in place of c (D3)
 EVAL_TOKENS = 96  # longest completion of an evaluation problem
 
@@ -555,9 +555,7 @@ def source_pieces(source: str, args: Args) -> Iterator[tuple[tuple, str, int]]:
 
 
 def source_weights(args: Args) -> tuple[float, ...]:
-    if args.dataset == Args.dataset and not args.dataset_weights:
-        return HUB_WEIGHTS
-    return args.dataset_weights or (1.0,) * len(args.dataset)
+    return args.dataset_weights or WEIGHTS.get(args.dataset) or (1.0,) * len(args.dataset)
 
 
 def interleaved(args: Args) -> Iterator[tuple[tuple, str, int]]:
