@@ -1,7 +1,7 @@
-"""RMT, reinforcement mid-training: RL on a few uncertain tokens of a text, next-token prediction on the rest.
+"""RMT, reinforcement mid-training: RL on a few uncertain tokens, next-token prediction on the rest.
 
-Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Without its three parts it is RPT,
-"Reinforcement Pre-Training", arXiv 2506.08007. What grpo_rlvr.py has, too, is here word for word.
+Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Without its three parts it is
+RPT, "Reinforcement Pre-Training", arXiv 2506.08007. What grpo_rlvr.py has, too, is here word for word.
 
   0 prepare    entropy of every position under a proxy model, once: easy, medium, hard; the rest takes no RL
   1 sample     positions by the curriculum; G responses to each: think about B_t tokens, box the next token
@@ -18,8 +18,8 @@ Shapes: N positions, G responses to each, B rows, T completion tokens, P positio
 
 Deviations from the paper, and what it leaves open (docs/rmt.md has all):
   D1 eq. (9) as printed adds an objective to a loss, and would lower the reward. Here: -L_RL + lambda L_NTP.
-  D2 as printed, (7) sums over a response's tokens and (8) over a text's. The update takes means of these
-     sums: over its responses, and over its texts.
+  D2 as printed, (7) sums over a response's tokens and (8) over a text's. An update takes the mean of the
+     first over its responses, of the second over its texts.
   D3 a malformed response earns nothing, for its length neither.
   D4 p^{t1}, p^{t2}, w, r_max, beta, the thresholds and the number of RL positions are not in the paper.
 
@@ -29,7 +29,6 @@ Deviations from the paper, and what it leaves open (docs/rmt.md has all):
 """
 
 import bisect
-import hashlib
 import html
 import itertools
 import json
@@ -38,7 +37,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -52,7 +51,7 @@ from common import (
     LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum,
     cache_argument, check_sizes, column, draw_problems, eos_ids, gathered, hidden_before, launch, load_model,
     load_tokenizer, memory_plan, micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share,
-    read_rows, setup, together, token_logprobs, token_texts, uniforms,
+    read_rows, setup, token_logprobs, token_texts, uniforms,
 )  # fmt: skip
 
 
@@ -64,7 +63,7 @@ class Args:
     tiny: bool = False
     """use the bundled toy model and texts: minutes on two cores. Every flag still overrides"""
     output_dir: str = ""
-    """folder of this run; empty: runs/rmt__<model>__s<seed>__<time>. The entropies are cached beside it"""
+    """folder of this run; empty: runs/rmt__<model>__s<seed>__<time>"""
     seed: int = 0
     """fixes the order of the texts, the positions and all sampling noise, on any number of ranks"""
     resume: str = ""
@@ -75,7 +74,7 @@ class Args:
     """send the metrics to Weights & Biases, too"""
     # ---- model and data
     model: str = "Qwen/Qwen3-14B"
-    """the initial policy, which must know the format. The paper's other: deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"""
+    """the initial policy, which must know the format; also deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"""
     proxy_model: str = ""
     """its entropies say how hard a position is; same tokenizer; empty: the initial model"""
     dataset: str = "KbsdJames/Omni-MATH"
@@ -110,10 +109,8 @@ class Args:
     """B_min (tokens)"""
     budget_decay: float = 0.2
     """gamma: the last budget is gamma x B_0"""
-    r_max: float = 1.0
-    """the largest length reward (not in the paper)"""
     length_weight: float = 0.2
-    """w; any right response outranks any wrong one if w < 1 / (1 + r_max) (not in the paper)"""
+    """w; below 0.5 any right response outranks any wrong one (not in the paper, nor r_max: here 1)"""
     match: Literal["exact", "prefix"] = "exact"
     """what is rewarded: the next token, or (RPT) also several whole tokens. Both are always evaluated"""
     thresholds: tuple[float, float, float] = (0.5, 1.0, 1.5)
@@ -174,27 +171,26 @@ def check(args: Args) -> None:
     """UserError for values that do not fit together."""
     positive = "temperature train_texts eval_texts max_text_tokens prompts_per_update rollout_rows min_budget"
     positive += " max_new_tokens max_grad_norm micro_batch_tokens eval_positions"
-    not_negative = "updates length_weight r_max beta ntp_weight learning_rate weight_decay eval_every save_every"
-    check_sizes(args, positive, not_negative)
-    good = {
-        "--group-size must be at least 2: advantages compare responses to one prompt": args.group_size > 1,
-        "--thresholds must rise": args.thresholds[0] < args.thresholds[1] < args.thresholds[2],
-        "--t1 and --t2 must be fractions of the run, 0 < t1 < t2 < 1": 0 < args.t1 < args.t2 < 1,
-        "--min-budget must not be larger than --initial-budget": args.min_budget <= args.initial_budget,
-        "--budget-decay must be between 0 and 1": 0 < args.budget_decay < 1,
-        "--max-new-tokens must be larger than --initial-budget, or all responses are cut off":
-            args.max_new_tokens > args.initial_budget * args.budget,
+    more = "updates length_weight beta ntp_weight learning_rate weight_decay eval_every save_every"
+    check_sizes(args, positive, more)
+    wrong = {
+        "--group-size must be at least 2: advantages compare responses to one prompt": args.group_size < 2,
+        "--thresholds must rise": list(args.thresholds) != sorted(set(args.thresholds)),
+        "--t1 and --t2 must be fractions of the run, 0 < t1 < t2 < 1": not 0 < args.t1 < args.t2 < 1,
+        "--budget-decay must be between 0 and 1": not 0 < args.budget_decay < 1,
+        "a budget needs --min-budget <= --initial-budget < --max-new-tokens":
+            args.budget and not args.min_budget <= args.initial_budget < args.max_new_tokens,
     }  # fmt: skip
     for name, probs in (("--p1", args.p1), ("--p2", args.p2)):
-        good[f"{name} must be three probabilities that sum to 1"] = min(probs) >= 0 and abs(sum(probs) - 1) < 1e-6
-    for words, fits in good.items():
-        if not fits:
-            raise UserError(words)
+        bad = min(probs) < 0 or abs(sum(probs) - 1) > 1e-6
+        wrong[f"{name} must be three probabilities that sum to 1"] = bad
+    for words in [words for words, found in wrong.items() if found]:
+        raise UserError(words)
 
 
 # ---------------------------------------------------------------- prompts and texts
 
-# The format: how a prompt asks, and how a response is written. All that reads a response follows these strings.
+# The format: how a prompt asks and how a response is written; all that reads a response follows from it
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 BOX_OPEN, BOX_CLOSE, NOT_IN_BOX = "\\boxed{", "}", "{}"  # the last: characters that cannot be boxed
 THINK, THINK_BUDGET = "Think", "Think in exactly {budget} tokens"
@@ -229,32 +225,31 @@ def prompt_frame(tokenizer, budget: int, args: Args, started: float) -> tuple[li
 def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]], str]:
     """(training texts, held-out texts, words about them); a text is token ids, with BOS if there is one.
 
-    Longer texts are cut. A row that lacks text in one of the columns is skipped and counted. UserError if most
-    rows are, or if no text is left for one of the two.
+    Longer texts are cut. A row that lacks text in a column is skipped and counted. UserError if most rows
+    are, or if no text is left for one of the two.
     """
-    texts, wanted, usable, unusable = [], args.train_texts + args.eval_texts, 0, []
+    texts, wanted, rows, unusable = [], args.train_texts + args.eval_texts, 0, []
     for row in read_rows(args.dataset, split="test" if "Omni-MATH" in args.dataset else "train"):  # no other
+        rows += 1
         values = [row.get(name) if isinstance(row, dict) else None for name in args.text_column]
         if not all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
             unusable.append(row)
             continue
-        usable += 1
         ids = tokenizer.encode("\n".join(map(str, values)), add_special_tokens=False, verbose=False)
         cuts = [ids[i : i + args.max_text_tokens] for i in range(0, len(ids), args.max_text_tokens)]
         texts += [bos_ids(tokenizer) + cut for cut in cuts if len(cut) > 1]
         if len(texts) >= POOL * wanted:
             break
-    if len(unusable) > usable:
+    if 2 * len(unusable) > rows:
         for name in args.text_column:
             column(unusable[0], name, args.dataset)  # says which columns there are
-        raise UserError(f"{args.dataset}: most rows have no text in the columns {' '.join(args.text_column)}")
+        raise UserError(f"{args.dataset}: most rows have no text in {' '.join(args.text_column)}")
     order = uniforms([len(texts)], "split").argsort().tolist()[:wanted]  # not by the seed
     cut = round(len(order) * args.eval_texts / wanted)
     heldout, train = [texts[i] for i in order[:cut]], [texts[i] for i in order[cut:]]
     words = f"{args.dataset}: {len(train)} training and {len(heldout)} held-out texts"
     if not train or not heldout:
         raise UserError(f"{words}: give more data, or longer texts")
-    words += f", {sum(map(len, train))} training tokens"
     return train, heldout, words + f"; {len(unusable)} rows without text skipped" * bool(unusable)
 
 
@@ -272,62 +267,19 @@ def top_entropy(logits: torch.Tensor, k: int = TOP_TOKENS) -> torch.Tensor:
 
 @torch.no_grad()
 def score_texts(model, texts: list[list[int]], max_tokens: int, ranks: Ranks) -> list[np.ndarray]:
-    """For every text [2, L]: the entropies and the most likely tokens of its positions. On all ranks.
-
-    Column t is about token t given the tokens before it; column 0 is 0, nothing is before it.
-    """
-    mine = texts[ranks.share(len(texts))]
-    scores = [None] * len(mine)
-    head, chunk = model.get_output_embeddings(), LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size
+    """For every text [2, L]: entropies and most likely tokens; column t is of token t given those before."""
+    mine, head = texts[ranks.share(len(texts))], model.get_output_embeddings()
+    scores, chunk = [None] * len(mine), LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size
     with gathered(model):
         for batch in micro_batches([len(text) for text in mine], max_tokens):
             where = [np.arange(1, len(mine[i])) for i in batch]
-            hidden = hidden_before(model, [mine[i] for i in batch], where)  # [P, D]
+            hidden = model.run(hidden_before, [mine[i] for i in batch], where)  # [P, D]
             logits = map(head, hidden.split(max(1, chunk)))  # of one chunk at a time
             found = [torch.stack([top_entropy(part), part.argmax(-1).float()]) for part in logits]
-            found = np.split(torch.cat(found, 1).cpu().numpy(), np.cumsum([len(w) for w in where])[:-1], 1)
-            for i, values in zip(batch, found):
-                scores[i] = np.pad(values, ((0, 0), (1, 0)))
+            found = torch.cat(found, 1).cpu()  # [2, P]
+            for i, values in zip(batch, found.split([len(w) for w in where], 1)):
+                scores[i] = np.pad(values.numpy(), ((0, 0), (1, 0)))  # nothing is before the first token
     return all_gather_list(scores, ranks)
-
-
-def proxy_entropies(proxy, texts: list[list[int]], args: Args, run: Run) -> list[np.ndarray]:
-    """Entropies of every position of every text under the proxy, from disk if they are there.
-
-    The file is named by a hash of token ids and weights: other texts, tokenizers or weights never meet it.
-    """
-    lengths = [len(text) for text in texts]
-    key = hashlib.sha256(repr([TOP_TOKENS, lengths]).encode() + np.concatenate(texts).tobytes())
-    with gathered(proxy):
-        for weight in proxy.parameters():
-            key.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    path = run.path.parent / "entropies" / f"{key.hexdigest()[:24]}.npy"
-    if all_sum(float(path.is_file()), run.ranks) < run.ranks.world_size:
-        run.say(f"entropies of {sum(lengths)} positions under {args.proxy_model}, once ...")
-        entropies = np.concatenate([s[0] for s in score_texts(proxy, texts, args.micro_batch_tokens, run.ranks)])
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{run.ranks.rank}.npy")
-            np.save(aside, entropies)
-            aside.replace(path)
-
-        together(write, run.ranks)
-    return np.split(np.load(path), np.cumsum(lengths)[:-1])
-
-
-def base_model(args: Args) -> str:
-    """The proxy: --proxy-model, else the initial model; for --eval-only what the checkpoint's run folder says.
-
-    UserError if --eval-only cannot know: by a trained model's own entropies, other positions would be scored.
-    """
-    if args.proxy_model or not args.eval_only:
-        return args.proxy_model or args.model
-    try:
-        arguments = Path(args.model).resolve().parents[1] / "args.json"  # of RUN/checkpoints/final
-        return json.loads(arguments.read_text(encoding="utf-8"))["proxy_model"]
-    except (OSError, KeyError, IndexError):
-        raise UserError("--eval-only needs --proxy-model: the model from which --model was trained") from None
 
 
 def load_proxy(model, tokenizer, texts: list[list[int]], args: Args, ranks: Ranks):
@@ -336,37 +288,58 @@ def load_proxy(model, tokenizer, texts: list[list[int]], args: Args, ranks: Rank
         return model
     own, probe = load_tokenizer(args.proxy_model), [tokenizer.decode(text) for text in texts[:50]]
     if own(probe).input_ids != tokenizer(probe).input_ids:
-        raise UserError(f"--proxy-model {args.proxy_model} and {args.model} tokenise the texts differently")
+        raise UserError(f"--proxy-model {args.proxy_model} and --model tokenise the texts differently")
     return load_model(args.proxy_model, own, ranks, max(map(len, texts)), train=False)
 
 
+def proxy_entropies(proxy, texts: list[list[int]], args: Args, run: Run) -> list[np.ndarray]:
+    """Entropies of every position of every text under the proxy; a resumed run has them on disk."""
+    lengths, path = [len(text) for text in texts], run.path / "entropies.npy"
+    if run.state and all_sum(float(path.is_file()), run.ranks) == run.ranks.world_size:
+        return np.split(np.load(path), np.cumsum(lengths)[:-1])
+    run.say(f"entropies of {sum(lengths)} positions under {args.proxy_model}, once ...")
+    entropies = [scores[0] for scores in score_texts(proxy, texts, args.micro_batch_tokens, run.ranks)]
+    if run.ranks.main:
+        np.save(path, np.concatenate(entropies))
+    return entropies
+
+
+def base_model(args: Args) -> str:
+    """--proxy-model, else the initial model; for --eval-only the one that its run folder names."""
+    if args.proxy_model or not args.eval_only:
+        return args.proxy_model or args.model
+    try:
+        arguments = Path(args.model).resolve().parents[1] / "args.json"  # of RUN/checkpoints/final
+        return json.loads(arguments.read_text(encoding="utf-8"))["proxy_model"]
+    except (OSError, KeyError, IndexError):  # by a trained model's own entropies, other positions are scored
+        raise UserError("--eval-only needs --proxy-model: the model from which --model was trained") from None
+
+
 def boxable_tokens(tokenizer, texts: list[str]) -> np.ndarray:
-    """bool [V]: what may stand in a box: whole characters that the format allows there, no tag, not special."""
+    """bool [V]: what may stand in a box: whole characters that the format allows, no tag, not special."""
     no = re.compile(f"[{re.escape(NOT_IN_BOX)}\ufffd]|{re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)}")
     special = set(tokenizer.all_special_ids)
-    return np.array([bool(text) and not no.search(text) and i not in special for i, text in enumerate(texts)])
+    good = [bool(text) and not no.search(text) for text in texts]
+    return np.array([fits and i not in special for i, fits in enumerate(good)])
 
 
-def difficulty(entropies: np.ndarray, text: list[int], first: int, boxable: np.ndarray, thresholds) -> np.ndarray:
+def difficulty(entropies: np.ndarray, text: list[int], first: int, boxable: np.ndarray, thresholds):
     """Level of every position of a text: 0 easy, 1 medium, 2 hard, each up to the next threshold; -1: no RL.
 
     Positions before `first` have no prefix, and what cannot stand in a box cannot be answered.
     """
     levels = np.digitize(entropies, thresholds) - 1
-    levels[~boxable[text]] = -1
-    levels[:first] = -1
-    return levels
+    return np.where(boxable[text] & (np.arange(len(text)) >= first), levels, -1)
 
 
 def heldout_positions(levels: list[np.ndarray], count: int) -> list[tuple[int, int, int]]:
     """(text, position, level) to evaluate on, `count` per level; nested as in RPT: easy is at least easy."""
     chosen = []
     for level, name in enumerate(LEVELS):
-        where = [(k, t) for k, row in enumerate(levels) for t in np.flatnonzero(row >= level).tolist()]
+        where = [(k, int(t), level) for k, row in enumerate(levels) for t in np.flatnonzero(row >= level)]
         if not where:
             raise UserError(f"no held-out position is {name}: raise --eval-texts or lower --thresholds")
-        order = uniforms([len(where)], "held-out positions").argsort().tolist()
-        chosen += [(*where[i], level) for i in order[:count]]
+        chosen += [where[i] for i in uniforms([len(where)], "held-out positions").argsort().tolist()[:count]]
     return chosen
 
 
@@ -382,9 +355,8 @@ def token_budget(step: int, total_steps: int, initial: int, minimum: int, decay:
 
 def budget_at(step: int, args: Args) -> int:
     """The budget of the update after `step` others; 0 without budgets."""
-    return args.budget * token_budget(
-        step, args.updates, args.initial_budget, args.min_budget, args.budget_decay
-    )
+    sizes = args.updates, args.initial_budget, args.min_budget, args.budget_decay
+    return token_budget(step, *sizes) if args.budget else 0
 
 
 def curriculum_probs(step: float, t1: float, t2: float, p1: Sequence, p2: Sequence) -> list[float]:
@@ -439,7 +411,6 @@ class Sample:
     length_reward: float = 0.0
     reward: float = 0.0
     advantage: float = 0.0
-    ref_logprobs: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -548,35 +519,37 @@ class Rollouts:
     """Steps 1 and 2 on all positions: each rank completes and scores its share, and gets all samples."""
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks, started: float) -> None:
-        self.model, self.tokenizer, self.args, self.ranks, self.started = model, tokenizer, args, ranks, started
+        self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
+        self.started = started
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.table = self.texts, eos_ids(tokenizer, args.model)
 
     def reward(self, sample: Sample, budget: int, opened: bool) -> None:
         """Step 2. Both rules are noted, whichever is rewarded."""
-        args, response = self.args, read_response(sample.completion_ids, self.texts, opened)
-        if response is None:
+        if (response := read_response(sample.completion_ids, self.texts, opened)) is None:
             return  # D3
         sample.thought_tokens, answer = response
-        sample.exact, sample.prefix = (float(matches(answer, sample.truth, rule)) for rule in ("exact", "prefix"))
-        w = args.length_weight if budget else 0.0
-        sample.length_reward = length_reward(sample.thought_tokens, budget, args.r_max) if budget else 0.0
-        sample.reward = (1 - w) * getattr(sample, args.match) + w * sample.length_reward  # eq. (5)
+        sample.exact = float(matches(answer, sample.truth, "exact"))
+        sample.prefix = float(matches(answer, sample.truth, "prefix"))
+        w = self.args.length_weight if budget else 0.0
+        sample.length_reward = length_reward(sample.thought_tokens, budget, 1.0) if budget else 0.0
+        sample.reward = (1 - w) * getattr(sample, self.args.match) + w * sample.length_reward  # eq. (5)
 
-    def __call__(self, places: list[tuple], noise: torch.Tensor, budget: int, temperature: float):
-        """(a Sample for every entry of the global list `places`, seconds); noise [len(places), T].
+    def __call__(self, places: list[tuple], noise, budget: int, temperature: float, stop: Callable):
+        """(a Sample for each of the global list `places`, seconds). places: (text, position, level).
 
-        places: (text, position in it, level).
+        stop: called between batches, by every rank equally often; it may raise Stop.
         """
         start, samples, skip = time.time(), {}, len(bos_ids(self.tokenizer))  # no BOS inside a prompt
         head, tail, opened = prompt_frame(self.tokenizer, budget, self.args, self.started)
         share = range(len(places))[self.ranks.share(len(places))]
-        mine = sorted(share, key=lambda i: places[i][1])
+        mine, most = sorted(share, key=lambda i: places[i][1]), -(-len(places) // self.ranks.world_size)
         with gathered(self.model):
-            for first in range(0, len(mine), self.args.rollout_rows):
+            for first in range(0, most, self.args.rollout_rows):
+                stop()
                 batch = mine[first : first + self.args.rollout_rows]
                 prompt_ids = [head + places[i][0][skip : places[i][1]] + tail for i in batch]
-                rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table)
+                rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table) if batch else []
                 for i, ids, row in zip(batch, prompt_ids, rows):
                     text, t, level = places[i]
                     samples[i] = Sample(level, [self.texts[token] for token in text[t : t + 32]], ids, *row)
@@ -605,9 +578,8 @@ SUMS = ("rl_loss", "ntp_loss", "tokens", "kl", "entropy", "rollout_ratio")
 def rl_loss(logprobs, ref_logprobs, advantages, mask, beta: float, responses: int):
     """This micro-batch's part of -L_RL, and the sum of the KL over its tokens (nats).
 
-    logprobs, ref_logprobs (None at beta 0) and mask [B, T], advantages [B]; `responses` counts those of the
-    whole update, N x G, so that the parts of micro-batches and ranks add up. There is one step per rollout:
-    the ratio form has the same gradient, and no clip could act.
+    logprobs, ref_logprobs (None at beta 0) and mask [B, T], advantages [B]; `responses`: of the whole update.
+    There is one step per rollout, so the clipped ratio would have the same gradient.
     """
     kl = torch.zeros_like(logprobs)
     if beta:
@@ -618,9 +590,9 @@ def rl_loss(logprobs, ref_logprobs, advantages, mask, beta: float, responses: in
 
 
 def ntp_loss(model, texts: list[list[int]], kept: list[np.ndarray], total: int) -> torch.Tensor:
-    """This micro-batch's part of L_NTP: -log p (nats), summed over a text's positions that are not in C.
+    """This micro-batch's part of L_NTP: -log p (nats), summed over the positions of its texts.
 
-    kept: those positions of every text, int64, where m_pos = 1; `total` counts the texts of the whole update.
+    kept: those of each text where m_pos = 1, int64; `total` counts the texts of the whole update.
     """
     logprobs, _ = token_logprobs(model, texts, kept)  # [P]
     return -logprobs.sum() / total  # eq. (8), D2
@@ -628,89 +600,77 @@ def ntp_loss(model, texts: list[list[int]], kept: list[np.ndarray], total: int) 
 
 def completion_logprobs(model, samples: list[Sample], temperature: float, entropy: bool = False):
     """The training forward: log-probabilities, entropies and mask of the completions' tokens, each [B, T]."""
-    rows, starts = [s.prompt_ids + s.completion_ids for s in samples], [len(s.prompt_ids) for s in samples]
-    where = [np.arange(start, len(row)) for start, row in zip(starts, rows)]
-    logprobs, entropies = token_logprobs(
-        model, rows, where, prompt_lengths=starts, temperature=temperature, entropy=entropy
-    )  # [K]
-    lengths = torch.tensor([len(s.completion_ids) for s in samples], device=model.device)
+    starts = [len(s.prompt_ids) for s in samples]
+    lengths = torch.tensor([len(s.completion_ids) for s in samples], device=model.device)  # [B]
     mask = torch.arange(int(lengths.max()), device=model.device) < lengths.unsqueeze(1)  # from lengths, not ids
+    logprobs, entropies = token_logprobs(
+        model, [s.prompt_ids + s.completion_ids for s in samples],
+        [np.arange(start, len(s)) for start, s in zip(starts, samples)],
+        prompt_lengths=starts, temperature=temperature, entropy=entropy,
+    )  # [K]  # fmt: skip
     zeros = torch.zeros(mask.shape, device=model.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies.detach()), mask
 
 
-def sample_batches(samples: list[Sample], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
-    """Micro-batches in which the completions of a prompt are together, so that it is read once."""
-    return micro_batches([len(s) for s in samples], max_tokens, ranks, [tuple(s.prompt_ids) for s in samples])
+def sample_batches(model, samples: list[Sample], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
+    """Micro-batches. Where completions go on from their prompt's cache, those of a prompt are together."""
+    if not model.shares_prompts:
+        return micro_batches([len(s) for s in samples], max_tokens, ranks)
+    prompts = [tuple(s.prompt_ids) for s in samples]
+    return micro_batches([len(s.completion_ids) for s in samples], max_tokens, ranks, prompts)
 
 
-@torch.no_grad()
-def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
-    """The samples' log-probabilities under `model`, by the training forward."""
-    scores = [[] for _ in samples]
-    with gathered(model):
-        for batch in sample_batches(samples, args.micro_batch_tokens):
-            logprobs, _, _ = completion_logprobs(model, [samples[i] for i in batch], args.temperature)
-            for i, row in zip(batch, logprobs.tolist()):
-                scores[i] = row[: len(samples[i].completion_ids)]
-    return scores
-
-
-def train_batch(model, optimizer, samples, texts, responses: int, total: int, args: Args, ranks: Ranks, check_stop):
+def train_batch(model, ref_model, optimizer, samples, texts, responses, total, args: Args, ranks, stop):
     """One optimizer step on this rank's responses and texts: (sums over them, gradient norm).
 
     texts: (ids, kept positions) each. responses, total: the global denominators of rl_loss and ntp_loss.
-    check_stop: called before every micro-batch, see common.Interrupt.
+    stop: called before every micro-batch, see common.Interrupt.
     """
-    nothing = Sample(0, [], [0, 0], [0], [0.0], ref_logprobs=[0.0])
-    sums = Counter()
-    for batch in sample_batches(samples, args.micro_batch_tokens, ranks):
-        check_stop()
+    nothing, ref, sums = Sample(0, [], [0, 0], [0], [0.0]), None, Counter()
+    for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
+        stop()
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
+        if args.beta:
+            with torch.no_grad():
+                ref, _, _ = completion_logprobs(ref_model, micro, args.temperature)
         device, mask = mask.device, mask & bool(batch)
         advantages = torch.tensor([s.advantage for s in micro], device=device)
-        ref = padded([s.ref_logprobs for s in micro], device) if args.beta else None
         loss, kl = rl_loss(logprobs, ref, advantages, mask, args.beta, responses)
         (loss * ranks.world_size).backward()  # FSDP averages over ranks; the denominator is global already
         gap = (logprobs.detach() - padded([s.rollout_logprobs for s in micro], device))[mask]
-        sums.update(rl_loss=loss.item(), kl=kl, tokens=mask.sum().item())
+        sums.update(rl_loss=loss.item(), kl=kl if args.beta else math.nan, tokens=mask.sum().item())
         sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
     lengths = [len(ids) for ids, _ in texts] if args.ntp_weight else []
     for batch in micro_batches(lengths, args.micro_batch_tokens, ranks):
-        check_stop()
-        micro = [texts[i] for i in batch] or [([0, 0], np.ones(1, dtype=np.int64))]
+        stop()
+        micro = [texts[i] for i in batch] or [([0, 0], np.array([1]))]
         loss = ntp_loss(model, *zip(*micro), total) * bool(batch)
         (args.ntp_weight * loss * ranks.world_size).backward()  # eq. (9), D1: the gradients add up
         sums.update(ntp_loss=loss.item())
-    return sums, optimizer_step(
-        model, optimizer, float(sums["rl_loss"] + sums["ntp_loss"]), args.max_grad_norm, ranks
-    )
+    loss = float(sums["rl_loss"] + sums["ntp_loss"])
+    return sums, optimizer_step(model, optimizer, loss, args.max_grad_norm, ranks)
 
 
 # ---------------------------------------------------------------- 5 log, evaluate, save
 
 CURVES = (
-    ("right at held-out positions", {"eval/ntr": "reasoning (NTR)", "eval/ntp": "prediction (NTP)"}, "update"),
+    ("right at held-out positions", {"eval/ntr": "reasoning, NTR", "eval/ntp": "prediction, NTP"}, "update"),
     ("reasoning at held-out positions", {f"eval/ntr_{name}": name for name in LEVELS}, "update"),
     ("right boxes in training, by level", {f"reward/match_{name}": name for name in LEVELS}, "update"),
     ("tokens of a thought", {"rollout/thought_tokens": "written", "rollout/budget": "budget"}, "update"),
     ("reward", {"reward/mean": "reward", "reward/length": "its length part"}, "update"),
-    ("teaches nothing", {"rollout/malformed": "malformed", "reward/groups_without_spread": "equal rewards"}, "update"),
+    ("teaches nothing", {"rollout/malformed": "malformed", "reward/groups_without_spread": "equal"}, "update"),
     ("next-token loss of the texts (nats per token)", {"policy/ntp_ce": ""}, "update"),
     ("reasoning at held-out positions, by time", {"eval/ntr": ""}, "time/wall_s"),
-)  # fmt: skip
+)
 CONSOLE = (
     "match {reward/match:.3f}", "thought {rollout/thought_tokens:5.1f}", "budget {rollout/budget:3}",
     "malformed {rollout/malformed:4.0%}", "ntp {policy/ntp_ce:.3f}", "grad {optim/grad_norm:5.2f}",
     "{time/rollout_s:.1f} + {time/update_s:.1f} s", "{perf/tokens_per_s:.0f} tokens/s",
 )  # fmt: skip
 HELDOUT = ("held-out NTR {eval/ntr:.3f}, NTP {eval/ntp:.3f}", "thought {eval/thought_tokens:5.1f}")
-KINDS = {
-    "ntp": "NTP, most likely token", "ntr": "NTR, sampled", "ntr_greedy": "NTR, greedy",
-    "ntr_prefix": "NTR, sampled, prefix rule", "ntr_prefix_greedy": "NTR, greedy, prefix rule",
-}  # fmt: skip
-LEGEND = "The end of a prompt, the response (its thought in green), and whether the box holds the text's next token."
+LEGEND = "The end of a prompt, the response (its thought in green), and what the text has there."
 HINTS = {  # said once, if the metric is 1
     "rollout/malformed": "every response is malformed, so RL learns nothing: start from a model that writes "
     f"{THINK_OPEN}...{THINK_CLOSE}{BOX_OPEN}...{BOX_CLOSE}, or raise --max-new-tokens",
@@ -719,8 +679,7 @@ HINTS = {  # said once, if the metric is 1
 
 
 def mean(values) -> float:
-    values = list(values)
-    return float(sum(values) / len(values)) if values else math.nan
+    return float(np.mean(values)) if (values := list(values)) else math.nan
 
 
 def sample_metrics(samples: list[Sample], args: Args) -> dict:
@@ -732,10 +691,8 @@ def sample_metrics(samples: list[Sample], args: Args) -> dict:
         "reward/length": mean(s.length_reward for s in samples),
         "reward/group_std": rewards.std(dim=1).mean().item(),
         "reward/groups_without_spread": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        "rollout/thought_tokens": mean(s.thought_tokens for s in samples if s.thought_tokens >= 0),
-        "rollout/completion_tokens": mean(len(s.completion_ids) for s in samples),
-        "rollout/malformed": mean(s.thought_tokens < 0 for s in samples),
         "rollout/truncated": mean(not s.ended for s in samples),
+        **lengths(samples, "rollout"),
     }
     for level, name in enumerate(LEVELS):
         metrics[f"data/{name}"] = mean(s.level == level for s in samples)
@@ -743,39 +700,40 @@ def sample_metrics(samples: list[Sample], args: Args) -> dict:
     return metrics
 
 
-def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int) -> tuple[dict, list]:
+def lengths(samples: list[Sample], group: str) -> dict:
+    return {
+        f"{group}/thought_tokens": mean(s.thought_tokens for s in samples if s.thought_tokens >= 0),
+        f"{group}/completion_tokens": mean(len(s.completion_ids) for s in samples),
+        f"{group}/malformed": mean(s.thought_tokens < 0 for s in samples),
+    }
+
+
+def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int, stop: Callable):
     """Tables 1 and 3 on held-out positions, with the budget of the moment and the same noise every time.
 
-    Prediction (NTP): the most likely token. Reasoning (NTR): the box of a response, sampled and greedy. Returns
-    the metrics, and the sampled responses, each with the token that is predicted without a thought.
+    Prediction (NTP): the most likely token. Reasoning (NTR): the box of a response, sampled and greedy.
+    Returns the metrics, and the sampled responses, each with the token predicted without a thought.
     """
-    start, budget = time.time(), budget_at(update, args)
+    start, budget, metrics = time.time(), budget_at(update, args), {}
     scores = score_texts(rollouts.model, texts, args.micro_batch_tokens, run.ranks)
     predicted = [int(scores[k][1, t]) for k, t, _ in chosen]
     noise = uniforms([len(chosen), args.max_new_tokens], args.seed, "evaluation")
     places = [(texts[k], t, level) for k, t, level in chosen]
-    sampled, seconds = rollouts(places, noise, budget, args.temperature)
-    greedy, _ = rollouts(places, noise, budget, 0.0)
+    sampled, seconds = rollouts(places, noise, budget, args.temperature, stop)
+    greedy, _ = rollouts(places, noise, budget, 0.0, stop)
     right = {"ntp": [token == text[t] for token, (text, t, _) in zip(predicted, places)]}
     for ending, samples in (("", sampled), ("_greedy", greedy)):
-        right[f"ntr{ending}"], right[f"ntr_prefix{ending}"] = zip(*[(s.exact, s.prefix) for s in samples])
-    metrics = {}
+        right[f"ntr{ending}"] = [s.exact for s in samples]
+        right[f"ntr_prefix{ending}"] = [s.prefix for s in samples]
     for kind, values in right.items():
         for level, name in enumerate(LEVELS):
             metrics[f"eval/{kind}_{name}"] = mean(v for v, place in zip(values, chosen) if place[2] == level)
         metrics[f"eval/{kind}"] = mean(metrics[f"eval/{kind}_{name}"] for name in LEVELS)  # the "Average"
-    metrics |= {
-        "eval/budget": budget,
-        "eval/thought_tokens": mean(s.thought_tokens for s in sampled if s.thought_tokens >= 0),
-        "eval/completion_tokens": mean(len(s.completion_ids) for s in sampled),
-        "eval/malformed": mean(s.thought_tokens < 0 for s in sampled),
-        "time/eval_rollout_s": seconds["time/rollout_s"],
-        "time/eval_s": time.time() - start,
-    }
-    samples, tokenizer = list(zip(sampled, [rollouts.texts[token] for token in predicted])), rollouts.tokenizer
-    blocks = [html_sample(*pair, tokenizer) for pair in samples[:: max(1, len(samples) // 6)]]
-    run.samples(f"update {update}", LEGEND, blocks)
-    return metrics, samples
+    metrics |= {"eval/budget": budget, "time/eval_rollout_s": seconds["time/rollout_s"]}
+    samples = [(s, rollouts.texts[token]) for s, token in zip(sampled, predicted)]
+    shown = samples[:: max(1, len(samples) // 6)]
+    run.samples(f"update {update}", LEGEND, [html_sample(*pair, rollouts.tokenizer) for pair in shown])
+    return metrics | lengths(sampled, "eval") | {"time/eval_s": time.time() - start}, samples
 
 
 def verdict(sample: Sample, predicted: str) -> str:
@@ -789,41 +747,41 @@ def html_sample(sample: Sample, predicted: str, tokenizer) -> str:
     thought, close, rest = html.escape(response).rpartition(html.escape(THINK_CLOSE))
     response = f"<span class=thought>{thought}</span>{close}{rest}"
     style, words = "good" if sample.exact else "bad", html.escape(verdict(sample, predicted))
-    return f"<pre><span class=note>{html.escape(prompt)}</span>{response}\n<span class={style}>{words}</span></pre>"
+    prompt = f"<span class=note>{html.escape(prompt)}</span>"
+    return f"<pre>{prompt}{response}\n<span class={style}>{words}</span></pre>"
 
 
 def report(run: Run, stages: list[dict], samples: list, tokenizer) -> None:
     """The end of a run: its evaluations side by side, two responses that make the point, and the files."""
-    lines = ["", f"{'held-out':28}" + "".join(f"{name:>16}" for name in (*LEVELS, "mean"))]
-    for kind, words in KINDS.items():
-        keys = [f"eval/{kind}_{name}" for name in LEVELS] + [f"eval/{kind}"]
+    lines = ["", f"{'held-out':24}" + "".join(f"{name:>16}" for name in ("mean", *LEVELS))]
+    for kind in ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy"):
+        keys = [f"eval/{kind}"] + [f"eval/{kind}_{name}" for name in LEVELS]
         cells = [" -> ".join(f"{stage[key]:.3f}" for stage in stages) for key in keys]
-        lines.append(f"{words:28}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"{kind:24}" + "".join(f"{cell:>16}" for cell in cells))
     for key in ("budget", "thought_tokens", "completion_tokens", "malformed"):
-        cell = " -> ".join(f"{stage[f'eval/{key}']:.3g}" for stage in stages)
-        lines.append(f"{key.replace('_', ' '):28}{cell:>16}")
-    for sign in (1, -1):  # right where prediction is wrong; then wrong where prediction is right
+        cell = " -> ".join(f"{stage.get(f'eval/{key}', math.nan):.3g}" for stage in stages)
+        lines.append(f"{key:24}{cell:>16}")
+    for sign in (1, -1):  # right where prediction is wrong; wrong where prediction is right
         order = [(sign * (s.exact - (word == s.truth[0])), s.level) for s, word in samples]
         sample, predicted = samples[order.index(max(order))]
         text = tokenizer.decode(sample.prompt_ids)[-200:] + tokenizer.decode(sample.completion_ids)
         lines += ["", verdict(sample, predicted), text]
-    files = [str(run.path / name) for name in ("samples.html", "curves.png") if (run.path / name).exists()]
-    run.say("\n".join([*lines, "", " ".join(files)]))
+    run.say("\n".join([*lines, "", f"{run.path}/: samples.html, curves.png, checkpoints/final"]))
 
 
 # ---------------------------------------------------------------- main
 
 
-def plan(args: Args, ranks: Ranks, text: list[int], frame: tuple, longest: int, tokenizer) -> str:
+def plan(args: Args, ranks: Ranks, train: list[list[int]], longest: int, tokenizer, frame: tuple) -> str:
     """What --dry-run prints: sizes, memory, and one prompt."""
     reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # bytes a parameter
-    rows = args.rollout_rows, longest
+    rows, text = (args.rollout_rows, longest), train[0]
     memory = memory_plan(args.model, ranks, rows, args.micro_batch_tokens, args.gradient_checkpointing, reference)
-    budgets = f"budget {budget_at(0, args)} to {budget_at(args.updates, args)} tokens"
+    epochs, budgets = args.updates * args.prompts_per_update / len(train), f"{budget_at(0, args)} to "
+    prompt = tokenizer.decode(frame[0] + text[: len(text) // 2] + frame[1])
     return (
-        f"{args.updates} updates of {args.prompts_per_update} texts, as many positions x {args.group_size} "
-        f"responses: {args.updates * args.prompts_per_update / args.train_texts:.1f} epochs; {budgets}\n"
-        f"{memory}\n\na prompt:\n{tokenizer.decode(frame[0] + text[: len(text) // 2] + frame[1])}"
+        f"{args.updates} updates of {args.prompts_per_update} texts: {epochs:.1f} epochs; budget "
+        f"{budgets}{budget_at(args.updates, args)} tokens\n{memory}\n\na prompt:\n{prompt}"
     )
 
 
@@ -832,84 +790,78 @@ def main(args: Args) -> None:
     ranks = setup(args.seed)
     args = replace(args, proxy_model=base_model(args))
     tokenizer = load_tokenizer(args.model)
-    train, heldout, words = read_texts(args, tokenizer)
-    run = None if args.dry_run else Run(args, __file__, ranks, [args.dataset])
-    started = run.started if run else time.time()
-    frame = prompt_frame(tokenizer, budget_at(0, args), args, started)
-    longest = len(frame[0] + frame[1]) + max(map(len, train + heldout)) + args.max_new_tokens
+    train, heldout, about = read_texts(args, tokenizer)
+    texts, frame = train + heldout, prompt_frame(tokenizer, budget_at(0, args), args, time.time())
+    longest = len(frame[0] + frame[1]) + max(map(len, texts)) + args.max_new_tokens
     model = load_model(args.model, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
-    proxy = load_proxy(model, tokenizer, train + heldout, args, ranks)
+    proxy = load_proxy(model, tokenizer, texts, args, ranks)
     if ranks.main:
-        size = sum(weight.numel() for weight in model.parameters()) / 1e6
-        print(f"model {args.model}, {size:.1f}M parameters; proxy {args.proxy_model}\n{words}", flush=True)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"model {args.model}: {size:.1f}M parameters; proxy {args.proxy_model}\n{about}", flush=True)
     if args.dry_run:
         if ranks.main:
-            print(plan(args, ranks, train[0], frame, longest, tokenizer), flush=True)
+            print(plan(args, ranks, train, longest, tokenizer, frame), flush=True)
         return
+    run = Run(args, __file__, ranks, data=[args.dataset])
     ref_model = load_model(args.model, tokenizer, ranks, longest, train=False) if args.beta else None
     optimizer = new_optimizer(model, args.learning_rate, args.weight_decay)
-    rollouts = Rollouts(model, tokenizer, args, ranks, started)
+    rollouts, models = Rollouts(model, tokenizer, args, ranks, run.started), {"policy": model}
 
     # 0 prepare; before a restore, because the default proxy is the initial model
-    entropies, boxable = proxy_entropies(proxy, train + heldout, args, run), boxable_tokens(tokenizer, rollouts.texts)
-    first = 1 + len(bos_ids(tokenizer))  # position with a prefix
-    levels = [difficulty(e, t, first, boxable, args.thresholds) for e, t in zip(entropies, train + heldout)]
+    boxable, first = boxable_tokens(tokenizer, rollouts.texts), 1 + len(bos_ids(tokenizer))
+    entropies = proxy_entropies(proxy, texts, args, run)
+    levels = [difficulty(e, text, first, boxable, args.thresholds) for e, text in zip(entropies, texts)]
     counts = np.bincount(np.concatenate(levels) + 1, minlength=4)
-    run.say("positions: " + ", ".join(f"{c} {n}" for c, n in zip(counts, ("without RL", *LEVELS))))
+    run.say("positions: " + ", ".join(f"{c} {name}" for c, name in zip(counts, ("without RL", *LEVELS))))
     to_evaluate = heldout_positions(levels[len(train) :], args.eval_positions)
-    del proxy
 
-    state = run.restore({"policy": model}, optimizer) if run.state else {"update": 0, "cursor": 0, "before": {}}
-    interrupt, samples, hints = Interrupt(ranks), [], dict(HINTS)
-    if not state["before"]:
-        metrics, samples = evaluate(rollouts, heldout, to_evaluate, args, run, 0)
-        run.log({"update": 0, **metrics}, HELDOUT, args.updates)
-        state["before"] = {key: value for key, value in metrics.items() if key.startswith("eval/")}
-    stages = [state["before"]]
+    state = run.restore(models, optimizer) if run.state else {"update": 0, "cursor": 0, "before": None}
+    interrupt, hints, samples, after = Interrupt(ranks), dict(HINTS), [], None
     try:
+        if state["before"] is None:
+            metrics, samples = evaluate(rollouts, heldout, to_evaluate, args, run, 0, interrupt.check)
+            state["before"] = {key: value for key, value in metrics.items() if key.startswith("eval/")}
+            run.log({"update": 0, **metrics}, HELDOUT, args.updates)
         for update in range(state["update"] + 1, 1 if args.eval_only else args.updates + 1):
             # 1 sample, 2 score
-            interrupt.check()
             drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
             texts, budget = [train[i] for i in drawn], budget_at(update - 1, args)
-            chosen = choose_positions([levels[i] for i in drawn], update, args)
-            places = [(texts[k], t, levels[drawn[k]][t]) for k, t in chosen for _ in range(args.group_size)]
+            chosen = choose_positions([levels[i] for i in drawn], update, args)  # C
+            places = [(texts[k], t, levels[drawn[k]][t]) for k, t in chosen]
+            places = [place for place in places for _ in range(args.group_size)]
             noise = uniforms([len(places), args.max_new_tokens], args.seed, update, "rollout")
-            samples, seconds = rollouts(places, noise, budget, args.temperature)
+            samples, seconds = rollouts(places, noise, budget, args.temperature, interrupt.check)
 
             # 3 advantage
             rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
-            advantages = group_advantages(rewards)  # [N, G], eq. (6)
-            for sample, advantage in zip(samples, advantages.flatten().tolist()):
+            for sample, advantage in zip(samples, group_advantages(rewards).flatten().tolist()):  # eq. (6)
                 sample.advantage = advantage
 
             # 4 update
             begin = time.time()
             groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
-            mine = rank_share(groups, ranks)
-            if ref_model is not None:
-                for sample, logprobs in zip(mine, score(ref_model, mine, args)):
-                    sample.ref_logprobs = logprobs
-            kept = [np.setdiff1d(np.arange(1, len(text)), [t for j, t in chosen if j == k]) for k, text in enumerate(texts)]
-            rows = sorted(zip(texts, kept), key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
+            kept = [[t for t in range(1, len(text)) if (k, t) not in chosen] for k, text in enumerate(texts)]
+            rows = [(text, np.array(cols, dtype=np.int64)) for text, cols in zip(texts, kept)]
+            rows = sorted(rows, key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
             sums, norm = train_batch(
-                model, optimizer, mine, rows, len(samples), len(texts), args, ranks, interrupt.check
-            )
+                model, ref_model, optimizer, rank_share(groups, ranks), rows, len(samples), len(texts),
+                args, ranks, interrupt.check,
+            )  # fmt: skip
             seconds["time/update_s"] = time.time() - begin
 
             # 5 log, evaluate, save
-            state = {**state, "update": update, "cursor": state["cursor"] + len(drawn)}
+            state |= {"update": update, "cursor": state["cursor"] + len(drawn)}
             sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
-            tokens, rl, ntp, ntp_tokens = sums.pop("tokens"), sums.pop("rl_loss"), sums.pop("ntp_loss"), sum(map(len, kept))
-            if not args.beta:
-                del sums["kl"]  # not measured
+            tokens, rl, ntp = (sums.pop(key) for key in ("tokens", "rl_loss", "ntp_loss"))
+            ntp_tokens = max(1, sum(map(len, kept)))
             metrics = {
                 "update": update,
                 **sample_metrics(samples, args),
-                **({"rollout/budget": budget} if budget else {}),
+                "rollout/budget": budget or math.nan,  # what is not measured is not logged
                 "policy/loss": rl + args.ntp_weight * ntp,  # eq. (9)
                 "policy/rl_loss": rl,
-                **({"policy/ntp_loss": ntp, "policy/ntp_ce": ntp * len(texts) / ntp_tokens} if args.ntp_weight else {}),
+                "policy/ntp_loss": ntp if args.ntp_weight else math.nan,
+                "policy/ntp_ce": ntp * len(texts) / ntp_tokens if args.ntp_weight else math.nan,
                 **{f"policy/{key}": value / tokens for key, value in sums.items()},
                 "optim/grad_norm": norm,
                 "data/epoch": state["cursor"] / len(train),
@@ -920,17 +872,21 @@ def main(args: Args) -> None:
             for key in [key for key in hints if metrics[key] == 1]:
                 run.say(f"note: {hints.pop(key)}")
             last, console = update == args.updates, CONSOLE
-            if last or (args.eval_every and update % args.eval_every == 0):
-                after, samples = evaluate(rollouts, heldout, to_evaluate, args, run, update)
-                metrics, console, stages[1:] = metrics | after, CONSOLE[:2] + HELDOUT, [after]
-            run.log(metrics, console, args.updates, not math.isfinite(norm))
+            try:
+                if last or (args.eval_every and update % args.eval_every == 0):
+                    stop = (lambda: None) if last else interrupt.check  # the last evaluation is finished
+                    after, samples = evaluate(rollouts, heldout, to_evaluate, args, run, update, stop)
+                    metrics, console = metrics | after, CONSOLE[:2] + HELDOUT
+            finally:
+                run.log(metrics, console, args.updates, not math.isfinite(norm))
             if last or (args.save_every and update % args.save_every == 0):
                 run.export(model, "final" if last else f"update_{update:06d}")  # before the state
-                run.save(state, {"policy": model}, optimizer)
+                run.save(state, models, optimizer)
                 run.curves(CURVES)
     except Stop:
-        run.stopped(state, {"policy": model}, optimizer)
-    report(run, stages, samples, tokenizer)
+        run.stopped(state, models, optimizer)
+    if after or args.eval_only:
+        report(run, [state["before"], *filter(None, [after])], samples, tokenizer)
 
 
 if __name__ == "__main__":
