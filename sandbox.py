@@ -1378,6 +1378,7 @@ def run_one(program, memory_mb, busy, stopped):
                 raise SandboxError(f"{fault}; {machine_limits()}") from fault
         finally:
             busy.discard(worker)
+    raise AssertionError("the second try returns or raises")
 
 
 def close_workers():
