@@ -1,10 +1,7 @@
-"""The papers' mathematics as executable checks, on cases small enough to enumerate.
+"""The papers' mathematics as executable checks, on cases small enough to enumerate: RA3 (v1 and v2) and RMT.
 
-RA3 (*Learning to Reason as Action Abstractions with Scalable Mid-Training RL*, v1 and v2) and RMT
-(*Reinforcement Mid-Training*). Each docstring states the claim, its equation number and what was found.
-A claim that holds is asserted as printed. Where the printed form is off, the correct form is derived and
-asserted, and so is the deviation of the printed one, so that neither can quietly change places.
-docs/theory.md is the summary. Nothing here imports the training scripts, whose own tests cover their code.
+A claim that holds is asserted as printed. Where the printed form is off, the correct form is asserted, and so is the
+deviation of the printed one. docs/theory.md has the findings.
 
 Notation: a action, z latent, q the sampler of latents, p their prior, pi the policy, D the demonstrations,
 J(pi, q) the temporal ELBO, J_NTP the log-likelihood, gamma-bar = sup E[gamma^tau] the discount of an option.
@@ -15,14 +12,15 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-# ------------------------------------------------------------------------------------------------------------
-# RA3, section 4: a latent sequence model, enumerated
+from rmt import curriculum_probs, group_advantages, length_reward, token_budget
+
+# ---------------------------------------------------------------- RA3, section 4: a latent sequence model, enumerated
 #
 # The language setting: the state s_t is the context a_<t. A table that depends on some of a_0.., z_0.. has
 # those axes and size 1 on the others, so the joint distribution is a broadcast sum of log tables. Axes: STEPS
 # actions first, then STEPS latents.
-# ------------------------------------------------------------------------------------------------------------
 
 STEPS, ACTIONS, LATENTS = 3, 2, 3
 ALL_AXES = tuple(range(2 * STEPS))
@@ -104,8 +102,7 @@ def elbo(demos, log_pi, log_prior, log_q):
 def e_step(demos, log_pi, log_prior, sight, look_ahead=STEPS):
     """The exact argmax over autoregressive q of eq. (4.1), by a soft Bellman recursion backwards in time.
 
-    q_t is proportional to p_t * exp(E[log pi_t + V_{t+1}]), the expectation over what q cannot see yet, and
-    V_t is the log of the normaliser. look_ahead=1 forgets V_{t+1}: a return of one step.
+    V_t is the log of the normaliser of q_t; look_ahead=1 forgets V_{t+1}, a return of one step.
     """
     log_q, value = [None] * STEPS, 0.0
     for t in reversed(range(STEPS)):
@@ -130,19 +127,17 @@ def m_step(demos, log_tables, log_q, over):
 
 
 def test_temporal_elbo_is_a_bound_and_tight_at_the_posterior():
-    """Theorem 4.1: J_NTP(pi) >= J(pi, q) for every q. Holds.
+    """Theorem 4.1: J_NTP >= J for every q; the gap is E_D KL(q || posterior), and only a q that sees a_{0:T} closes it.
 
-    Found: the gap is exactly E_D[KL(q(z|a) || p(z|a))], so J is tight only at the posterior, which depends
-    on all of a_{0:T}. The q(z_t | s_t, z_{0:t-1}) of (A.2) cannot see a_t, so even the best such q leaves a
-    gap. (A.2) is said to follow from the graphical model; it is a choice of family.
+    A.4's second line has p(a_t | s_t, z_t) where p(z_t | s_t, z_{0:t-1}) belongs, and can exceed J_NTP.
     """
+    excess = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
         demos, log_pi, log_prior = random_demos(rng), random_policy(rng), random_prior(rng)
         target = log_likelihood(demos, log_pi, log_prior)
         joint = sum(log_pi) + sum(log_prior)
         log_posterior = joint - log_likelihood_per_sequence(log_pi, log_prior)
-
         for sight in ("past", "all"):
             for _ in range(5):
                 log_q = random_q(rng, sight)
@@ -150,22 +145,21 @@ def test_temporal_elbo_is_a_bound_and_tight_at_the_posterior():
                 assert elbo(demos, log_pi, log_prior, log_q) <= target
                 gap = (demos * q * (log_q_z - log_posterior)).sum()
                 assert elbo(demos, log_pi, log_prior, log_q) == pytest.approx(target - gap, abs=1e-12)
-
         best_all = e_step(demos, log_pi, log_prior, "all")
         np.testing.assert_allclose(sum(best_all), log_posterior, atol=1e-12)
         assert elbo(demos, log_pi, log_prior, best_all) == pytest.approx(target, abs=1e-12)
         best_past = e_step(demos, log_pi, log_prior, "past")
         assert elbo(demos, log_pi, log_prior, best_past) < target - 1e-2
+        printed = (demos * np.exp(sum(best_all)) * (2 * sum(log_pi) - sum(best_all))).sum()  # A.4, line 2
+        surplus = (demos * np.exp(sum(best_all)) * (sum(log_pi) - sum(log_prior))).sum()
+        assert printed == pytest.approx(elbo(demos, log_pi, log_prior, best_all) + surplus, abs=1e-12)
+        excess.append(printed - target)
+    assert max(excess) > 0.5
 
 
 @pytest.mark.parametrize("sight", ["past", "all"])
 def test_e_step_is_the_argmax_over_autoregressive_q(sight):
-    """Eq. (4.1): the E-step is RL over T steps; its exact solution is a soft Bellman recursion. Holds.
-
-    Found: the return must reach to the end (v1). A one-step return, the extreme of v2's truncation, reaches
-    the argmax only when the prior has no memory, and the temporal consistency of (4.3) is memory: later
-    rewards depend on z_t. v2's five-step return is an approximation, not the gradient of (4.1).
-    """
+    """Eq. (4.1): the E-step is RL over T steps with the return to the end; a shorter one suits only a prior without memory."""
     for seed in range(10):
         rng = np.random.default_rng(100 + seed)
         demos, log_pi, log_prior = random_demos(rng), random_policy(rng), random_prior(rng)
@@ -175,7 +169,6 @@ def test_e_step_is_the_argmax_over_autoregressive_q(sight):
             rival = [log_normalise(mine + step_size * other, z_axis(t))
                      for t, (mine, other) in enumerate(zip(log_q, random_q(rng, sight)))]
             assert elbo(demos, log_pi, log_prior, rival) < best
-
         myopic = e_step(demos, log_pi, log_prior, sight, look_ahead=1)
         assert elbo(demos, log_pi, log_prior, myopic) < best - 1e-3
         no_memory = random_prior(rng, memory=0)
@@ -199,19 +192,13 @@ def run_em(seed, sight, reads_state, iterations=12):
 
 
 def test_em_never_lowers_the_bound():
-    """Eqs. (4.1), (4.2): neither step lowers J. Holds, whatever q may see.
-
-    Found: only a q that sees a_{0:T} makes this true of J_NTP as well (the classical EM argument needs a
-    tight E-step). With the paper's q(z_t | s_t, z_{0:t-1}) J rises while J_NTP falls now and then: what is
-    maximised is a bound, and a fall of the likelihood itself need not be a bug.
-    """
+    """Eqs. (4.1), (4.2): neither step lowers J. With the paper's q, J_NTP itself falls now and then."""
     falls = 0
     for seed in range(15):
         bounds, likelihoods, _ = run_em(seed, "all", reads_state=False)
         assert np.diff(bounds).min() >= -1e-12 and bounds[-1] > bounds[0] + 1e-3
         assert np.diff(likelihoods).min() >= -1e-12 and likelihoods[-1] > likelihoods[0] + 1e-3
         np.testing.assert_allclose(likelihoods[:-1], bounds[0::2], atol=1e-12)  # tight after each E-step
-
         bounds, likelihoods, _ = run_em(seed, "past", reads_state=False)
         assert np.diff(bounds).min() >= -1e-12 and bounds[-1] > bounds[0] + 1e-3
         falls += np.diff(likelihoods).min() < -1e-3
@@ -219,12 +206,7 @@ def test_em_never_lowers_the_bound():
 
 
 def test_thoughts_help_only_a_policy_that_cannot_read_the_state_well():
-    """Section 4.1, "an alternative way to maximize the likelihood": no latent beats NTP's optimum, -H(D).
-
-    Found: with q(z_t | s_t, z_{0:t-1}) and an unrestricted pi(a_t | s_t, z_t), z_t is independent of a_t
-    given s_t, so one M-step gives pi(a|s, z) = D(a|s) for every z, and EM stops there. What RA3 gains over
-    NTP must come from limited capacity or data (a thought as computation), of which the ELBO says nothing.
-    """
+    """Section 4.1: with an unrestricted pi(a_t | s_t, z_t) one M-step is NTP's optimum, -H(D), whatever z."""
     for seed in range(5):
         bounds, likelihoods, ceiling = run_em(seed, "past", reads_state=True)
         assert likelihoods[0] < ceiling - 1e-2
@@ -235,12 +217,7 @@ def test_thoughts_help_only_a_policy_that_cannot_read_the_state_well():
 
 
 def test_m_step_may_drop_the_kl_only_while_the_prior_does_not_move():
-    """Eq. (4.2): argmax_pi J(pi, q_i) = argmax_pi E_q[log pi(a_t | s_t, z_t)] (the sum over t is left out).
-
-    Holds for the fixed prior (4.3). Found: when p is trained too, E_q[log p(z)] belongs in the M-step
-    (fitting it raises J further); and when one set of weights gives both pi and p, the second equality is
-    false: eq. (4.2) to the letter can lower J, while the loss on all tokens, E_q[log pi + log p], cannot.
-    """
+    """Eq. (4.2) holds for the fixed prior; with shared weights it can lower J, and the loss on all tokens cannot."""
     for seed in range(10):
         rng = np.random.default_rng(200 + seed)
         demos, log_pi, log_prior = random_demos(rng), random_policy(rng, False), random_prior(rng, memory=1)
@@ -253,7 +230,6 @@ def test_m_step_may_drop_the_kl_only_while_the_prior_does_not_move():
             assert elbo(demos, rival, log_prior, log_q) < best
         fitted_prior = m_step(demos, log_prior, log_q, z_axis)
         assert elbo(demos, fitted, fitted_prior, log_q) > best + 1e-3
-
     # One weight for both: p(z=1) = sigmoid(theta), pi(a=1|z=1) = sigmoid(-theta), pi(a=1|z=0) = 1/2; a is 1.
     theta = np.linspace(-8.0, 8.0, 1601)
     log_p = -np.logaddexp(0.0, np.stack([theta, -theta]))  # [z, theta]
@@ -267,49 +243,20 @@ def test_m_step_may_drop_the_kl_only_while_the_prior_does_not_move():
     assert bound[all_tokens] == bound.max() >= bound[start]
 
 
-def test_the_middle_line_of_proof_a4_is_not_a_bound():
-    """Appendix A.4, v1 and v2: the second line of the last display has log q(z_t|..)/p(a_t|s_t, z_t).
-
-    Found: a slip; the denominator is p(z_t | s_t, z_{0:t-1}), as in the line after. As printed the value is
-    2 E[log pi] + H(q): it counts the actions twice, forgets the prior, and can exceed J_NTP.
-    """
-    excess = []
-    for seed in range(20):
-        rng = np.random.default_rng(300 + seed)
-        demos, log_pi, log_prior = random_demos(rng), random_policy(rng), random_prior(rng)
-        log_q = e_step(demos, log_pi, log_prior, "all")
-        weights, log_q_z = demos * np.exp(sum(log_q)), sum(log_q)
-        printed = (weights * (sum(log_pi) - (log_q_z - sum(log_pi)))).sum()
-        correct = (weights * (sum(log_pi) - (log_q_z - sum(log_prior)))).sum()
-        assert correct == pytest.approx(elbo(demos, log_pi, log_prior, log_q), abs=1e-12)
-        assert printed - correct == pytest.approx((weights * (sum(log_pi) - sum(log_prior))).sum(), abs=1e-12)
-        excess.append(printed - log_likelihood(demos, log_pi, log_prior))
-    assert max(excess) > 0.5
-
-
 def test_the_likelihood_in_a3_conditions_causally():
-    """(A.1), (A.3): log p(a_{0:T} | s_{0:T}) with p(z_t | s_{0:T}, ..) replaced by p(z_t | s_t, ..).
-
-    Found: later states contain earlier actions, so given s_{0:T} the latents have a posterior, not the
-    prior, and the third equality of (A.3) fails; in the language setting, where s_T = a_{0:T-1}, all but
-    the last action are known. What (A.3) ends with is the causally conditioned likelihood, the product of
-    p(a_t | s_t) that (2.1) means. The bound is on that; the literal one is larger, so it is bounded as
-    well, but not tightly.
-    """
+    """(A.1), (A.3): given s_{0:T} latents have a posterior; what is bounded is the product of p(a_t | s_t), (2.1)."""
     rng = np.random.default_rng(400)
     demos, log_pi, log_prior = random_demos(rng), random_policy(rng), random_prior(rng)
     joint = np.exp(sum(log_pi) + sum(log_prior))
     latent_axes = tuple(range(STEPS, 2 * STEPS))
     p_a = joint.sum(axis=latent_axes, keepdims=True)
     assert p_a.sum() == pytest.approx(1.0, abs=1e-12)  # what (A.3) ends with is normalised over a_{0:T}
-
     upto = [p_a.sum(axis=tuple(range(t, STEPS)), keepdims=True) for t in range(STEPS + 1)]  # p(a_{0:t-1})
     chain = sum(np.log(upto[t + 1] / upto[t]) for t in range(STEPS))  # eq. (2.1): sum_t log p(a_t | s_t)
     causal = log_likelihood(demos, log_pi, log_prior)
     assert (demos * chain).sum() == pytest.approx(causal, abs=1e-12)
     literal = (demos * np.log(upto[STEPS] / upto[STEPS - 1])).sum()
     assert literal > causal + 0.5
-
     p_z0_given_states = joint.sum(axis=(STEPS - 1, *latent_axes[1:]), keepdims=True)
     p_z0_given_states /= p_z0_given_states.sum(axis=z_axis(0), keepdims=True)
     assert np.abs(p_z0_given_states - np.exp(log_prior[0])).max() > 0.05
@@ -326,12 +273,7 @@ def one_step_marginal(log_prior, evidence):
 
 
 def test_what_the_prior_remembers():
-    """Theorem 4.1: p(z_t | s_t, z_{0:t-1}) in the KL, p(z_t | s_t, z_{t-1}) a line below (and in v1's A.4).
-
-    For the Markov prior (4.3) the two are one. Found: for a prior that remembers more, the short form is a
-    bound of the same likelihood only if z_{0:t-2} is averaged out given the actions in s_t; averaged under
-    the prior alone it bounds another model, and can pass the likelihood.
-    """
+    """Theorem 4.1's p(z_t | s_t, z_{t-1}) for a longer memory: a bound only if z_{0:t-2} is averaged out given the actions."""
     excess = []
     for seed in range(20):
         rng = np.random.default_rng(500 + seed)
@@ -346,9 +288,7 @@ def test_what_the_prior_remembers():
     assert max(excess) > 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------
-# RA3, section 4.2 and Proposition 5.1: the prior and its KL
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- RA3, section 4.2 and Proposition 5.1: the prior and its KL
 
 
 def plan_likelihood(emit, alpha, first=None):
@@ -362,13 +302,7 @@ def plan_likelihood(emit, alpha, first=None):
 
 
 def test_act_means_keep_the_last_thought():
-    """Section 5: z_t = <act> for z_t = z_{t-1} turns prior (4.3) into alpha on <act> and U over thoughts.
-
-    Holds exactly if pi reads the thought in force (the last that is not <act>), as a context that keeps the
-    thoughts does. Found: with pi(a_t | s_t, z_t) to the letter, <act> carrying nothing, it is another
-    model. "In the extreme case alpha = 1, RA3 degenerates to NTP" needs z_0 = <act> too: prior (4.3) on
-    thoughts at alpha = 1 is a mixture of constant plans, and (4.3) leaves p(z_0 | s_0) open.
-    """
+    """Section 5: exact if pi reads the thought in force; alpha = 1 is NTP only with z_0 = <act>."""
     rng = np.random.default_rng(600)
     steps, thoughts, alpha = 4, 3, 0.7
     emit = rng.uniform(0.05, 0.95, (steps, thoughts))  # pi(a_t | z) of one demonstration
@@ -386,7 +320,6 @@ def test_act_means_keep_the_last_thought():
         forgotten += prior * forgets
     assert remembered == pytest.approx(plan_likelihood(emit, alpha), rel=1e-12)
     assert abs(math.log(forgotten / remembered)) > 0.05
-
     constant_plans = emit.prod(axis=0)
     assert plan_likelihood(emit, 1.0) == pytest.approx(constant_plans.mean(), rel=1e-12)
     for z, plan in enumerate(constant_plans):  # one plan, as in NTP, only if p(z_0) says so
@@ -421,91 +354,42 @@ def prop_5_1_cases():
 
 
 def test_kl_of_proposition_5_1():
-    """Proposition 5.1: the KL of q against alpha * delta(<act>) + (1 - alpha) * U. Off in both versions.
+    """Proposition 5.1 and A.5, off in both versions. With q_bar = q(. | think) and H_B the entropy of Bern(q_act),
 
-    With K thoughts, q_bar = q(. | think) and H_B the entropy of Bern(q_act), the identity is
-        KL(q || p) = KL_B + (1 - q_act) KL(q_bar || U) = KL_B - H(q) + H_B(q_act) + (1 - q_act) log K.
-    v2 prints KL_B - H(q) + const: the "const" hides H_B(q_act) + (1 - q_act) log K, which depends on q_act.
-    v1 prints KL_B - (1 - q_act) H(q): with H(q_bar) for H(q) it lacks (1 - q_act) log K (a constant cost
-    per thought, which alpha can absorb); with H(q) as printed, (1 - q_act) (log K + H_B - q_act H(q_bar)).
+    KL(q || p) = KL_B + (1 - q_act) KL(q_bar || U) = KL_B - H(q) + H_B(q_act) + (1 - q_act) log K.
     """
     v2_consts = []
     for q, alpha, thoughts in prop_5_1_cases():
-        q_act, log_k = q[0], math.log(thoughts)
-        q_bar, uniform = q[1:] / (1 - q_act), np.full(thoughts, 1 / thoughts)
-        exact = kl(q, act_prior(alpha, thoughts))
-        binary, h_b = bernoulli_kl(q_act, alpha), entropy(np.array([q_act, 1 - q_act]))
-        assert exact == pytest.approx(binary + (1 - q_act) * kl(q_bar, uniform), abs=1e-12)
-        assert exact == pytest.approx(binary - entropy(q) + h_b + (1 - q_act) * log_k, abs=1e-12)
-
-        v2 = binary - entropy(q)
-        assert exact - v2 == pytest.approx(h_b + (1 - q_act) * log_k, abs=1e-12)
-        if thoughts == 4:
-            v2_consts.append(exact - v2)
-        v1_thoughts, v1_printed = binary - (1 - q_act) * entropy(q_bar), binary - (1 - q_act) * entropy(q)
-        assert exact - v1_thoughts == pytest.approx((1 - q_act) * log_k, abs=1e-12)
-        off = (1 - q_act) * (log_k + h_b - q_act * entropy(q_bar))
-        assert exact - v1_printed == pytest.approx(off, abs=1e-12)
+        q_act, log_k, uniform = q[0], math.log(thoughts), np.full(thoughts, 1 / thoughts)
+        think, q_bar = 1 - q_act, q[1:] / (1 - q_act)
+        exact, binary = kl(q, act_prior(alpha, thoughts)), bernoulli_kl(q_act, alpha)
+        h, h_bar, h_b = entropy(q), entropy(q_bar), entropy(np.array([q_act, think]))
+        line_2 = binary - think * kl(q_bar, uniform)  # A.5's last display: the sign is wrong from here on
+        line_3 = binary - (q[1:] * np.log(q[1:] / (uniform * think))).sum()
+        line_4 = binary - (q[1:] * np.log(q[1:])).sum() + think * math.log(think) - think * log_k
+        both = alpha + (1 - alpha) / (thoughts + 1)  # the mass of <act> if U covers it, too
+        everywhere = alpha * np.eye(thoughts + 1)[0] + (1 - alpha) / (thoughts + 1)
+        c = math.log(alpha * thoughts / (1 - alpha))  # Algorithm 1's penalty
+        for mine, theirs in (
+            (exact, binary + think * kl(q_bar, uniform)),
+            (exact, binary - h + (h_b + think * log_k)),  # v2 prints KL_B - H(q) + const
+            (exact, binary - think * h_bar + think * log_k),  # v1 prints KL_B - (1 - q_act) H, if of q_bar
+            (exact, binary - think * h + think * (log_k + h_b - q_act * h_bar)),  # and if of q
+            (exact, q_act * math.log(q_act / alpha) + (q[1:] * np.log(q[1:] / ((1 - alpha) * uniform))).sum()),  # (A.4)
+            (exact, q_act * math.log(q_act / alpha) + think * (math.log(think / (1 - alpha)) - h_bar + log_k)),  # (A.5)
+            (line_2, line_3), (line_2, line_4), (exact - line_2, 2 * think * kl(q_bar, uniform)),
+            (line_4, binary + h - h_b - think * log_k),  # line 5 flips the sign of H(q) back, and drops H_B
+            (exact - kl(q, everywhere), q_act * math.log(both / alpha) + think * math.log((1 - both) / (1 - alpha))),
+            (exact, c * think - h - math.log(alpha)),  # the KL with the entropy taken out
+        ):  # fmt: skip
+            assert mine == pytest.approx(theirs, abs=1e-12)
+        np.testing.assert_allclose(everywhere, act_prior(both, thoughts), rtol=1e-12)
+        v2_consts += [h_b + think * log_k] * (thoughts == 4)
     assert max(v2_consts) - min(v2_consts) > 0.8  # the "const" of one and the same K, in nats
 
 
-def test_proof_a5_has_two_sign_errors_that_partly_cancel():
-    """Appendix A.5 (v2; v1 has no proof): line by line.
-
-    (A.4) and (A.5) are right. Found: line 2 of the final display has - (1 - q_act) KL(q_bar || U), which is
-    + by (A.5); lines 3 and 4 follow from it and share the error, 2 (1 - q_act) KL(q_bar || U). Line 4
-    equals KL_B + H(q) - H_B(q_act) + const, so line 5, with - H(q), flips the sign back (right for the
-    entropy) and drops q_act log q_act + (1 - q_act) log(1 - q_act); and "const" is -(1 - q_act) log K, not
-    constant.
-    """
-    for q, alpha, thoughts in prop_5_1_cases():
-        q_act, uniform = q[0], np.full(thoughts, 1 / thoughts)
-        q_bar, binary = q[1:] / (1 - q_act), bernoulli_kl(q_act, alpha)
-        exact, h_b = kl(q, act_prior(alpha, thoughts)), entropy(np.array([q_act, 1 - q_act]))
-        a4 = q_act * math.log(q_act / alpha) + (q[1:] * np.log(q[1:] / ((1 - alpha) * uniform))).sum()
-        bracket = -entropy(q_bar) + math.log((1 - q_act) / (1 - alpha)) - (q_bar * np.log(uniform)).sum()
-        assert exact == pytest.approx(a4, abs=1e-12)
-        assert exact == pytest.approx(q_act * math.log(q_act / alpha) + (1 - q_act) * bracket, abs=1e-12)
-
-        line_2 = binary - (1 - q_act) * kl(q_bar, uniform)
-        line_3 = binary - (q[1:] * np.log(q[1:] / (uniform * (1 - q_act)))).sum()
-        const = -(1 - q_act) * math.log(thoughts)
-        line_4 = binary - (q[1:] * np.log(q[1:])).sum() + (1 - q_act) * math.log(1 - q_act) + const
-        assert line_2 == pytest.approx(line_3, abs=1e-12) and line_2 == pytest.approx(line_4, abs=1e-12)
-        assert exact - line_2 == pytest.approx(2 * (1 - q_act) * kl(q_bar, uniform), abs=1e-12)
-        assert line_4 == pytest.approx(binary + entropy(q) - h_b + const, abs=1e-12)
-
-
-def test_both_readings_of_the_uniform_part_of_the_prior():
-    """Eq. (4.3): U is "the uniform distribution over the finite set Z". (A.4) puts exactly alpha on <act>.
-
-    Found: (A.4) needs U over the K thoughts only. If U covers <act> (that is, z_{t-1}) too, the mass on
-    <act> is alpha' = alpha + (1 - alpha) / (K + 1), and the identity holds with alpha' for alpha; with
-    alpha it is off by log(alpha' / alpha) on <act> and log((1 - alpha') / (1 - alpha)) on thoughts.
-    """
-    for q, alpha, thoughts in prop_5_1_cases():
-        everywhere = alpha * np.eye(thoughts + 1)[0] + (1 - alpha) / (thoughts + 1)
-        alpha_2 = alpha + (1 - alpha) / (thoughts + 1)
-        np.testing.assert_allclose(everywhere, act_prior(alpha_2, thoughts), rtol=1e-12)
-        shift = kl(q, act_prior(alpha, thoughts)) - kl(q, everywhere)
-        correction = q[0] * math.log(alpha_2 / alpha) + (1 - q[0]) * math.log((1 - alpha_2) / (1 - alpha))
-        assert shift == pytest.approx(correction, abs=1e-12)
-
-
 def test_the_fixed_penalty_is_the_kl_with_the_entropy_taken_out():
-    """Algorithm 1: a fixed penalty c on z_t != <act> stands for the KL ("instead of tuning alpha"). Exact.
-
-    KL(q || p) = c P_q(think) - H(q) - log(alpha) with c = log(alpha K / (1 - alpha)): no Bernoulli term is
-    needed, and the entropy bonus that belongs to it has weight 1. The E-step's q is then p * exp(gain), in
-    which a thought stands against <act> by gain - c, the threshold of section 5. Found: as the entropy
-    weight goes to 0 (Algorithm 1 as printed) the threshold stays and q becomes the hard decision; and c =
-    0.05 nats is a prior that prefers <act> to any one thought by 5 %.
-    """
-    for q, alpha, thoughts in prop_5_1_cases():
-        c = math.log(alpha * thoughts / (1 - alpha))
-        exact = kl(q, act_prior(alpha, thoughts))
-        assert exact == pytest.approx(c * (1 - q[0]) - entropy(q) - math.log(alpha), abs=1e-12)
-
+    """Algorithm 1 (the identity is in the test above): c is the gain at which q thinks; without entropy q is hard."""
     c, thoughts = 0.05, 50
     alpha = math.exp(c) / (thoughts + math.exp(c))
     prior = act_prior(alpha, thoughts)
@@ -524,12 +408,7 @@ def test_the_fixed_penalty_is_the_kl_with_the_entropy_taken_out():
 
 
 def test_the_printed_kl_moves_the_decision_to_think():
-    """Proposition 5.1 as the E-step's penalty: what the missing terms do to q_act. Found: a great deal.
-
-    K thoughts that all gain nothing, prior alpha = 0.9: the exact KL keeps q_act = alpha. v2's form (const
-    dropped) has its optimum at logit(q_act) = (logit(alpha) - log K) / 2, so more thoughts to choose from
-    means more thinking; v1's, with the entropy over thoughts, at logit(q_act) = logit(alpha) - log K.
-    """
+    """Proposition 5.1 as the penalty of K thoughts that gain nothing: where q_act goes without the missing terms."""
     alpha, q_act = 0.9, np.linspace(1e-4, 1 - 1e-4, 99_981)
     logit = math.log(alpha / (1 - alpha))
     h_b = -(q_act * np.log(q_act) + (1 - q_act) * np.log(1 - q_act))
@@ -545,12 +424,10 @@ def test_the_printed_kl_moves_the_decision_to_think():
         assert v1 < v2 < exact - 0.3
 
 
-# ------------------------------------------------------------------------------------------------------------
-# RA3, section 3: small MDPs
+# ---------------------------------------------------------------- RA3, section 3: small MDPs
 #
 # jump[z, s, s'] = E[gamma^tau 1(s')], the discount included (gamma * P when tau = 1), and gain[z, s] = the
 # expected discounted reward of z from s, so that one helper serves primitive actions and options.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def policy_values(jump, gain, policy):
@@ -582,12 +459,7 @@ def random_mdp(rng, actions, states):
 
 
 def test_regret_decomposition():
-    """Lemma 3.2: regret = pruning error + RL error in the subset, averaged over tasks. Holds.
-
-    Found: "for any Z'" needs what the proof assumes and the lemma does not say, that pi only takes actions
-    of Z'. Otherwise V_{M_Z'}^pi is undefined. Renormalising pi on Z' breaks the equality; putting V_M^pi in
-    its place makes it a tautology whose "RL error" can be negative.
-    """
+    """Lemma 3.2 holds for a pi that acts in Z'; renormalising another, or putting V_M^pi in its place, breaks it."""
     rng = np.random.default_rng(800)
     gamma, subset, tasks = 0.9, [0, 2], 30
     regret = pruning = rl = renormalised_rl = 0.0
@@ -596,14 +468,12 @@ def test_regret_decomposition():
         jump = gamma * transitions
         best, best_in_subset = optimal_values(jump, gain)[0], optimal_values(jump[subset], gain[subset])[0]
         assert best_in_subset <= best + 1e-12
-
         policy = rng.dirichlet(np.ones(2), 5)
         embedded = np.zeros((5, 4))
         embedded[:, subset] = policy
         regret += best - policy_values(jump, gain, embedded)[0]
         pruning += best - best_in_subset
         rl += best_in_subset - policy_values(jump[subset], gain[subset], policy)[0]
-
         outside = rng.dirichlet(np.ones(4), 5)
         value = policy_values(jump, gain, outside)[0]
         inside = outside[:, subset] / outside[:, subset].sum(axis=1, keepdims=True)
@@ -633,14 +503,9 @@ def skill_family(rng, size, gamma, tasks=24, states=2):
 
 
 def test_pruning_error_against_the_number_of_demonstrations():
-    """Theorem 3.4: |Z_eps| log(|Z| / delta) / sigma demonstrations prune well, up to probability delta.
+    """Theorem 3.4 holds with constant 1 in the Theta, for the rule "reject if Delta > eps".
 
-    "Well" is E[Delta] <= eps (1 - sigma) + sigma / (1 - gamma). Holds, with constant 1 in the Theta; the
-    error falls as n grows. Found: the rule as printed, "reject Z' if V*_M <= V*_{M_Z'} + eps for any i"
-    (v1: <), rejects the good subsets: Z_eps itself falls at the first demonstration, and what survives is
-    bad on every task seen. The proof (survival at most 1 - sigma per task) needs the reverse, reject if
-    Delta > eps. Either rule needs the optimal values of every subset, which demonstrations alone do not
-    give. The union is over bad subsets only, and the last step needs eps <= 1 / (1 - gamma).
+    The rule as printed rejects the good subsets at the first demonstration and keeps those that are bad on every task.
     """
     gamma, eps, sigma, delta = 0.5, 0.25, 0.25, 0.1
     _, alone = skill_family(np.random.default_rng(900), 1, gamma)
@@ -651,7 +516,6 @@ def test_pruning_error_against_the_number_of_demonstrations():
     suboptimal = bad_on.mean(axis=0) >= sigma  # Definition A.1
     bound = eps * (1 - sigma) + sigma / (1 - gamma)
     assert suboptimal.sum() >= 10 and (error[~suboptimal] <= bound).all() and error[useless] > bound
-
     n = math.ceil(2 * math.log(len(SKILLS) / delta) / sigma)
     assert math.comb(len(SKILLS), 2) * math.exp(-sigma * n) <= delta  # the union bound
     runs = 1000
@@ -660,7 +524,6 @@ def test_pruning_error_against_the_number_of_demonstrations():
     assert survives[:, :, core].all()  # so a surviving subset always exists
     worst = np.where(survives, error, 0.0).max(axis=2)  # [runs, n]: an unlucky choice among the survivors
     failed = (survives & suboptimal).any(axis=2).mean(axis=0)  # [n]: how often a bad subset survives
-
     assert (worst[:, -1] <= bound).mean() >= 1 - delta and failed[-1] <= delta
     assert (worst[:, 0] <= bound).mean() < 1 - delta < failed[0]  # one demonstration is not enough
     mean_worst = worst.mean(axis=0)
@@ -670,7 +533,6 @@ def test_pruning_error_against_the_number_of_demonstrations():
         chance = (1 - bad_on.mean(axis=0)) ** (step + 1)
         np.testing.assert_allclose(rate, chance, atol=4 * 0.5 / math.sqrt(runs))
         assert (chance[suboptimal] <= (1 - sigma) ** (step + 1)).all()
-
     printed_survives = seen.all(axis=1)  # no demonstration with V* <= V*_Z' + eps
     assert not printed_survives[:, core].any() and printed_survives[:, useless].all()
     assert error[printed_survives.any(axis=0)].min() > bound
@@ -697,12 +559,9 @@ def options(transitions, rewards, gamma, durations):
 
 
 def test_bellman_operator_contracts_by_gamma_bar():
-    """Theorem 3.5, A.3: T is a gamma-bar contraction, gamma-bar = sup E[gamma^tau | s, z] <= gamma. Holds.
+    """Theorem 3.5, A.3: a gamma-bar contraction; (1) the discount counted twice and (2) the missing brackets break it.
 
-    Found in the printed proof: (1) p(s'|s, z) = sum_j gamma^j p(s', tau=j | s, z) has the discount in it:
-    it either goes unused (the expectation of T is over the joint law of tau, s') or the discount counts
-    twice, with another fixed point; (2) E[gamma^tau V_1 - V_2] lacks brackets, gamma^tau (V_1 - V_2): as
-    printed the norm does not bound it.
+    R_tau = sum_{k=1..tau} gamma^(k-1) R_k; with the printed gamma^k every value is gamma times too small.
     """
     rng = np.random.default_rng(1000)
     gamma, durations = 0.9, {2: 0.5, 6: 0.5}
@@ -713,41 +572,25 @@ def test_bellman_operator_contracts_by_gamma_bar():
 
     def backup(v):
         return (gain + jump @ v).max(axis=0)
-
     ratios = []
     for _ in range(200):
         v_1, v_2 = rng.standard_normal((2, 6))
         ratios.append(np.abs(backup(v_1) - backup(v_2)).max() / np.abs(v_1 - v_2).max())
     assert max(ratios) <= gamma_bar + 1e-12
     assert np.abs(backup(v_1 + 1.0) - backup(v_1)).max() == pytest.approx(gamma_bar)  # no smaller factor does
-
     best = optimal_values(jump, gain)
     assert np.abs(backup(best) - best).max() < 1e-12
     twice = optimal_values(options(transitions, rewards, gamma**2, durations)[0], gain)  # (1)
     assert np.abs(twice - best).max() > 0.1
+    for tau, z in itertools.product((1, 2, 4), range(3)):
+        jump_z, gain_z = options(transitions, rewards, gamma, {tau: 1.0})
+        always = np.eye(3)[np.full(6, z)]
+        flat = policy_values(gamma * transitions, rewards, always)
+        np.testing.assert_allclose(policy_values(jump_z, gain_z, always), flat, rtol=1e-12)
+        printed = optimal_values(jump_z, gamma * gain_z)
+        np.testing.assert_allclose(printed, gamma * optimal_values(jump_z, gain_z), rtol=1e-10)
     v = np.full(6, -1.0)  # (2): V_1 = V_2 = v has norm 0
     assert (jump @ v - v).max() == pytest.approx(1 - gamma_bar) and 1 - gamma_bar > 0.1
-
-
-def test_option_reward_index():
-    """Appendix A.3: R_tau = sum_{k=1..tau} gamma^k R_k. Off by one factor gamma, or by one index.
-
-    With R_k the reward of the k-th primitive step it is gamma^(k-1) R_k, or sum_{k=0..tau-1} gamma^k
-    R_{t+k}: then repeating an action by options has the value of repeating it step by step. Found: as
-    printed every value is gamma times too small, at tau = 1 too, against section 2's R + gamma V; no policy
-    changes.
-    """
-    rng = np.random.default_rng(1100)
-    gamma = 0.8
-    transitions, rewards = random_mdp(rng, 3, 5)
-    for tau in (1, 2, 4):
-        jump, gain = options(transitions, rewards, gamma, {tau: 1.0})
-        for z in range(3):
-            always = np.eye(3)[np.full(5, z)]
-            flat = policy_values(gamma * transitions, rewards, always)
-            np.testing.assert_allclose(policy_values(jump, gain, always), flat, rtol=1e-12)
-        printed = optimal_values(jump, gamma * gain)
-        np.testing.assert_allclose(printed, gamma * optimal_values(jump, gain), rtol=1e-10)
 
 
 def chain(tau, gamma, steps=24):
@@ -760,15 +603,7 @@ def chain(tau, gamma, steps=24):
 
 
 def test_longer_options_converge_in_fewer_sweeps():
-    """Theorem 3.5 (v2): policy iteration ends after O((|S||Z| - |S|) / (1 - gamma-bar)) iterations.
-
-    Faster with tau: holds. On a chain of 24 steps policy iteration takes 24 / tau improvements and value
-    iteration log(1 / (eps (1 - gamma))) / (tau log(1 / gamma)) sweeps. Found: the n* of the proof,
-    gamma-bar^n / (1 - gamma-bar) < 1, is log(1 / (1 - gamma-bar)) / log(1 / gamma-bar), so what is proved
-    has a further factor log(1 / (1 - gamma-bar)); the printed O(1 / (1 - gamma-bar)) does not follow. And
-    the optimum that is reached sooner is that of the options: on a random MDP it is a lower one, which
-    Lemma 3.2 counts as pruning error.
-    """
+    """Theorem 3.5 (v2): faster with tau, but by a factor log(1 / (1 - gamma-bar)) more than printed, to a lower optimum."""
     gamma, eps, improvements, sweeps = 0.9, 1e-6, [], []
     taus = (1, 2, 3, 4, 6, 8)
     best = gamma**24 / (1 - gamma)
@@ -783,7 +618,6 @@ def test_longer_options_converge_in_fewer_sweeps():
         n_star = math.ceil(math.log(1 / (1 - gamma_bar)) / math.log(1 / gamma_bar)) + 1
         improvements.append(len(values) - 1)
         assert improvements[-1] <= (25 * 2 - 25) * n_star
-
         v, count = np.zeros(25), 0
         while np.abs(v - values[-1]).max() > eps:
             v, count = (gain + jump @ v).max(axis=0), count + 1
@@ -794,22 +628,15 @@ def test_longer_options_converge_in_fewer_sweeps():
 
     def first_n(gamma_bar):
         return math.log(1 / (1 - gamma_bar)) / math.log(1 / gamma_bar)
-
     scaled = [first_n(g) * (1 - g) for g in (0.9, 0.99, 0.999, 0.9999)]  # bounded, if the O were right
     assert (np.diff(scaled) > 2.0).all()
-
     transitions, rewards = random_mdp(np.random.default_rng(1150), 3, 5)
     flat, four = (optimal_values(*options(transitions, rewards, gamma, {tau: 1.0})) for tau in (1, 4))
     assert (four < flat - 0.1).all()
 
 
 def test_v1_value_iteration_bound():
-    """Theorem 3.5 (v1): N >= log(R_max / (eps (1 - gamma-bar))) / (1 - gamma-bar), "lower-bounded".
-
-    Found: its proof ends with 1 - gamma in the logarithm, since V* <= R_max / (1 - gamma); the statement
-    has gamma-bar there, and with its N the error stays above eps, by a factor of about tau. The N of the
-    proof is sufficient, not necessary.
-    """
+    """Theorem 3.5 (v1): the N of the proof, with 1 - gamma in the logarithm, is enough; that of the statement is not."""
     gamma, tau, eps = 0.999, 3, 0.01
     jump, gain = make_option(np.eye(1), np.ones(1), gamma, {tau: 1.0})
     gamma_bar, best = jump.item(), 1 / (1 - gamma)
@@ -819,51 +646,30 @@ def test_v1_value_iteration_bound():
         for _ in range(sweeps):
             v = gain.item() + gamma_bar * v
         return best - v
-
     proof = math.ceil(math.log(1 / (eps * (1 - gamma))) / (1 - gamma_bar))
     statement = math.ceil(math.log(1 / (eps * (1 - gamma_bar))) / (1 - gamma_bar))
     assert error(proof) <= eps and error(proof - 2) <= eps  # enough, and a little less is enough too
     assert error(statement) == pytest.approx(tau * eps, rel=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# RMT, section 4
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- RMT, section 4
 
 
-def test_token_budget():
-    """RMT eq. (1): B_t = max(B_min, floor(B_0 gamma^(t/T))). Falls step by step, never below B_min. Holds.
-
-    Found: with the paper's B_0 = 800, gamma = 0.2, B_min = 1 the minimum is never reached: gamma^(t/T) ends
-    at gamma, so B_T = 160 whatever T is. B_min matters only if it is larger than gamma B_0.
-    """
-
-    def budget(t, total, initial=800, minimum=1, decay=0.2):
-        return max(minimum, math.floor(initial * decay ** (t / total)))
-
+def test_token_budget_and_curriculum():
+    """RMT eqs. (1), (3), (4). With the paper's numbers B_T = 160 whatever T is: B_min = 1 is never reached."""
     for total in (10, 320):
-        schedule = [budget(t, total) for t in range(total + 1)]
-        assert schedule[0] == 800 and schedule[-1] == min(schedule) == 160
-        assert (np.diff(schedule) <= 0).all()
-    raised = [budget(t, 320, minimum=300) for t in range(321)]
-    assert min(raised) == raised[-1] == 300 and (np.diff(raised) <= 0).all()
-    assert [r for r, b in zip(raised, schedule) if b >= 300] == [b for b in schedule if b >= 300]
-
-
-def length_reward(length, budget, r_max=1.0):
-    """RMT eq. (2)."""
-    if length <= budget:
-        return r_max * length / budget
-    return r_max * (2 * budget - length) / budget if length <= 2 * budget else 0.0
+        schedule = [token_budget(t, total, 800, 1, 0.2) for t in range(total + 1)]
+        assert schedule[0] == 800 and schedule[-1] == min(schedule) == 160 and (np.diff(schedule) <= 0).all()
+    assert [token_budget(t, 320, 800, 300, 0.2) for t in range(321)] == [max(300, b) for b in schedule]
+    p_1, p_2 = np.array([0.5, 0.4, 0.1]), np.array([0.1, 0.4, 0.5])
+    schedule = np.array([curriculum_probs(t, 30, 70, p_1, p_2) for t in range(101)])
+    np.testing.assert_allclose(schedule.sum(axis=1), 1.0, atol=1e-12)
+    assert (schedule >= 0).all() and (schedule[:31] == p_1).all() and (schedule[70:] == p_2).all()
+    np.testing.assert_allclose(np.diff(schedule[30:71], axis=0), np.tile((p_2 - p_1) / 40, (40, 1)), atol=1e-12)
 
 
 def test_length_reward_and_composite_reward():
-    """RMT eq. (2)'s three properties: maximum r_max at l = B; linear on both sides; 0 beyond 2B. Hold.
-
-    Found: no thought at all is worth as little as one of 2B. In eq. (5), r = (1 - w) match + w r_len with
-    "w in [0, 1]", a right answer outranks a wrong one whatever their lengths only if w < 1 / (1 + r_max);
-    neither w nor r_max is given.
-    """
+    """RMT eqs. (2), (5): a right answer outranks a wrong one only if w < 1 / (1 + r_max)."""
     for budget, r_max in ((1, 1.0), (7, 0.5), (160, 1.0)):
         rewards = np.array([length_reward(length, budget, r_max) for length in range(3 * budget + 1)])
         assert rewards.argmax() == budget and rewards[budget] == r_max
@@ -872,55 +678,25 @@ def test_length_reward_and_composite_reward():
         np.testing.assert_allclose(slopes[budget : 2 * budget], -r_max / budget, atol=1e-12)
         assert (rewards[2 * budget :] == 0).all() and rewards[0] == 0
         for w in (0.9 / (1 + r_max), 1.1 / (1 + r_max)):
-            right_worst, wrong_best = (1 - w) * 1 + w * rewards.min(), w * rewards.max()
-            assert (right_worst > wrong_best) == (w < 1 / (1 + r_max))
+            assert ((1 - w) * 1 + w * rewards.min() > w * rewards.max()) == (w < 1 / (1 + r_max))
 
 
-def test_curriculum_probabilities():
-    """RMT eqs. (3), (4): constant, linear, constant, and a distribution at every t. Holds; continuous too."""
-    t_1, t_2 = 30, 70
-    p_1, p_2 = np.array([0.5, 0.4, 0.1]), np.array([0.1, 0.4, 0.5])
-
-    def probabilities(t):
-        tau = min(max((t - t_1) / (t_2 - t_1), 0.0), 1.0)  # the three cases of eq. (4) in one
-        return (1 - tau) * p_1 + tau * p_2
-
-    schedule = np.array([probabilities(t) for t in range(101)])
-    np.testing.assert_allclose(schedule.sum(axis=1), 1.0, atol=1e-12)
-    assert (schedule >= 0).all()
-    assert (schedule[: t_1 + 1] == p_1).all() and (schedule[t_2:] == p_2).all()
-    slopes = np.diff(schedule[t_1 : t_2 + 1], axis=0)
-    np.testing.assert_allclose(slopes, np.tile((p_2 - p_1) / (t_2 - t_1), (40, 1)), atol=1e-12)
-
-
-def group_advantages(rewards, delta=1e-4):
-    """RMT eq. (6)."""
-    rewards = np.asarray(rewards, dtype=float)
-    return (rewards - rewards.mean()) / (rewards.std() + delta)
+def whitened(rewards):
+    return group_advantages(torch.tensor(rewards, dtype=torch.float64)[None])[0].numpy()
 
 
 def test_whitened_advantages():
-    """RMT eq. (6): mean 0, standard deviation sigma / (sigma + delta), 0 in a group without spread. Holds.
-
-    Found: in a group that is all right or all wrong, whitening divides w out of eq. (5): the length reward
-    alone gives advantages of the full size, however small w is.
-    """
-    rng = np.random.default_rng(1200)
-    rewards = rng.uniform(size=8)
-    advantages = group_advantages(rewards)
-    assert advantages.mean() == pytest.approx(0.0, abs=1e-12)
-    assert advantages.std() == pytest.approx(rewards.std() / (rewards.std() + 1e-4), rel=1e-12)
-    assert (group_advantages(np.ones(8)) == 0).all()
+    """RMT eq. (6). In a group all right or all wrong w cancels: the length reward acts at full size."""
+    rewards = np.random.default_rng(1200).uniform(size=8)
+    advantages, spread = whitened(rewards), rewards.std(ddof=1)
+    assert advantages.mean() == pytest.approx(0.0, abs=1e-12) and (whitened(np.ones(8)) == 0).all()
+    assert advantages.std(ddof=1) == pytest.approx(spread / (spread + 1e-4), rel=1e-12)
     for w in (0.01, 0.5):
-        np.testing.assert_allclose(group_advantages(1 - w + w * rewards), advantages, rtol=0.05)
+        np.testing.assert_allclose(whitened(1 - w + w * rewards), advantages, rtol=0.05)
 
 
 def test_ntp_mask():
-    """RMT eq. (8): m_pos = 1[tau_pos not in C]: every position is trained by RL or by NTP, never by both.
-
-    Found: true if C is a set of positions (the text: "masking on the selected tokens that have been used").
-    As a set of token values, as printed, the other occurrences of a selected token are lost to both.
-    """
+    """RMT eq. (8): C as positions; as token values, as printed, other occurrences are lost to both losses."""
     tokens, selected = np.array([5, 3, 5, 7, 3, 5]), [2, 3]
     by_position = ~np.isin(np.arange(6), selected)
     by_value = ~np.isin(tokens, tokens[selected])
@@ -930,13 +706,7 @@ def test_ntp_mask():
 
 
 def test_the_sign_of_the_total_loss():
-    """RMT eqs. (7)-(9): L = L_RL + lambda L_NTP. Off by a sign: L_RL is to be maximised, L_NTP minimised.
-
-    One parameter each, pi(right) = sigmoid(theta) and p(token) = sigmoid(phi); G = 8, and the exact
-    expected gradient of eq. (7) over groups. Found: minimising L as printed lowers the reward, maximising
-    it lowers the likelihood; only -L_RL + lambda L_NTP improves both. The KL term is inside L_RL and
-    changes sign with it.
-    """
+    """RMT eq. (9): only -L_RL + lambda L_NTP, minimised, raises both the reward and the likelihood."""
     group, weight, beta, reference = 8, 0.1, 0.01, 0.0
 
     def sigmoid(x):
@@ -946,7 +716,7 @@ def test_the_sign_of_the_total_loss():
         p, total = sigmoid(theta), 0.0
         for k in range(group + 1):  # k right answers
             right = np.arange(group) < k
-            advantages = group_advantages(right)
+            advantages = whitened(right)
             score = np.where(right, 1 - p, -p)  # d log pi(o) / dtheta
             total += math.comb(group, k) * p**k * (1 - p) ** (group - k) * (advantages * score).mean()
         kl_gradient = p * (1 - p) * (theta - reference)  # d KL(pi_theta || pi_ref) / dtheta
@@ -961,7 +731,6 @@ def test_the_sign_of_the_total_loss():
             theta -= rate * rl_sign * rl_gradient(theta)
             phi -= rate * ntp_sign * weight * ntp_gradient(phi)
         return sigmoid(theta), sigmoid(phi)
-
     reward, likelihood = train(+1, +1)  # eq. (9) as printed, minimised
     assert reward < 0.1 and likelihood > 0.6
     reward, likelihood = train(-1, -1)  # eq. (9) as printed, maximised
