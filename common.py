@@ -80,8 +80,8 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 
 
 def launch(main: Callable, args) -> None:
-    """Run `main(args)` and leave with an exit code: 0 done, 2 after one line about what the user can put right,
-    130 after an interrupt, 1 after a traceback.
+    """Run `main(args)` and leave with an exit code: 0 done, 2 after one line about what the user can put
+    right, 130 after an interrupt, 1 after a traceback.
 
     It leaves by os._exit. A rank that fails must not wait for the others, which may be inside a collective:
     torchrun then ends the job. And a rank that is done can abort at the interpreter's end, when a thread of
@@ -268,10 +268,11 @@ def token_texts(tokenizer, vocab_size: int) -> list[str]:
 def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = True, recompute: bool = False):
     """The causal language model `name` (hub id or folder) on this rank's device, ready for `token_logprobs`.
 
-    longest: tokens of the longest row that the run can have; 0 for a model that only samples. train: fp32 weights that get gradients; else bf16
-    on a GPU. More than one rank, or a GPU: sharded (FSDP2, bf16 compute on a GPU). recompute: gradient
-    checkpointing. UserError if there is no such model, if the tokenizer has tokens that it lacks, if `longest`
-    is beyond its context, or if training and sampling would not agree on it.
+    longest: tokens of the longest row that the run can have; 0 for a model that only samples. train: fp32
+    weights that get gradients; else bf16 on a GPU. More than one rank, or a GPU: sharded (FSDP2, bf16 compute
+    on a GPU). recompute: gradient checkpointing. UserError if there is no such model, if the tokenizer has
+    tokens that it lacks, if `longest` is beyond its context, or if training and sampling would not agree on
+    it.
     """
     on_cpu = ranks.device.type == "cpu"
     try:
@@ -312,13 +313,15 @@ def context_of(name: str) -> int:
 
 
 def run_function(model, function: Callable, *args, **kw):
-    """`model.run(function, ...)` is function(model, ...), and FSDP prepares the weights for it as for forward."""
+    """`model.run(function, ...)` is function(model, ...), and FSDP prepares the weights for it as for
+    forward."""
     return function(model, *args, **kw)
 
 
 def check_forward(model, name: str, longest: int) -> None:
-    """UserError unless `token_logprobs` gives, on one short row, what the model's own forward and its `generate`
-    give, also when the row is padded to `longest`. Notes whether completions may continue on their prompt's cache.
+    """UserError unless `token_logprobs` gives, on one short row, what the model's own forward and its
+    `generate` give, also when the row is padded to `longest`. Notes whether completions may continue on their
+    prompt's cache.
     """
     vocab_size, close = model.config.get_text_config().vocab_size, 1e-3 if model.dtype == torch.float32 else 0.3
     generator = torch.Generator().manual_seed(0)
@@ -371,7 +374,8 @@ def cache_argument(model) -> str:
 def read_on(model, rows, starts, mask, cache) -> torch.Tensor:
     """Last hidden states [B, T, D] of rows of tokens, left-padded, that continue on a cache.
 
-    starts [B]: position of each row's first token. mask [B, columns of the cache]: 0 for what is to be ignored.
+    starts [B]: position of each row's first token. mask [B, columns of the cache]: 0 for what is to be
+    ignored.
     """
     ids, new = pad_left(rows, model.device)
     place = (torch.tensor(starts, device=model.device)[:, None] + new.cumsum(1) - 1).clamp(min=0)
@@ -503,7 +507,8 @@ class Sampler(LogitsProcessor):
     """Draws each token for `generate` from the row's own noise, and notes its log-probability.
 
     generate is greedy and takes the one token that is left. noise [B, T]: of the t-th new token of each row;
-    start: columns of the prompts; temperature 0 is greedy. `rows`: the noise's rows that are still in the batch.
+    start: columns of the prompts; temperature 0 is greedy. `rows`: the noise's rows that are still in the
+    batch.
     """
 
     def __init__(self, noise: torch.Tensor, start: int, temperature: float, device) -> None:
@@ -542,16 +547,17 @@ def micro_batches(
 ) -> list[list[int]]:
     """Indices of rows, the longest first, cut into parts of at most max_tokens (at least one row each).
 
-    lengths: tokens of each row, counted with padding. prompts: each row's prompt (token ids), which is counted
-    once for all rows of a part that have it; rows with the same prompt come together. With `ranks`, every rank
-    returns the same number of parts (FSDP's collectives must pair up): the missing ones are empty lists, for
-    which the caller runs one row with weight zero.
+    lengths: tokens of each row, counted with padding. prompts: each row's prompt (token ids), which is
+    counted once for all rows of a part that have it; rows with the same prompt come together. With `ranks`,
+    every rank returns the same number of parts (FSDP's collectives must pair up): the missing ones are empty
+    lists, for which the caller runs one row with weight zero.
     """
     prompts = [()] * len(lengths) if prompts is None else prompts
     longest: dict = {}
     for prompt, length in zip(prompts, lengths):
         longest[prompt] = max(longest.get(prompt, 0), length)
-    order = sorted(range(len(lengths)), key=lambda i: (-longest[prompts[i]] - len(prompts[i]), prompts[i], -lengths[i]))
+    order = range(len(lengths))
+    order = sorted(order, key=lambda i: (-longest[prompts[i]] - len(prompts[i]), prompts[i], -lengths[i]))
     batches: list[list[int]] = []
     for i in order:
         if batches:
@@ -595,17 +601,18 @@ EVENT = -1  # a target that stands for the set of tokens `event`
 def token_logprobs(model, rows, where, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi(token | the tokens before it) and the entropy of pi there, at N chosen positions only.
 
-    rows: B lists of token ids. where: for each row the positions (>= 1) of the tokens wanted; N in all, row by
-    row. Options:
+    rows: B lists of token ids. where: for each row the positions (>= 1) of the tokens wanted; N in all, row
+    by row. Options:
       targets [N]     other tokens than the rows'; the target EVENT (-1) stands for "any token of the set
                       `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact
-      merged [N]      bool: positions at which the set counts as one outcome in the entropy (default: those of EVENT)
-      temperature     divides the logits
-      entropy         False: return zeros for it (it costs a second pass over the logits)
-      prompt_lengths  tokens of each row that are its prompt; every position wanted is beyond them. Equal prompts
-                      of the batch go through the model once, and the rest of each row continues on their cache
-    Returns logprobs [N] and entropies [N] in nats, float32. Logits exist at these positions alone, in chunks that
-    the backward pass computes again.
+      merged [N]      bool: positions at which the set counts as one outcome in the entropy (default: those of
+      EVENT) temperature     divides the logits entropy         False: return zeros for it (it costs a second
+      pass over the logits) prompt_lengths  tokens of each row that are its prompt; every position wanted is
+      beyond them. Equal prompts
+                      of the batch go through the model once, and the rest of each row continues on their
+                      cache
+    Returns logprobs [N] and entropies [N] in nats, float32. Logits exist at these positions alone, in chunks
+    that the backward pass computes again.
     """
     model.train(torch.is_grad_enabled() and getattr(model, "recompute", False))  # else layers keep activations
     return model.run(_token_logprobs, rows, where, **options)
@@ -644,7 +651,8 @@ def _token_logprobs(
     if targets is None:
         targets = torch.from_numpy(np.concatenate([np.asarray(r)[w] for r, w in zip(rows, where)])).to(hidden.device)
     merged = targets == EVENT if merged is None else merged
-    chunk, options = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size), (event, temperature, entropy)
+    chunk = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
+    options = event, temperature, entropy
     head = model.get_output_embeddings()
     if len(targets) <= chunk:
         return _logprob_chunk(head, hidden, targets, merged, *options)
@@ -761,7 +769,8 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
 
 def fingerprint(sources: Sequence[str]) -> str:
-    """A hash by which a resumed run notices that its data files have changed: their names, sizes and first MiB."""
+    """A hash by which a resumed run notices that its data files have changed: their names, sizes and first
+    MiB."""
     digest = hashlib.sha256(sys.version.encode() * ("stdlib" in sources))
     for source in filter(os.path.exists, sources):
         files = sorted(p for p in Path(source).rglob("*") if p.is_file()) or [Path(source)]
@@ -793,7 +802,8 @@ NOT_DEFINING = {"resume", "output_dir", "dry_run", "workers", "track", "save_eve
 NOT_DEFINING |= {"em_iterations", "micro_batch_tokens", "rollout_rows", "gradient_checkpointing"}
 MAX_SKIPPED = 3  # a run ends after so many updates in a row without a finite loss and gradient
 SAMPLES = """<!DOCTYPE html><meta charset="utf-8"><title>samples</title><style>
-:root { color-scheme: light dark } body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+:root { color-scheme: light dark }
+body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
 pre { background: light-dark(#f6f6f6, #222); padding: 1em; white-space: pre-wrap }
 .thought { color: light-dark(#0a7d33, #5fd38a); font-weight: bold } .good { color: light-dark(#0a7d33, #5fd38a) }
 .bad { color: light-dark(#b3261e, #f28b82) } .note { color: light-dark(#666, #aaa) }
@@ -820,9 +830,9 @@ class Run:
     """One folder per run: args.json, env.txt, sources, metrics.jsonl, samples.html, curves.png, checkpoints.
 
     data: the sources that it reads, for `fingerprint`. `state` is what the last good checkpoint holds in
-    state.json (None for a fresh run); `started` the time at which the run was first started (seconds). UserError
-    if the folder cannot be written, if there is nothing to resume, or if the arguments that define the run, or
-    its data, differ.
+    state.json (None for a fresh run); `started` the time at which the run was first started (seconds).
+    UserError if the folder cannot be written, if there is nothing to resume, or if the arguments that define
+    the run, or its data, differ.
     """
 
     def __init__(self, args, script: str, ranks: Ranks, data: Sequence[str] = ()) -> None:
@@ -908,8 +918,8 @@ class Run:
         """Append one object to metrics.jsonl and to TensorBoard, print a line (rank 0).
 
         metrics: holds `update`; values that are not finite are left out. console: formats of the line's parts
-        with keys of metrics; a part whose keys are missing is left out. total: updates of the run. skipped: the
-        update had no finite loss or gradient; UserError if that is so for MAX_SKIPPED in a row.
+        with keys of metrics; a part whose keys are missing is left out. total: updates of the run. skipped:
+        the update had no finite loss or gradient; UserError if that is so for MAX_SKIPPED in a row.
         """
         self.skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
@@ -951,7 +961,8 @@ class Run:
 
         self.writer = SummaryWriter(self.path / "tensorboard", purge_step=update)
         arguments = dataclasses.asdict(self.args)
-        self.writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in arguments.items()]))
+        rows = ["|argument|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in arguments.items())]
+        self.writer.add_text("arguments", "\n".join(rows))
         if getattr(self.args, "track", False):
             import wandb
 
@@ -961,8 +972,8 @@ class Run:
     def curves(self, panels: Sequence[tuple]) -> None:
         """Draw curves.png (rank 0): raw points faint, a running mean over them.
 
-        panels: at most eight of (title, keys of metrics.jsonl with their labels, x key); a panel without a value
-        is left out.
+        panels: at most eight of (title, keys of metrics.jsonl with their labels, x key); a panel without a
+        value is left out.
         """
         if not self.ranks.main or not (self.path / "metrics.jsonl").exists():
             return
@@ -985,7 +996,8 @@ class Run:
             for before, row in zip(history, history[1:]):
                 if before.get("phase") != row.get("phase") and x in row:  # RA3: E-step and M-step
                     axis.axvline(row[x], color="0.6", linewidth=0.8, linestyle="--")
-                    axis.text(row[x], 1.0, f" {row['phase']}", transform=axis.get_xaxis_transform(), fontsize=8, va="top")
+                    where = {"transform": axis.get_xaxis_transform(), "va": "top"}
+                    axis.text(row[x], 1.0, f" {row['phase']}", fontsize=8, **where)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel({"update": "update", "time/wall_s": "seconds"}.get(x, x), fontsize=9)
             axis.grid(alpha=0.25)
@@ -998,7 +1010,8 @@ class Run:
             self.tracker.log({"curves": wandb.Image(str(self.path / "curves.png"))})
 
     def samples(self, title: str, legend: str, blocks: Sequence[str]) -> None:
-        """Append a section to samples.html (rank 0). title, legend: text; blocks: HTML, see SAMPLES for classes."""
+        """Append a section to samples.html (rank 0). title, legend: text; blocks: HTML, see SAMPLES for
+        classes."""
         path = self.path / "samples.html"
         if self.ranks.main and blocks:
             new = not path.exists()
@@ -1100,7 +1113,7 @@ class Run:
             dcp.load(tensors, checkpoint_id=folder)
         except dcp.CheckpointException as error:
             words = failures(error)
-            damaged = "" if "key" in words else ": if the file is damaged, delete the folder to go on from the one before"
+            damaged = "" if "key" in words else ": if it is damaged, delete the folder to go on from the one before"
             raise UserError(f"cannot read {folder} ({words}){damaged}") from None
         for name, model in models.items():
             options = distributed_state.StateDictOptions(strict=False)  # without the tied head
@@ -1149,8 +1162,8 @@ def failures(error: dcp.CheckpointException) -> str:
 
 def environment(ranks: Ranks) -> str:
     def git(*command: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *command], capture_output=True, encoding="utf-8", errors="replace", cwd=here).stdout.strip()
+        options = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "cwd": Path(__file__).parent}
+        return subprocess.run(["git", *command], **options).stdout.strip()
 
     on_gpu = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"

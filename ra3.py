@@ -8,13 +8,13 @@ latent z_t: *act* (write nothing) or *think* (write one comment line). The algor
 
   for every EM iteration i, starting from the model pi_i:
     E-step, rl_updates times; q starts as a copy of pi_i, and pi_i itself is frozen:
-      1 sample     G rollouts of each snippet: q draws the latents, the lines of code are given
-      2 score      r_t = l_t - c [z_t is a thought]; l_t = mean log-likelihood of a_t under pi_i       eq. (4.1)
-      3 advantage  sum of the next 5 rewards, minus its mean over the G rollouts
-      4 update     policy gradient on log q(z_t), plus a small entropy bonus
+      1 sample     G rollouts of each snippet: q draws the latents, the lines of code are given 2 score
+      r_t = l_t - c [z_t is a thought]; l_t = mean log-likelihood of a_t under pi_i       eq. (4.1) 3
+      advantage  sum of the next 5 rewards, minus its mean over the G rollouts 4 update     policy gradient on
+      log q(z_t), plus a small entropy bonus
     M-step, ntp_updates times; q is frozen, and pi starts again from pi_i:
-      1 sample     one rollout of each snippet: the *bootstrapped* text, code with q's thoughts
-      4 update     next-token prediction on it; the result is pi_{i+1}                                 eq. (4.2)
+      1 sample     one rollout of each snippet: the *bootstrapped* text, code with q's thoughts 4 update
+      next-token prediction on it; the result is pi_{i+1}                                 eq. (4.2)
     5 log, evaluate, save
 
 Notation: pi `pi`, q `q`, z_t latent, a_t action, l_t `line`, c `penalty`, G `group_size`.
@@ -22,8 +22,8 @@ Shapes: S snippets, G rollouts of each, R = S*G rows, W tokens of a row, T actio
 
 Where this differs from the paper, or the paper leaves a choice open (docs/ra3.md has the full list):
   D1 The model decides with the first token of the line itself: a token that begins with "#" opens a thought,
-     any other means act. So the code keeps its tokenisation, and the model sees the line's indentation when it
-     decides. In the paper it writes "\\n" or "\\n#" after a line without its newline.
+     any other means act. So the code keeps its tokenisation, and the model sees the line's indentation when
+     it decides. In the paper it writes "\\n" or "\\n#" after a line without its newline.
   D2 l_t is a mean over the line's tokens. The paper prints a sum; its c = 0.05 fits the mean.
   D3 A malformed thought costs 2 instead of c. In the paper its reward is 0, in the authors' code -2; both are
      more than the reward of a hard line (l_t < -2), and so would reward breaking the format there.
@@ -66,8 +66,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 
 from common import (
     EVENT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum,
-    cache_argument, check_sizes, column, context_of, copy_weights, gathered, inverse_cdf, launch, load_model, load_tokenizer,
-    memory_plan, micro_batches, new_optimizer, only, optimizer_step, pad_left, read_on, read_rows, run_tests, setup,
+    cache_argument, check_sizes, column, context_of, copy_weights, gathered, inverse_cdf, launch, load_model,
+    load_tokenizer, memory_plan, micro_batches, new_optimizer, only, optimizer_step, pad_left, read_on, read_rows, run_tests, setup,
     token_logprobs, uniforms, write_whole,
 )  # fmt: skip
 
@@ -184,10 +184,12 @@ MAX_LINE = 10_000  # characters; `tokenize` takes quadratic time on longer lines
 
 
 def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, str | None, bool]]:
-    """A text in pieces of at most max_chars: (piece, opening, whether the text ends with it). Nothing is lost.
+    """A text in pieces of at most max_chars: (piece, opening, whether the text ends with it). Nothing is
+    lost.
 
-    Cut before a statement, as far left as one begins in the second half of what fits. opening: lines that open
-    the blocks which the piece begins in, so that `tokenize` can read it; None: it begins inside a statement.
+    Cut before a statement, as far left as one begins in the second half of what fits. opening: lines that
+    open the blocks which the piece begins in, so that `tokenize` can read it; None: it begins inside a
+    statement.
     """
     begin, opening = 0, ""
     places, openings = statement_starts(text) if len(text) > max_chars else ([], [])
@@ -234,8 +236,8 @@ def legal_lines(text: str, opening: str | None = "") -> list[tuple[int, str, str
     """(offset, line, kind) of the lines before which a comment line is legal and changes nothing, in order.
 
     kind: `blank`, `comment`, `doc` (a string that is a statement of its own) or `code`. A comment is legal
-    after every end of line that `tokenize` says is one: not inside a multi-line string, not after a backslash,
-    not after a place that `tokenize` cannot read. opening: see cut_text.
+    after every end of line that `tokenize` says is one: not inside a multi-line string, not after a
+    backslash, not after a place that `tokenize` cannot read. opening: see cut_text.
     """
     lines = io.StringIO((opening or "") + text, newline="").readlines()
     if opening is None or any(line.endswith("\r") for line in lines):
@@ -263,8 +265,9 @@ def legal_lines(text: str, opening: str | None = "") -> list[tuple[int, str, str
 
 
 def action_starts(text: str, opening: str | None = "") -> list[tuple[int, str]]:
-    """(offset, kind of its code line) of each action: a line of code with the comment, blank and docstring lines
-    before it; the offset is that of its first non-blank line. A text's first action is a kind of its own."""
+    """(offset, kind of its code line) of each action: a line of code with the comment, blank and docstring
+    lines before it; the offset is that of its first non-blank line. A text's first action is a kind of its
+    own."""
     starts: list[tuple[int, str]] = []
     pending = None
     for offset, line, kind in legal_lines(text, opening):
@@ -296,11 +299,12 @@ def line_kind(line: str) -> str:
 
 
 class Vocabulary:
-    """What each token's text means for a thought: bool [V] on the device. This is where a thought's form is set.
+    """What each token's text means for a thought: bool [V] on the device. This is where a thought's form is
+    set.
 
-    opens    "#" after leading spaces and tabs: at a decision, such a token opens a thought
-    ends     holds a newline and nothing after it: the thought ends with this token
-    breaks   would break the source inside a comment: text after a newline, carriage return, NUL, special token
+    opens    "#" after leading spaces and tabs: at a decision, such a token opens a thought ends     holds a
+    newline and nothing after it: the thought ends with this token breaks   would break the source inside a
+    comment: text after a newline, carriage return, NUL, special token
     """
 
     def __init__(self, tokenizer, size: int, device) -> None:
@@ -332,7 +336,8 @@ class Vocabulary:
         self.separator = tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id
 
     def encode(self, text: str, after: str = "") -> list[int]:
-        """Tokens of `text` in a line that follows `after`; some tokenizers put a space before a text's start."""
+        """Tokens of `text` in a line that follows `after`; some tokenizers put a space before a text's
+        start."""
         before = self.tokenizer(after, add_special_tokens=False).input_ids
         both = self.tokenizer(after + text, add_special_tokens=False).input_ids
         return both[len(before) :] if both[: len(before)] == before else self.encode(text)
@@ -370,7 +375,8 @@ class Vocabulary:
 
 @dataclass
 class Snippet:
-    """A text, or a piece of one. Token k of `ids` is text[starts[k]:starts[k + 1]]; ids[0] is the separator."""
+    """A text, or a piece of one. Token k of `ids` is text[starts[k]:starts[k + 1]]; ids[0] is the
+    separator."""
 
     text: str
     source: str
@@ -388,8 +394,8 @@ class Snippet:
 def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str, v: Vocabulary) -> Snippet | None:
     """One piece of text with its actions (offset, kind). None if the tokenizer does not give the text back.
 
-    A boundary is the token that holds the first non-space character of an action. A line has none if that token
-    also holds the end of the line before, or the space that the tokenizer put before the text.
+    A boundary is the token that holds the first non-space character of an action. A line has none if that
+    token also holds the end of the line before, or the space that the tokenizer put before the text.
     """
     ids = v.encode(text)
     starts = v.starts(text, ids)
@@ -420,8 +426,9 @@ def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str
 def segment(piece: tuple[str, str | None, bool], source: str, v: Vocabulary, args: Args, context: int):
     """The snippets of a piece that cut_text made, [] if it cannot be used. Again nothing is lost.
 
-    A snippet has at most max_snippet_tokens tokens, and at most `context` with the longest thoughts. What is longer
-    is cut in two, before the action nearest to its middle, else after a line, else anywhere. Only a text's end has eos.
+    A snippet has at most max_snippet_tokens tokens, and at most `context` with the longest thoughts. What is
+    longer is cut in two, before the action nearest to its middle, else after a line, else anywhere. Only a
+    text's end has eos.
     """
     text, opening, last = piece
     if not text.strip() or max(map(len, text.split("\n"))) > MAX_LINE:
@@ -442,7 +449,8 @@ def segment(piece: tuple[str, str | None, bool], source: str, v: Vocabulary, arg
             return []
         middle = (begin + end) // 2
         inside = [offset for offset, _ in actions if begin < offset < end]
-        cut = min(inside, key=lambda offset: abs(offset - middle), default=text.rfind("\n", begin, middle) + 1 or middle)
+        other = text.rfind("\n", begin, middle) + 1 or middle
+        cut = min(inside, key=lambda offset: abs(offset - middle), default=other)
         waiting += [(cut, end), (begin, cut)]
     return snippets
 
@@ -508,7 +516,8 @@ class SnippetStream:
         }  # fmt: skip
 
     def _pieces(self) -> Iterator[tuple[tuple, str]]:
-        e, m = (getattr(self.args, f"{name}_updates") * getattr(self.args, f"{name}_batch_size") for name in ("rl", "ntp"))
+        args = self.args
+        e, m = args.rl_updates * args.rl_batch_size, args.ntp_updates * args.ntp_batch_size
         e_share = 1000 * min(0.5, max(0.1, e / max(1, e + m)))
         for epoch in itertools.count():
             items = interleaved(self.args)
@@ -615,7 +624,8 @@ class Rollout:
     def thoughts(self, v: Vocabulary) -> dict[int, str]:
         """Action -> its thought, newline included; the well-formed ones."""
         r = self.without_malformed()
-        return dict(zip(r.thinks(), v.decode([r.ids[(r.actions == t) & (r.targets >= 0)].tolist() for t in r.thinks()])))
+        rows = [r.ids[(r.actions == t) & (r.targets >= 0)].tolist() for t in r.thinks()]
+        return dict(zip(r.thinks(), v.decode(rows)))
 
 
 ARRAYS = ("ids", "targets", "actions", "expert", "malformed")  # of a Rollout
@@ -630,11 +640,11 @@ def all_act(snippet: Snippet) -> Rollout:
 
 
 def turns(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary, longest: int):
-    """All turns of one snippet, as a coroutine: it is sent the token that q draws at the next place, and yields the
-    token to write there. Fills in `thoughts`: action -> the tokens that q drew for it.
+    """All turns of one snippet, as a coroutine: it is sent the token that q draws at the next place, and
+    yields the token to write there. Fills in `thoughts`: action -> the tokens that q drew for it.
 
-    A thought ends with a token that ends it or breaks the source, or when it is `longest` tokens long; then the
-    indentation is written again, and the line of code follows.
+    A thought ends with a token that ends it or breaks the source, or when it is `longest` tokens long; then
+    the indentation is written again, and the line of code follows.
     """
     action_at = {boundary: t for t, boundary in enumerate(s.boundaries.tolist())}
     drawn = yield
@@ -653,7 +663,8 @@ def turns(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary, longest: in
 
 
 class Forcing(LogitsProcessor):
-    """Lets `generate` write what the rows' coroutines say. The token in column p is drawn with noise[:, p]."""
+    """Lets `generate` write what the rows' coroutines say. The token in column p is drawn with noise[:,
+    p]."""
 
     def __init__(self, rows: list, noise: torch.Tensor, temperature: float) -> None:
         self.rows, self.noise, self.temperature, self.going = rows, noise, temperature, True
@@ -685,7 +696,8 @@ class Until(StoppingCriteria):
 
 
 def rollout_forced(model, snippets: list[Snippet], noise, v: Vocabulary, args: Args) -> list[Rollout]:
-    """Token by token: one call of generate writes all snippets through all their turns. For every architecture."""
+    """Token by token: one call of generate writes all snippets through all their turns. For every
+    architecture."""
     thoughts: list[dict] = [{} for _ in snippets]
     coroutines = [turns(s, t, v, args.max_latent_tokens) for s, t in zip(snippets, thoughts)]
     forcing = Forcing(coroutines, noise, args.temperature)
@@ -709,9 +721,10 @@ def rollout_forced(model, snippets: list[Snippet], noise, v: Vocabulary, args: A
 def rollout_drafted(model, snippets: list[Snippet], noise, v: Vocabulary, args: Args) -> list[Rollout]:
     """The same rollouts in fewer passes, for models whose only state is attention to all tokens.
 
-    A row is a whole text at any time: what is decided, then the code as if every latent to come were act. One pass
-    reads the next DRAFT actions and draws the decision before each. Those up to a row's first thought hold; what
-    was read after it is masked in the cache for good. `generate` writes the thought on a copy of the cache.
+    A row is a whole text at any time: what is decided, then the code as if every latent to come were act. One
+    pass reads the next DRAFT actions and draws the decision before each. Those up to a row's first thought
+    hold; what was read after it is masked in the cache for good. `generate` writes the thought on a copy of
+    the cache.
     """
     device, rows, cache = model.device, [all_act(s) for s in snippets], DynamicCache(config=model.config)
     turn, seen, moved = np.zeros((3, len(rows)), dtype=np.int64)  # next action, tokens read, tokens inserted
@@ -743,7 +756,8 @@ def rollout_drafted(model, snippets: list[Snippet], noise, v: Vocabulary, args: 
             if acts < len(p):
                 thinking.append(k)
                 first.append(sum(map(len, places[:k])) + acts)
-        new = torch.arange(width, device=device) - torch.tensor([width - len(c) for c in chunks], device=device)[:, None]
+        pads = torch.tensor([width - len(c) for c in chunks], device=device)
+        new = torch.arange(width, device=device) - pads[:, None]  # [B, C] index in the chunk
         kept = (new >= 0) & (new < torch.from_numpy(read).to(device)[:, None])
         mask = torch.cat([mask, kept.long()], 1)
         if thinking:
@@ -756,7 +770,8 @@ def rollout_drafted(model, snippets: list[Snippet], noise, v: Vocabulary, args: 
 
 
 def think(model, cache, mask, index, token, noise, at, v: Vocabulary, args: Args) -> list[list[int]]:
-    """The thoughts of the rows `index` [B] of the cache, each from the `token` [B] that opened it at place `at` [B].
+    """The thoughts of the rows `index` [B] of the cache, each from the `token` [B] that opened it at place
+    `at` [B].
 
     A thought ends with a token that ends it or breaks the source, or after max_latent_tokens. noise [B, W].
     """
@@ -802,11 +817,14 @@ def insert_thought(r: Rollout, place: int, t: int, tokens: list[int], v: Vocabul
 
 
 @torch.no_grad()
-def sample(model, batches: list[list[Snippet]], key: str, first: int, v, args: Args, ranks: Ranks) -> list[list[Rollout]]:
-    """This rank's rollouts of each of the global batches, all sampled at once; without a model every latent is act.
+def sample(
+    model, batches: list[list[Snippet]], key: str, first: int, v: Vocabulary, args: Args, ranks: Ranks
+) -> list[list[Rollout]]:
+    """This rank's rollouts of each of the global batches, all sampled at once; without a model every latent
+    is act.
 
-    The snippets are numbered from `first` on, through all batches; each has the noise of (seed, key, number), so that
-    draws are the same on any number of ranks. Rows of similar length are rolled out together.
+    The snippets are numbered from `first` on, through all batches; each has the noise of (seed, key, number),
+    so that draws are the same on any number of ranks. Rows of similar length are rolled out together.
     """
     numbers = accumulate([first, *map(len, batches)])
     shares = [[(s, n + i) for i, s in enumerate(b)][ranks.share(len(b))] for b, n in zip(batches, numbers)]
@@ -819,7 +837,8 @@ def sample(model, batches: list[list[Snippet]], key: str, first: int, v, args: A
         with gathered(model):
             for begin in range(0, len(rows), args.rollout_rows):
                 snippets, own = zip(*rows[begin : begin + args.rollout_rows])
-                noise = [uniforms([s.width(args.max_latent_tokens) + 1], args.seed, key, n) for s, n in zip(snippets, own)]
+                widths = [s.width(args.max_latent_tokens) + 1 for s in snippets]
+                noise = [uniforms([width], args.seed, key, n) for width, n in zip(widths, own)]
                 noise = pad_sequence(noise, batch_first=True).to(model.device)  # [R, W]
                 rollouts.update(zip(own, roll(model, snippets, noise, v, args)))
     return [[rollouts[number] for _, number in share] for share in shares]
@@ -832,8 +851,8 @@ def sample(model, batches: list[list[Snippet]], key: str, first: int, v, args: A
 def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, given_decision=False):
     """Log-probability of each token of the code given all before it, thoughts included: one array a rollout.
 
-    With `given_decision` an action's first token is conditioned on not opening a thought: log p - log(1 - sum_H p),
-    unless the code itself has a comment there (D5). Equal rows are scored once.
+    With `given_decision` an action's first token is conditioned on not opening a thought: log p - log(1 -
+    sum_H p), unless the code itself has a comment there (D5). Equal rows are scored once.
     """
     texts = [r.ids.tobytes() for r in rollouts]
     distinct = list({text: i for i, text in enumerate(texts)}.values())
@@ -848,7 +867,8 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
                 begins = [np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)]
                 acts = [w[b & ~np.isin(r.ids[w], list(v.opening))] for r, w, b in zip(chosen, where, begins)]
                 order = [np.concatenate([w, a]) for w, a in zip(where, acts)]
-                targets = np.concatenate([np.append(r.ids[w], np.full(len(a), EVENT)) for r, w, a in zip(chosen, where, acts)])
+                targets = [np.append(r.ids[w], np.full(len(a), EVENT)) for r, w, a in zip(chosen, where, acts)]
+                targets = np.concatenate(targets)
                 where, options = order, {"event": ~v.opens}
             logprobs, _ = token_logprobs(
                 model, [r.ids for r in chosen], where, targets=torch.from_numpy(targets).to(v.opens.device), **options
@@ -863,7 +883,8 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
 
 
 def line_likelihoods(rollout: Rollout, logprobs: np.ndarray) -> np.ndarray:
-    """l_t of every action [T]: the mean log-probability of its tokens (D2); logprobs: of the tokens of the code."""
+    """l_t of every action [T]: the mean log-probability of its tokens (D2); logprobs: of the tokens of the
+    code."""
     actions = rollout.actions[rollout.expert]
     return np.array([logprobs[actions == t].mean() for t in range(len(rollout.snippet.boundaries))])
 
@@ -898,7 +919,8 @@ def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
 def group_baseline_advantages(returns: torch.Tensor) -> torch.Tensor:
     """Return minus its mean over the G rollouts of the same snippet at the same step; [..., G, T] -> same.
 
-    The code is the same in all rollouts, so the steps align. Section 5 of the paper (b(s_t), after Algorithm 1).
+    The code is the same in all rollouts, so the steps align. Section 5 of the paper (b(s_t), after Algorithm
+    1).
     """
     return returns - returns.mean(-2, keepdim=True)
 
@@ -909,9 +931,9 @@ def group_baseline_advantages(returns: torch.Tensor) -> torch.Tensor:
 def policy_gradient_loss(model, rollouts: list[Rollout], v: Vocabulary, args: Args, decisions: float):
     """This micro-batch's part of the E-step loss, and the sum of its entropies (nats).
 
-    loss = - (1 / decisions) sum_t A_t log q(z_t) - entropy_coef * mean entropy; log q(z_t) sums over the thought's
-    tokens, and `decisions` counts them in the whole global batch. Only latents get logits and gradients. There is
-    one update per batch, so no ratio and no clipping.
+    loss = - (1 / decisions) sum_t A_t log q(z_t) - entropy_coef * mean entropy; log q(z_t) sums over the
+    thought's tokens, and `decisions` counts them in the whole global batch. Only latents get logits and
+    gradients. There is one update per batch, so no ratio and no clipping.
     """
     device = v.opens.device
     where = [np.flatnonzero(r.targets != FORCED) for r in rollouts]
@@ -931,7 +953,8 @@ def policy_gradient_loss(model, rollouts: list[Rollout], v: Vocabulary, args: Ar
 def ntp_loss(model, rollouts: list[Rollout], mask_latents: bool, tokens: float):
     """This micro-batch's part of the M-step loss: mean negative log-likelihood per token (nats), eq. (4.2).
 
-    tokens: those trained on in the whole global batch. Also returns the sum of the losses of the code's tokens.
+    tokens: those trained on in the whole global batch. Also returns the sum of the losses of the code's
+    tokens.
     """
     where = [np.flatnonzero(r.expert) if mask_latents else np.arange(1, len(r.ids)) for r in rollouts]
     expert = torch.from_numpy(np.concatenate([r.expert[w] for r, w in zip(rollouts, where)])).to(model.device)
@@ -942,8 +965,8 @@ def ntp_loss(model, rollouts: list[Rollout], mask_latents: bool, tokens: float):
 def update(model, optimizer, rollouts, loss_of, args: Args, ranks: Ranks, interrupt: Interrupt):
     """One optimizer step on all ranks' rollouts: (global loss, sum of the second value, gradient norm).
 
-    loss_of(rollouts) -> (part of the global loss, a sum to report). If the loss or gradient is not finite, nothing
-    changes and the norm is NaN.
+    loss_of(rollouts) -> (part of the global loss, a sum to report). If the loss or gradient is not finite,
+    nothing changes and the norm is NaN.
     """
     total, reported = 0.0, 0.0
     for batch in micro_batches([len(r.ids) for r in rollouts], args.micro_batch_tokens, ranks):
@@ -1003,8 +1026,9 @@ def m_step(pi, optimizer, rollouts: list[Rollout], seconds: float, args: Args, r
     sums = all_sum(sums, ranks)
     # 4 update
     loss, code_loss, norm = update(
-        pi, optimizer, rollouts, lambda part: ntp_loss(pi, part, args.mask_latents, sums["trained"]), args, ranks, interrupt
-    )
+        pi, optimizer, rollouts, lambda part: ntp_loss(pi, part, args.mask_latents, sums["trained"]), args, ranks,
+        interrupt,
+    )  # fmt: skip
     clock.append(time.perf_counter())
     return {
         "train/loss": loss, "train/ce_code": code_loss / sums["expert_tokens"], "optim/grad_norm": norm,
@@ -1021,11 +1045,13 @@ CONSOLE = (
     "{perf/peak_memory_gib:.1f} GiB",
 )  # fmt: skip
 HELDOUT = ("held-out ce {eval/ce_code:.4f}", "pass@1 {eval/pass@1:.3f}")
+SHOWN = ("constant", "assign", "return")  # kinds of line
 PANELS = (
     ("reward per line, over never thinking (nats)", {"reward/gain": "E-step"}, "update"),
-    ("think rate", {"rollout/think_rate": "all lines", **{f"rollout/think_rate/{k}": k for k in ("constant", "assign", "return")}}, "update"),
+    ("think rate", {"rollout/think_rate": "all lines", **{f"rollout/think_rate/{k}": k for k in SHOWN}}, "update"),
     ("cross-entropy of the code, training (nats per token)", {"train/ce_code": "M-step"}, "update"),
-    ("cross-entropy of held-out code (nats per token)", {"eval/ce_code": "with its thoughts", "eval/ce_code_act": "without"}, "update"),
+    ("cross-entropy of held-out code (nats per token)",
+     {"eval/ce_code": "with its thoughts", "eval/ce_code_act": "without"}, "update"),
     ("pass@1, greedy", {"eval/pass@1": ""}, "update"),
     ("share of thoughts that are well-formed", {"rollout/format_rate": ""}, "update"),
     ("reward over wall time", {"reward/gain": "E-step"}, "time/wall_s"),
@@ -1068,8 +1094,8 @@ def timing(clock: list[float], tokens: float) -> dict[str, float]:
 def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, run: Run) -> tuple[dict, list[str]]:
     """Cross-entropy (nats per token) of held-out code with the model's own thoughts and without; pass@1.
 
-    The same noise every time, one draw of the thoughts; malformed ones become act, as in the M-step. Returns the
-    metrics, and the two snippets as text in which thoughts helped most.
+    The same noise every time, one draw of the thoughts; malformed ones become act, as in the M-step. Returns
+    the metrics, and the two snippets as text in which thoughts helped most.
     """
     (drawn,) = sample(model, [snippets], "eval", 0, v, args, run.ranks)
     rollouts = [r.without_malformed() for r in drawn]
@@ -1114,7 +1140,8 @@ def rendered(r: Rollout, v: Vocabulary, marks: tuple[str, str], escape, lines: d
 
 @torch.no_grad()
 def pass_at_1(model, problems: list[dict], v: Vocabulary, args: Args, ranks: Ranks) -> float:
-    """Share of problems (HumanEval's columns) whose greedy completion, up to text in column 0, passes its tests."""
+    """Share of problems (HumanEval's columns) whose greedy completion, up to text in column 0, passes its
+    tests."""
     programs, mine, eos = [], problems[ranks.share(len(problems))], v.tokenizer.eos_token_id
     with gathered(model):
         for first in range(0, len(mine), args.rollout_rows):
@@ -1144,7 +1171,8 @@ def print_end(stages: list[tuple[str, dict]], shown: list[str], run: Run) -> Non
     name = max((len(k) for k in wanted), default=5) - len("eval/")
     run.say("\nheld out".ljust(name + 3) + "".join(f"{title:>12}" for title, _ in stages))
     for key in wanted:
-        run.say(f"  {key.removeprefix('eval/').ljust(name)}" + "".join(f"{m.get(key, math.nan):12.3f}" for _, m in stages))
+        values = "".join(f"{m.get(key, math.nan):12.3f}" for _, m in stages)
+        run.say(f"  {key.removeprefix('eval/').ljust(name)}{values}")
     run.say("ce_code: cross-entropy of the code, nats per token, with the model's thoughts; _act: without\n")
     for text in shown:
         run.say("\n".join(text.splitlines()[:16]) + "\n")
@@ -1230,14 +1258,16 @@ def dry_run(model, v: Vocabulary, context: int, args: Args, ranks: Ranks) -> Non
 
 
 def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args, ranks: Ranks):
-    """M-step 1, for `count` updates from number `first` on: (this rank's rollouts, seconds, the stream's cursor then).
+    """M-step 1, for `count` updates from number `first` on: (this rank's rollouts, seconds, the stream's
+    cursor then).
 
     q is frozen, so several updates are sampled at once: a GPU takes about as long for many rows as for a few.
     """
     at_once = 1 if q is None else max(1, args.rollout_rows * ranks.world_size // args.ntp_batch_size)
     for begin in range(first, first + count, at_once):
         clock = time.perf_counter()
-        batches = [(stream.batch(args.ntp_batch_size), stream.cursor) for _ in range(min(at_once, first + count - begin))]
+        updates = range(min(at_once, first + count - begin))
+        batches = [(stream.batch(args.ntp_batch_size), stream.cursor) for _ in updates]
         rolled = sample(q, [b for b, _ in batches], "M", begin * args.ntp_batch_size, v, args, ranks)
         seconds = (time.perf_counter() - clock) / len(batches)
         yield from ((rollouts, seconds, cursor) for rollouts, (_, cursor) in zip(rolled, batches))

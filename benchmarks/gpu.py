@@ -152,7 +152,8 @@ class Bench:
         few = snippets[: max(2, rows // 4)]
         seconds, metrics = timed(ra3.e_step, q, pi, optimizers[q], few, 20, v, args, self.ranks, NeverStop())
         note(f"ra3/e_step/{config.model_type}", metrics["perf/tokens_per_s"], "tokens/s")
-        print(common.memory_plan(self.model_folder(config), self.ranks, (rows, self.tokens), args.micro_batch_tokens, False, 4))
+        name, tokens = self.model_folder(config), args.micro_batch_tokens
+        print(common.memory_plan(name, self.ranks, (rows, self.tokens), tokens, False, 4))
 
     def checkpointing(self, config, rows: int) -> None:
         """NTP with and without gradient checkpointing: memory, time, and the same loss."""
@@ -172,7 +173,8 @@ class Bench:
     def toy(self) -> None:
         """ra3.py --tiny for two updates, on this device and on the CPU: the same metrics within rounding."""
         options = {"rl_updates": 1, "ntp_updates": 1, "eval_problems": "", "eval_snippets": 8, "rl_batch_size": 8,
-                   "ntp_batch_size": 8, "dataset": (f"{common.TINY}/code/corpus.jsonl",), "dataset_weights": ()}  # fmt: skip
+                   "ntp_batch_size": 8, "dataset_weights": (),
+                   "dataset": (f"{common.TINY}/code/corpus.jsonl",)}  # fmt: skip
         found = {}
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             args = dataclasses.replace(ra3.TINY_DEFAULTS, output_dir=str(self.folder / f"toy_{device}"), **options)

@@ -104,8 +104,9 @@ def main(_=None) -> None:
     given = parser.parse_args()
     ranks = common.setup(0)
     args = dataclasses.replace(
-        ra3.TINY_DEFAULTS, model=given.model, dataset=tuple(given.dataset), dataset_weights=(), ntp_batch_size=given.snippets
-    )
+        ra3.TINY_DEFAULTS, model=given.model, dataset=tuple(given.dataset), dataset_weights=(),
+        ntp_batch_size=given.snippets,
+    )  # fmt: skip
     tokenizer, longest = common.load_tokenizer(given.model), 4 * args.max_snippet_tokens
     longest = min(longest, common.context_of(given.model))
     pi, q = (common.load_model(given.model, tokenizer, ranks, longest) for _ in "pq")
@@ -165,8 +166,8 @@ def main(_=None) -> None:
         parts = [statistics.median(one[2].get(f"time/{name}_s", 0.0) for one in found) / wall
                  for name in ("rollout", "score", "update")]  # fmt: skip
         thinks = statistics.median(one[2].get("rollout/think_rate", rate) for one in found)
-        print(f"{step:10} {thinks:10.2f} {1e6 * wall / tokens:12.0f} {wall / ntp_wall:6.2f} {1e6 * cpu / tokens:10.0f} "
-              f"{cpu / ntp_cpu:6.2f} {parts[0]:8.0%} {parts[1]:6.0%} {parts[2]:7.0%} {peaks[step, rate]:6.0f}")  # fmt: skip
+        print(f"{step:10} {thinks:10.2f} {1e6 * wall / tokens:12.0f} {wall / ntp_wall:6.2f} "
+              f"{1e6 * cpu / tokens:10.0f} {cpu / ntp_cpu:6.2f} {parts[0]:8.0%} {parts[1]:6.0%} {parts[2]:7.0%} {peaks[step, rate]:6.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":
