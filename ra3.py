@@ -67,8 +67,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 from common import (
     EVENT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum,
     cache_argument, check_sizes, column, context_of, copy_weights, gathered, inverse_cdf, launch, load_model,
-    load_tokenizer, memory_plan, micro_batches, new_optimizer, only, optimizer_step, pad_left, read_on, read_rows, run_tests, setup,
-    token_logprobs, uniforms, write_whole,
+    load_tokenizer, memory_plan, micro_batches, new_optimizer, only, optimizer_step, pad_left, read_on, read_rows,
+    run_tests, setup, token_logprobs, uniforms, write_whole,
 )  # fmt: skip
 
 

@@ -167,7 +167,8 @@ def main(_=None) -> None:
                  for name in ("rollout", "score", "update")]  # fmt: skip
         thinks = statistics.median(one[2].get("rollout/think_rate", rate) for one in found)
         print(f"{step:10} {thinks:10.2f} {1e6 * wall / tokens:12.0f} {wall / ntp_wall:6.2f} "
-              f"{1e6 * cpu / tokens:10.0f} {cpu / ntp_cpu:6.2f} {parts[0]:8.0%} {parts[1]:6.0%} {parts[2]:7.0%} {peaks[step, rate]:6.0f}")  # fmt: skip
+              f"{1e6 * cpu / tokens:10.0f} {cpu / ntp_cpu:6.2f} "
+              f"{parts[0]:8.0%} {parts[1]:6.0%} {parts[2]:7.0%} {peaks[step, rate]:6.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":
