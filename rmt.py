@@ -216,8 +216,11 @@ def prompt_frame(tokenizer, budget: int, args: Args, started: float) -> tuple[li
     bos = bos_ids(tokenizer)
     if args.chat_template and tokenizer.chat_template:
         day, message = time.localtime(started), [{"role": "user", "content": prompt}]
-        options = {"add_generation_prompt": True, "strftime_now": lambda form: time.strftime(form, day)}
-        prompt, bos = tokenizer.apply_chat_template(message, tokenize=False, **options), []
+        template, options = tokenizer.get_chat_template(), {"tokenize": False, "add_generation_prompt": True}
+        template = re.sub(  # transformers hands no function of ours to a template
+            r"strftime_now\((.*?)\)", lambda call: repr(time.strftime(call[1].strip("'\" "), day)), template
+        )
+        prompt, bos = tokenizer.apply_chat_template(message, chat_template=template, **options), []
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in prompt.split("@@TEXT@@"))
     return bos + head, tail, prompt.rstrip().endswith(THINK_OPEN)
 

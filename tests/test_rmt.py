@@ -1,55 +1,34 @@
-"""rmt.py: equations by hand, rewards and parsing, entropy and its cache, the losses, and short runs."""
+"""rmt.py: equations by hand, rewards and parsing, entropies, the losses and their footing, and short runs."""
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
-import modeling
 import grpo_rlvr
 import rmt
-import texts
-from common import TINY, Ranks, UserError, launch
-from modeling import load_model, load_tokenizer, uniforms
+from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, token_texts, uniforms
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-PIECES = [
-    "<think>",
-    "</think>",
-    "\\boxed{",
-    "}",
-    "{",
-    " the",
-    " cat",
-    "s",
-    "\ufffd",
-    "</",
-    "think",
-    ">",
-    "}.\n",
-    "",
-    "<eos>",
-    " box",
-    "boxed",
-    "\\",
-]
+ROOT = Path(rmt.__file__).parent
+PIECES = ["<think>", "</think>", "\\boxed{", "}", "{", " the", " cat", "s", "\ufffd", "</", "think", ">", "}.\n", "", "<eos>",
+          " box", "boxed", "\\"]  # fmt: skip
 EOS = PIECES.index("<eos>")
-SHARED = (
-    "rollout", "group_advantages", "completion_logprobs", "sample_batches", "score",
-)  # fmt: skip
+SHARED = ("rollout", "group_advantages", "completion_logprobs", "sample_batches")
 torch.set_num_threads(1)
 
 
@@ -57,16 +36,29 @@ def ids(*pieces):
     return [PIECES.index(piece) for piece in pieces]
 
 
+def never():
+    pass
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer("tiny/model")
+    return load_tokenizer(f"{TINY}/model")
 
 
-def tiny_llama(vocab_size=64, seed=0):
+def save_llama(folder, seed=0, kind=LlamaForCausalLM, config=LlamaConfig, **options):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    config.num_attention_heads, config.num_key_value_heads, config.initializer_range = 2, 2, 0.3
-    return LlamaForCausalLM(config).eval()
+    options |= {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    options |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    kind(config(**options)).save_pretrained(folder)
+    load_tokenizer(f"{TINY}/model").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, tokenizer):
+    """Loads a random model, the same each time."""
+    folder = save_llama(tmp_path_factory.mktemp("llama"))
+    return lambda: load_model(folder, tokenizer, ONE, 64)
 
 
 # ---------------------------------------------------------------- equations 1-4
@@ -183,19 +175,30 @@ def test_matches():
     assert not rmt.matches("s\ufffd", ["s", "\ufffd"], "prefix")  # a part of a character is no text
 
 
-def test_token_texts_and_boxable(tokenizer):
-    texts = rmt.token_texts(tokenizer, len(tokenizer))
-    sample = "def f(x):\n    return {'a': x}  # é\n"
-    tokens = tokenizer.encode(sample, add_special_tokens=False)
-    assert (
-        "".join(texts[i] for i in tokens if "\ufffd" not in texts[i]) in sample.replace("é", "")
-        or "é" in texts
-    )
+def test_boxable_tokens(tokenizer):
+    texts = token_texts(tokenizer, len(tokenizer) + 2)
     boxable = rmt.boxable_tokens(tokenizer, texts)
-    assert not boxable[tokenizer.eos_token_id]
-    for i in range(len(texts)):
-        if boxable[i]:
-            assert not {*texts[i]} & {*"{}"} and texts[i] == tokenizer.decode([i])
+    assert len(boxable) == len(texts) and not boxable[tokenizer.eos_token_id] and not boxable[-2:].any()
+    for i in np.flatnonzero(boxable):
+        assert not {*texts[i]} & {*"{}\ufffd"} and texts[i] == tokenizer.decode([i])
+    assert 0.5 < boxable.mean() < 1
+    assert rmt.boxable_tokens(tokenizer, PIECES[:9])[5:8].all()
+
+
+def test_another_format_is_an_edit_of_its_constants(tmp_path):
+    """The box as <answer> tags of several tokens: three lines, and all that reads a response follows."""
+    source = Path(rmt.__file__).read_text(encoding="utf-8")
+    old = 'BOX_OPEN, BOX_CLOSE, NOT_IN_BOX = "\\\\boxed{", "}", "{}"'
+    assert old in source
+    (tmp_path / "fork.py").write_text(source.replace(old, 'BOX_OPEN, BOX_CLOSE, NOT_IN_BOX = "<answer>", "</answer>", "<>"'))
+    spec = importlib.util.spec_from_file_location("fork", tmp_path / "fork.py")
+    fork = importlib.util.module_from_spec(spec)
+    sys.modules["fork"] = fork
+    spec.loader.exec_module(fork)
+    pieces = ["<think>", "}", "</think>", "<", "answer", ">", " the", "</answ", "er>", " more"]
+    assert fork.read_response(range(9), pieces, False) == (1, " the") and fork.read_response(range(8), pieces, False) is None
+    assert fork.is_end((pieces, set()), torch.tensor([[9, *range(10)]]))[0].tolist() == [False] * 8 + [True, False]
+    assert "next token in <answer></answer>.\n" in fork.INSTRUCTION
 
 
 # ---------------------------------------------------------------- entropy and its cache
@@ -203,64 +206,34 @@ def test_token_texts_and_boxable(tokenizer):
 
 def test_top_entropy_against_brute_force():
     logits = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
-    for row, entropy in zip(logits, texts.top_entropy(logits)):
+    for row, entropy in zip(logits, rmt.top_entropy(logits)):
         best = sorted(row.softmax(-1).tolist(), reverse=True)[:16]
-        assert entropy.item() == pytest.approx(
-            -sum(p / sum(best) * math.log(p / sum(best)) for p in best), abs=1e-5
-        )
-    assert texts.top_entropy(torch.zeros(64)).item() == pytest.approx(math.log(16))
+        assert entropy.item() == pytest.approx(-sum(p / sum(best) * math.log(p / sum(best)) for p in best), abs=1e-5)
+    assert rmt.top_entropy(torch.zeros(64)).item() == pytest.approx(math.log(16))
 
 
-def test_score_texts_position_by_position(monkeypatch):
-    monkeypatch.setattr(texts, "LOGITS_PER_CHUNK", 3 * 64)  # so that the logits are made in parts
-    model = tiny_llama()
-    modeling.equip(model)
-    rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
-    entropies, predictions = texts.score_texts(model, rows, 8, ONE, "")
-    for row, entropy, prediction in zip(rows, entropies, predictions):
-        assert len(entropy) == len(prediction) == len(row) and entropy[0] == 0
+def test_score_texts_position_by_position(llama, monkeypatch):
+    monkeypatch.setattr(rmt, "LOGITS_PER_CHUNK", 3 * 2048)  # so that the logits are made in parts
+    model, rows = llama(), [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
+    for row, (entropies, predictions) in zip(rows, rmt.score_texts(model, rows, 8, ONE)):
+        assert len(entropies) == len(row) and entropies[0] == predictions[0] == 0
         for t in range(1, len(row)):
             logits = model(torch.tensor([row[:t]])).logits[0, -1]
-            assert entropy[t] == pytest.approx(texts.top_entropy(logits).item(), abs=1e-4)
-            assert prediction[t] == logits.argmax()
-
-
-def test_entropies_are_kept_and_invalidated(tokenizer, tmp_path, monkeypatch):
-    calls = []
-
-    def stand_in(model, rows, *_):
-        calls.append(1)
-        return [np.full(len(row), 0.7, np.float32) for row in rows], None
-
-    monkeypatch.setattr(texts, "score_texts", stand_in)
-    tiny_llama().save_pretrained(tmp_path / "model")
-    args = rmt.Args(model=str(tmp_path / "model"))
-    run = SimpleNamespace(path=tmp_path / "run", ranks=ONE)
-
-    def entropies(rows):
-        return texts.proxy_entropies(None, tokenizer, rows, args, run)
-
-    first, again = entropies([[5, 6, 7], [8, 9]]), entropies([[5, 6, 7], [8, 9]])
-    assert len(calls) == 1 and [e.tolist() for e in first] == [e.tolist() for e in again]
-    entropies([[5, 6], [7, 8, 9]])  # other windows over the same tokens
-    entropies([[5, 6, 7], [8, 10]])
-    assert len(calls) == 3
-    tiny_llama(seed=1).save_pretrained(tmp_path / "model")  # other weights under the same name
-    entropies([[5, 6, 7], [8, 9]])
-    assert len(calls) == 4 and len(list((tmp_path / "entropies").glob("*.npy"))) == 4
+            assert entropies[t] == pytest.approx(rmt.top_entropy(logits).item(), abs=1e-4)
+            assert predictions[t] == logits.argmax()
 
 
 # ---------------------------------------------------------------- where a response ends
 
 
 def ends_of(*pieces, prompt=" the"):
-    table = rmt.end_table(PIECES, {EOS})
-    return rmt.is_end(table, torch.tensor([ids(prompt, *pieces)]))[0].tolist()
+    return rmt.is_end((PIECES, {EOS}), torch.tensor([ids(prompt, *pieces)]))[0].tolist()
 
 
 @pytest.mark.parametrize(
     ("pieces", "end"),
     [
+        (("}", "<eos>", "<eos>"), 1),
         (
             ("<think>", "s", "</think>", "\\boxed{", "s", "}", "}"),
             5,
@@ -282,25 +255,19 @@ def test_a_response_ends_at_the_closing_brace(pieces, end):
     assert [k for k, ended in enumerate(ends_of(*pieces)) if ended][:1] == ([] if end is None else [end])
 
 
-def test_rollout_stops_there_and_nowhere_else(tokenizer):
-    """The model is replaced by scripts of tokens; rows end at different steps; thoughts hold braces."""
-    texts = rmt.token_texts(tokenizer, len(tokenizer))
-    table = rmt.end_table(texts, {tokenizer.eos_token_id})
-    scripts = [
-        "<think>{a} \\boxed{b}</think>\\boxed{ is} and on",
-        "<think>x</think>\\boxed{s}}}",
-        "<think>never ends",
-    ]
+def test_rollout_stops_there_and_nowhere_else(tokenizer, monkeypatch):
+    """The draws are replaced by scripts of tokens; rows end at different steps; thoughts hold braces."""
+    model = load_model(f"{TINY}/model", tokenizer, ONE, 0)
+    texts = token_texts(tokenizer, len(tokenizer))
+    scripts = ["<think>{a} \\boxed{b}</think>\\boxed{ is} and on", "<think>x</think>\\boxed{s}}}", "<think>never ends"]
     encoded = [tokenizer.encode(script + " more" * 70)[:64] for script in scripts]
     noise = torch.arange(3)[:, None] + torch.arange(64) / 64  # says which row and step it is
 
     def scripted(probs, noise):
         return torch.tensor([encoded[int(u)][round(u % 1 * 64)] for u in noise.tolist()])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rmt, "inverse_cdf", scripted)
-        model = load_model("tiny/model", Ranks(0, 1, torch.device("cpu")))
-        rows = rmt.rollout(model, [[5, 6], [5, 6, 7], [8]], noise, 1.0, table)
+    monkeypatch.setattr(common, "inverse_cdf", scripted)
+    rows = rmt.rollout(model, [[5, 6], [5, 6, 7], [8]], noise, 1.0, (texts, {tokenizer.eos_token_id}))
     responses = [tokenizer.decode(completion) for completion, _, _ in rows]
     assert responses[0] == "<think>{a} \\boxed{b}</think>\\boxed{ is}"
     assert responses[1] == "<think>x</think>\\boxed{s}" and [row[2] for row in rows] == [True, True, False]
@@ -346,130 +313,168 @@ def test_rl_loss_is_equation_7_by_autograd():
     )
 
 
-def test_ntp_loss_leaves_out_exactly_the_chosen_positions(tmp_path):
-    tiny_llama().save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), ONE)
+def test_ntp_loss_sums_over_all_but_the_chosen_positions_of_a_text(llama):
+    model = llama()
     rows, kept = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14]], [[1, 3], [2], []]  # of the last one nothing is left
-    terms = []
-    for row, cols in zip(rows, kept):
-        for t in cols:
-            terms.append(-model(torch.tensor([row[:t]])).logits[0, -1].log_softmax(-1)[row[t]])
     kept = [np.array(cols, dtype=np.int64) for cols in kept]
-    loss = rmt.ntp_loss(model, rows, kept, tokens=3)
-    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
+    terms = [
+        -model(torch.tensor([row[:t]])).logits[0, -1].log_softmax(-1)[row[t]] for row, cols in zip(rows, kept) for t in cols
+    ]
+    loss = rmt.ntp_loss(model, rows, kept, total=3)  # eq. (8) of each text; their mean
+    assert loss.item() == pytest.approx(sum(terms).item() / 3, abs=1e-5)
     got = torch.autograd.grad(loss, list(model.parameters()))
-    want = torch.autograd.grad(torch.stack(terms).mean(), list(model.parameters()))
+    want = torch.autograd.grad(sum(terms) / 3, list(model.parameters()))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
-    nothing = rmt.ntp_loss(model, rows[2:], kept[2:], tokens=1)
+    nothing = rmt.ntp_loss(model, rows[2:], kept[2:], total=1)
     nothing.backward()
     assert nothing.item() == 0
 
 
-def test_a_step_raises_the_rewarded_response_and_the_text(tmp_path):
+def norm_of(model):
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    model.zero_grad()
+    return norm
+
+
+def test_both_losses_of_equation_9_are_on_one_footing(tokenizer):
+    """At lambda = 0.1 the gradient of L_NTP is a fair part of that of L_RL, as with the sums that are printed."""
+    args = rmt.Args(**rmt.TINY_RUN | {"train_texts": 40, "eval_texts": 20, "prompts_per_update": 16, "beta": 0.0})
+    texts, _, _ = rmt.read_texts(args, tokenizer)
+    texts, model = texts[:16], load_model(args.model, tokenizer, ONE, 256)
+    entropies = [scores[0] for scores in rmt.score_texts(model, texts, 2048, ONE)]
+    rollouts = rmt.Rollouts(model, tokenizer, args, ONE, 0.0)
+    boxable = rmt.boxable_tokens(tokenizer, rollouts.texts)
+    levels = [rmt.difficulty(e, text, 1, boxable, args.thresholds) for e, text in zip(entropies, texts)]
+    chosen = rmt.choose_positions(levels, 1, args)
+    places = [(texts[k], t, levels[k][t]) for k, t in chosen for _ in range(8)]
+    samples, _ = rollouts(places, uniforms([len(places), 64], "noise"), 24, 0.8, never)
+    rewards = torch.tensor([sample.reward for sample in samples]).view(-1, 8)
+    logprobs, _, mask = rmt.completion_logprobs(model, samples, args.temperature)
+    rmt.rl_loss(logprobs, None, rmt.group_advantages(rewards).flatten(), mask, 0.0, len(samples))[0].backward()
+    rl, kept = norm_of(model), [np.array([t for t in range(1, len(x)) if (k, t) not in chosen]) for k, x in enumerate(texts)]
+    rmt.ntp_loss(model, texts, kept, len(texts)).backward()
+    ratio = rmt.Args().ntp_weight * norm_of(model) / rl
+    assert 0.05 < ratio < 1, ratio  # with a mean over tokens in eq. (8) about 50 times less
+    assert rmt.TINY_RUN.get("ntp_weight", 0.1) == rmt.Args().ntp_weight == 0.1
+
+
+def train(model, optimizer, samples, rows, responses, total, args, ref_model=None):
+    return rmt.train_batch(model, ref_model, optimizer, samples, rows, responses, total, args, ONE, never)
+
+
+def test_a_step_raises_the_rewarded_response_and_the_text(llama):
     """Eq. (9) with its sign put right: both terms improve, and micro-batches add up to one batch."""
-    tiny_llama().save_pretrained(tmp_path)
-    text, kept = [20, 21, 22, 23, 24, 25], np.array([1, 2, 4, 5])
-    after = []
+    text, kept, after = [20, 21, 22, 23, 24, 25], np.array([1, 2, 4, 5]), []
     for micro_batch_tokens in (4096, 1):
-        model = load_model(str(tmp_path), ONE)
-        samples = [rmt.Sample(0, [], [5, 6, 7], completion, [0.0] * len(completion), True, advantage=advantage)
-                   for completion, advantage in (([30, 31], 1.0), ([32, 33, 34], -1.0))]  # fmt: skip
+        model = llama()
+        samples = [
+            rmt.Sample(0, [], [5, 6, 7], completion, [0.0] * len(completion), True, advantage=advantage)
+            for completion, advantage in (([30, 31], 1.0), ([32, 33, 34], -1.0))
+        ]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
         args = rmt.Args(micro_batch_tokens=micro_batch_tokens, temperature=1.0, max_grad_norm=100.0)
 
         def measure(model=model, samples=samples):
             with torch.no_grad():
                 rl = rmt.completion_logprobs(model, samples, 1.0)[0].sum(1)
-                return [*rl.tolist(), rmt.ntp_loss(model, [text], [kept], 4).item()]
+                return [*rl.tolist(), rmt.ntp_loss(model, [text], [kept], 1).item()]
 
         before = measure()
-        sums, norm = rmt.train_batch(model, optimizer, samples, [(text, kept)] * 2, 2, 8, args, ONE)
+        sums, norm = train(model, optimizer, samples, [(text, kept)] * 2, 2, 2, args)
         good, bad, ntp = measure()
         assert good > before[0] and bad < before[1] and ntp < before[2]
-        assert sums["ntp_loss"] == pytest.approx(before[2], abs=1e-5)
+        assert sums["ntp_loss"] == pytest.approx(before[2], abs=1e-4)
         after.append((good, bad, ntp, norm))
     assert after[0] == pytest.approx(after[1], rel=1e-4)
 
 
-def test_ntp_weight_scales_its_gradient_and_zero_leaves_it_out(tmp_path):
-    tiny_llama().save_pretrained(tmp_path)
-    norms = {}
+def test_weights_of_the_terms_scale_their_gradients(llama):
+    """lambda: 0 leaves L_NTP out. beta: the KL to another model pulls, to the same one it does not."""
+    norms, rows = {}, [([9, 10, 11], np.array([2]))]
     for weight in (0.0, 0.1, 0.2):
-        model = load_model(str(tmp_path), ONE)
-        sample = rmt.Sample(0, [], [5, 6], [7, 8], [0.0, 0.0], True, advantage=0.0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        args = rmt.Args(ntp_weight=weight)
-        rows = [([9, 10, 11], np.array([2]))]
-        _, norms[weight] = rmt.train_batch(model, optimizer, [sample], rows, 1, 1, args, ONE)
+        model = llama()
+        sample = rmt.Sample(0, [], [5, 6], [7, 8], [0.0, 0.0], True)
+        _, norms[weight] = train(model, torch.optim.SGD(model.parameters(), lr=0.0), [sample], rows, 1, 1, rmt.Args(ntp_weight=weight))
     assert norms[0.0] == 0 and norms[0.2] == pytest.approx(2 * norms[0.1], rel=1e-4) and norms[0.1] > 0
+    model, other = llama(), llama()
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(1.1)
+    for ref_model, same in ((llama(), True), (other, False)):
+        optimizer, args = torch.optim.SGD(model.parameters(), lr=0.0), rmt.Args(ntp_weight=0.0, beta=1.0)
+        sums, norm = train(model, optimizer, [sample], [], 1, 1, args, ref_model)
+        assert (norm < 1e-4) is same and (abs(sums["kl"]) < 1e-6) is same
 
 
 # ---------------------------------------------------------------- prompts and data
 
 
+def frame(tokenizer, budget, started=0.0):
+    return rmt.prompt_frame(tokenizer, budget, rmt.Args(), started)
+
+
 def test_prompt_is_the_one_the_tiny_model_knows(tokenizer):
-    head, tail, _ = rmt.prompt_frame(tokenizer, 12, True)  # it has no template
+    head, tail, _ = frame(tokenizer, 12)  # it has no template
     assert tokenizer.decode(head + tail) == (
         "Complete the given text by predicting the next token. Think in exactly 12 tokens within "
         "<think></think>, then put the next token in \\boxed{}.\n### Text\n\n### Prediction\n"
     )
-    free, _, opens = rmt.prompt_frame(tokenizer, 0, True)
+    free, _, opens = frame(tokenizer, 0)
     assert "token. Think within <think></think>, then put" in tokenizer.decode(free) and not opens
 
 
 def test_prompt_with_a_chat_template(tokenizer):
+    """Also one that opens the thought, and one with today's date, which is the day of the run's first start."""
     for suffix, expected in (("<|a|>", False), ("<|a|><think>{{ '\\n' }}", True)):
-        tokenizer.chat_template = "<|u|>{{ messages[0]['content'] }}" + suffix
-        head, tail, opens = rmt.prompt_frame(tokenizer, 12, True)
+        tokenizer.chat_template = "{{ strftime_now('%Y') }}<|u|>{{ messages[0]['content'] }}" + suffix
+        head, tail, opens = frame(tokenizer, 12, started=1e9)
         tokenizer.chat_template = None
         assert opens is expected and tokenizer.decode(tail).startswith("\n### Prediction\n<|a|>")
-        assert tokenizer.decode(head).startswith("<|u|>Complete the given text")
+        assert tokenizer.decode(head).startswith("2001<|u|>Complete the given text")
+
+
+def rows_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
     rows = [{"problem": f"What is {i} + {i}?", "solution": f"It is {2 * i}." * 8} for i in range(40)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = rmt.Args(dataset=(str(tmp_path / "a.jsonl"),), train_texts=60, eval_texts=20, max_text_tokens=24)
-    train, heldout = rmt.read_texts(args, tokenizer)
+    source = rows_file(tmp_path / "a.jsonl", rows)
+    args = rmt.Args(dataset=source, train_texts=60, eval_texts=20, max_text_tokens=24)
+    train, heldout, _ = rmt.read_texts(args, tokenizer)
     assert len(train) == 60 and len(heldout) == 20 and max(map(len, train)) <= 24
-    again, _ = rmt.read_texts(dataclasses.replace(args, seed=5), tokenizer)
+    again, _, _ = rmt.read_texts(dataclasses.replace(args, seed=5), tokenizer)
     assert train == again  # not by the run's seed
     assert not {tuple(text) for text in train if len(text) == 24} & {tuple(text) for text in heldout}
     tokenizer.bos_token, before = tokenizer.eos_token, tokenizer.bos_token
-    begun, _ = rmt.read_texts(args, tokenizer)  # BOS comes before each, and takes no room of theirs
+    begun, _, _ = rmt.read_texts(args, tokenizer)  # BOS comes before each, and takes no room of theirs
     tokenizer.bos_token = before
     assert begun == [[tokenizer.eos_token_id, *text] for text in train]
+
+
+def test_rows_without_text_are_skipped_and_counted(tokenizer, tmp_path):
+    good = [{"problem": f"Add {i} and {i}", "solution": i} for i in range(20)]  # numbers are text
+    bad = [{"problem": None, "solution": "x"}, {"problem": "x", "solution": " "}, {"problem": "x"}, ["x"], {"problem": [1], "solution": "x"}]
+    args = rmt.Args(dataset=rows_file(tmp_path / "a.jsonl", bad + good), train_texts=15, eval_texts=5)
+    train, heldout, words = rmt.read_texts(args, tokenizer)
+    assert len(train) == 15 and len(heldout) == 5 and "5 rows without text skipped" in words
     with pytest.raises(UserError, match="no column `text`; it has: problem, solution"):
-        rmt.read_texts(dataclasses.replace(args, text_column=("text",)), tokenizer)
-
-
-def test_sources_give_the_texts_that_their_weights_say(tokenizer, tmp_path):
-    for name in "ab":
-        rows = [json.dumps({"text": f"{name} {k}"}) for k in range(200)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    sources = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
-    args = rmt.Args(dataset=sources, text_column=("text",), train_texts=80, eval_texts=20)
-    for weights, shares in (((0.9, 0.1), (72, 18)), ((3.0, 1.0), (60, 15)), ((1.0,), (40, 10))):
-        parts = rmt.read_texts(dataclasses.replace(args, dataset_weights=weights), tokenizer)
-        found = [sum(tokenizer.decode(text).startswith("a") for text in part) for part in parts]
-        assert tuple(found) == shares and [len(part) for part in parts] == [80, 20]
+        rmt.read_texts(dataclasses.replace(args, dataset=rows_file(tmp_path / "b.jsonl", good), text_column=("text",)), tokenizer)
+    with pytest.raises(UserError, match="most rows have no text in problem solution"):
+        rmt.read_texts(dataclasses.replace(args, dataset=rows_file(tmp_path / "c.jsonl", bad[:2] + good[:1])), tokenizer)
 
 
 # ---------------------------------------------------------------- runs
 
 SMALL = rmt.TINY_RUN | {
-    "train_texts": 24,
-    "eval_texts": 8,
-    "max_text_tokens": 32,
-    "prompts_per_update": 4,
-    "group_size": 4,
-    "max_new_tokens": 16,
-    "initial_budget": 6,
-    "updates": 3,
-    "eval_positions": 4,
-    "beta": 0.01,
-}
-ROOT = Path(rmt.__file__).parent
+    "train_texts": 24, "eval_texts": 8, "max_text_tokens": 32, "prompts_per_update": 4, "group_size": 4, "max_new_tokens": 16,
+    "initial_budget": 6, "updates": 3, "eval_positions": 4, "beta": 0.01, "rollout_rows": 6,
+}  # fmt: skip
+
+
+def small(folder, **changes):
+    rmt.main(rmt.Args(**SMALL | {"output_dir": str(folder)} | changes))
+    return folder
 
 
 def run_metrics(folder):
@@ -481,109 +486,168 @@ def without_times(row):
 
 
 def weights(folder):
-    return load_model(str(folder / "checkpoints" / "final"), ONE).state_dict()
+    return load_model(str(folder / "checkpoints" / "final"), load_tokenizer(f"{TINY}/model"), ONE, 0).state_dict()
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Curves take longer than all the rest of such a run; the fixture `whole` has them."""
+    monkeypatch.setattr(common.Run, "curves", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rmt") / "run"
-    rmt.main(rmt.Args(**SMALL, output_dir=str(folder)))
-    return folder
+def whole(tmp_path_factory):
+    return small(tmp_path_factory.mktemp("rmt") / "run")
 
 
-def test_run_folder(small_run):
-    metrics = run_metrics(small_run)
+def test_run_folder(whole):
+    metrics = run_metrics(whole)
     assert [row["update"] for row in metrics] == [0, 1, 2, 3]
     assert [row["rollout/budget"] for row in metrics[1:]] == [6, 4, 3]  # 6 x 0.4^(t/3), t = 0, 1, 2
+    kinds = ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy")
     for row in (metrics[0], metrics[3]):
-        assert {f"eval/{kind}_{level}" for kind in ("ntp", "ntr") for level in rmt.LEVELS} <= row.keys()
+        for kind in kinds:
+            levels = [row[f"eval/{kind}_{level}"] for level in rmt.LEVELS]
+            assert row[f"eval/{kind}"] == pytest.approx(sum(levels) / 3, abs=1e-5)
+        assert row["eval/ntr_prefix"] >= row["eval/ntr"] and row["eval/ntr_prefix_greedy"] >= row["eval/ntr_greedy"]
     assert [row["eval/budget"] for row in (metrics[0], metrics[3])] == [6, 2]
     assert all(row["policy/rollout_ratio"] == pytest.approx(1, abs=1e-3) for row in metrics[1:])
     assert all(row["optim/skipped"] == 0 and math.isfinite(row["optim/grad_norm"]) for row in metrics[1:])
-    for name in ("entropy.png", "curves.png", "samples.md", "args.json", "rmt.py"):
-        assert (small_run / name).exists(), name
+    for name in ("curves.png", "samples.html", "args.json", "rmt.py"):
+        assert (whole / name).exists(), name
+    assert json.loads((whole / "args.json").read_text())["proxy_model"] == SMALL["model"]
+    page = (whole / "samples.html").read_text(encoding="utf-8")
+    assert page.count("<h2>") == 2 and page.count("<pre>") >= 12 and page.count("class=thought") >= 12
     documented = (ROOT / "docs" / "rmt.md").read_text()
     assert [name for name in sorted(set().union(*metrics)) if f"`{name}`" not in documented] == []
 
 
-def test_kill_and_resume_is_the_same_run_bit_for_bit(small_run, monkeypatch):
-    folder, original = small_run.parent / "killed", rmt.train_batch
+def test_console(whole, capfd, tmp_path):
+    """Lines of at most 120 columns; at the end the evaluations side by side, two samples, and the files."""
+    small(tmp_path / "run", beta=0.0, updates=1)
+    lines = capfd.readouterr().out.splitlines()
+    updates = [line for line in lines if re.match(r"\d/1 \|", line)]
+    assert len(updates) == 2 and max(map(len, updates)) <= 120 and "nan" not in "".join(updates)
+    assert sum(bool(re.match(r"(ntp|ntr\w*) +([\d.]+ -> [\d.]+ *){4}$", line)) for line in lines) == 5
+    assert sum(line.startswith(("right: ", "wrong: ", "malformed: ")) for line in lines) == 2
+    assert lines[-1].startswith(str(tmp_path / "run")) and "samples.html" in lines[-1]
 
-    def killed(*args):
-        os.kill(os.getpid(), signal.SIGTERM)  # the loop saves after this update and leaves
+
+@pytest.mark.parametrize("place, found", [("step", [0, 1]), ("micro-batch", [0])])
+def test_stop_and_resume_is_the_same_run_bit_for_bit(place, found, whole, tmp_path, monkeypatch):
+    """A signal inside an update ends it at once: the state saved is that of the update before."""
+    folder, name = tmp_path / "run", {"step": "optimizer_step", "micro-batch": "rl_loss"}[place]
+    original = getattr(rmt, name)
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        patch.setattr(rmt, "train_batch", killed)
-        rmt.main(rmt.Args(**SMALL, output_dir=str(folder)))
-    assert [row["update"] for row in run_metrics(folder)] == [0, 1]
+    with pytest.raises(common.Stop), monkeypatch.context() as patch:
+        patch.setattr(rmt, name, signalled)
+        small(folder)
+    assert [row["update"] for row in run_metrics(folder)] == found
     with pytest.raises(UserError, match="ntp-weight"):
-        rmt.main(rmt.Args(**SMALL | {"ntp_weight": 0.5}, resume=str(folder)))
-    rmt.main(rmt.Args(**SMALL, resume=str(folder)))
-    assert list(map(without_times, run_metrics(small_run))) == list(map(without_times, run_metrics(folder)))
-    first, second = weights(small_run), weights(folder)
+        small(folder, ntp_weight=0.5, resume=str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(rmt, "score_texts", lambda model, texts, *args, s=rmt.score_texts: s(model, texts, *args) if len(texts) == 8 else 1 / 0)
+        small(folder, resume=str(folder))  # the entropies of all texts are on disk
+    assert list(map(without_times, run_metrics(whole))) == list(map(without_times, run_metrics(folder)))
+    first, second = weights(whole), weights(folder)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped(small_run, monkeypatch):
+def test_eval_only_scores_the_positions_of_the_run(whole, tmp_path):
+    """By the entropies of the model before training, which the checkpoint's run folder names; elsewhere it must be named."""
+    final, budget = whole / "checkpoints" / "final", run_metrics(whole)[-1]["eval/budget"]
+    small(tmp_path / "found", model=str(final), eval_only=True, initial_budget=budget)
+    moved = (tmp_path / "moved").absolute()
+    moved.symlink_to(final)  # resolves to the run folder
+    small(tmp_path / "linked", model=str(moved), eval_only=True, initial_budget=budget)
+    right = {key: value for key, value in run_metrics(whole)[-1].items() if key.startswith("eval/")}
+    for folder in (tmp_path / "found", tmp_path / "linked"):
+        (row,) = run_metrics(folder)
+        assert {key: value for key, value in row.items() if key.startswith("eval/")} == right
+        assert json.loads((folder / "args.json").read_text())["proxy_model"] == SMALL["model"]
+    with pytest.raises(UserError, match="--eval-only needs --proxy-model"):
+        small(tmp_path / "base", eval_only=True)
+
+
+def test_the_proxy_is_checked_before_its_pass(tokenizer, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(rmt, "score_texts", lambda *args: 1 / 0)
+    scaled = save_llama(tmp_path / "scaled", kind=GraniteForCausalLM, config=GraniteConfig, logits_scaling=8.0)
+    with pytest.raises(UserError, match="scaled is not supported: its logits are not its output layer's"):
+        small(tmp_path / "run", proxy_model=scaled)
+    short = save_llama(tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(UserError, match="the longest rows of this run have 32 tokens"):
+        small(tmp_path / "run", proxy_model=short)
+    other = save_llama(tmp_path / "other")
+    file = json.loads((tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8"))
+    file["model"]["merges"] = file["model"]["merges"][:100]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match="tokenise the texts differently"):
+            small(tmp_path / "run", proxy_model=other, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ZeroDivisionError):
+        small(tmp_path / "run", proxy_model=save_llama(tmp_path / "good"))
+
+
+def test_a_model_without_the_format_is_told_so_once(tmp_path, capfd):
+    small(tmp_path / "run", model=save_llama(tmp_path / "model"), updates=2)
+    assert capfd.readouterr().out.count("every response is malformed, so RL learns nothing: start from a model that writes <think>") == 1
+
+
+def test_dry_run(capfd, tmp_path):
+    small(tmp_path / "run", dry_run=True)
+    out = capfd.readouterr().out
+    assert "0.5 epochs; budget 6 to 2 tokens" in out and "Think in exactly 6 tokens" in out and not (tmp_path / "run").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
     original = rmt.rl_loss
     monkeypatch.setattr(rmt, "rl_loss", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
-    folder = small_run.parent / "nan"
     monkeypatch.setattr(common, "MAX_SKIPPED", 2)
     with pytest.raises(UserError, match="2 updates in a row without a finite loss and gradient"):
-        rmt.main(rmt.Args(**SMALL, output_dir=str(folder)))
-    assert [row["optim/skipped"] for row in run_metrics(folder)[1:]] == [1, 2]
+        small(tmp_path / "nan")
+    assert [row["optim/skipped"] for row in run_metrics(tmp_path / "nan")[1:]] == [1, 2]
 
 
-def test_levels_without_a_position(small_run):
-    with pytest.raises(UserError, match="no position reaches an entropy of 7 nats"):
-        rmt.main(rmt.Args(**SMALL | {"thresholds": (7, 8, 9)}, output_dir=str(small_run.parent / "easy")))
+def test_levels_without_a_position(tmp_path):
+    with pytest.raises(UserError, match="no held-out position is easy: raise --eval-texts or lower --thresholds"):
+        small(tmp_path / "easy", thresholds=(7, 8, 9))
     levels = [np.array([-1, 0, 1]), np.array([-1, 1])]
-    with pytest.raises(UserError, match="no held-out position is hard: raise --eval-texts"):
+    with pytest.raises(UserError, match="no held-out position is hard"):
         rmt.heldout_positions(levels, 4)
     found = rmt.heldout_positions([*levels, np.array([2])], 9)  # nested: what is hard is also easy
     assert [sum(level == d for *_, level in found) for d in range(3)] == [4, 3, 1]
+    with pytest.raises(UserError, match="no candidate in its texts"):
+        rmt.choose_positions([np.array([-1, -1])], 1, rmt.Args())
 
 
-def test_a_run_of_no_updates_evaluates(small_run):
-    folder = small_run.parent / "none"
-    rmt.main(rmt.Args(**SMALL | {"updates": 0}, output_dir=str(folder)))
-    assert without_times(run_metrics(folder)[0]) == without_times(run_metrics(small_run)[0])
+def test_a_run_of_no_updates_evaluates(whole, tmp_path):
+    small(tmp_path / "none", updates=0)
+    found, right = run_metrics(tmp_path / "none")[0], run_metrics(whole)[0]
+    assert {**found, "eval/budget": 6} == pytest.approx({**right}, rel=1) and found["eval/ntp"] == right["eval/ntp"]
 
 
-def test_two_ranks_of_the_script_equal_one(small_run):
-    folder = small_run.parent / "two"
-    changed = [
-        f"--{key.replace('_', '-')}={SMALL[key]}" for key in SMALL if SMALL[key] != rmt.TINY_RUN.get(key)
-    ]
-    command = [
-        sys.executable,
-        "rmt.py",
-        "--tiny",
-        *changed,
-        f"--output-dir={folder}",
-        "--micro-batch-tokens=300",
-    ]
+def test_two_ranks_of_the_script_equal_one(whole, tmp_path):
+    folder = tmp_path / "two"
+    changed = [f"--{key.replace('_', '-')}={SMALL[key]}" for key in SMALL if SMALL[key] != rmt.TINY_RUN.get(key)]
+    command = [sys.executable, "rmt.py", "--tiny", *changed, f"--output-dir={folder}", "--micro-batch-tokens=300"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
-        )
+        subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
         for rank in "01"
     ]
     errors = [rank.communicate(timeout=300)[1].decode()[-2000:] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
-    for one, two in zip(run_metrics(small_run), run_metrics(folder), strict=True):
+    for one, two in zip(run_metrics(whole), run_metrics(folder), strict=True):
         assert without_times(two) == pytest.approx(without_times(one), rel=2e-3, abs=2e-4)
-    first, second = weights(small_run), weights(folder)
+    first, second = weights(whole), weights(folder)
     assert max((first[key] - second[key]).abs().max().item() for key in first) < 1e-4
 
 
@@ -594,6 +658,7 @@ def test_two_ranks_of_the_script_equal_one(small_run):
         (["--p1", "0.5", "0.5", "0.5"], "--p1 must be three probabilities"),
         (["--dataset", "./none.jsonl"], "no such data file"),
         (["--text-column", "problem"], "has no column `problem`; it has: text"),
+        (["--initial-budget", "64"], "--initial-budget < --max-new-tokens"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capfd, monkeypatch):
@@ -613,12 +678,11 @@ def test_functions_that_both_scripts_need_are_the_same():
         assert inspect.getsource(getattr(rmt, name)) == inspect.getsource(getattr(grpo_rlvr, name)), name
 
 
-def test_grpo_starts_from_the_checkpoint(small_run):
+def test_grpo_starts_from_the_checkpoint(whole, tmp_path):
     """RMT's continual post-training: grpo_rlvr.py --task math from what this script wrote."""
-    folder = small_run.parent / "grpo"
     files = {"dataset": f"{TINY}/math_train.jsonl", "eval_dataset": f"{TINY}/math_heldout.jsonl"}
     sizes = {"updates": 1, "prompts_per_update": 4, "group_size": 2, "eval_problems": 4, "max_new_tokens": 8}
-    model = {"model": str(small_run / "checkpoints" / "final"), "output_dir": str(folder)}
+    model = {"model": str(whole / "checkpoints" / "final"), "output_dir": str(tmp_path / "grpo")}
     grpo_rlvr.main(grpo_rlvr.Args(**grpo_rlvr.MATH | grpo_rlvr.TINY_RUN | files | sizes | model))
-    assert (folder / "checkpoints" / "final" / "config.json").exists()
-    assert [row["update"] for row in run_metrics(folder)] == [0, 1]
+    assert (tmp_path / "grpo" / "checkpoints" / "final" / "config.json").exists()
+    assert [row["update"] for row in run_metrics(tmp_path / "grpo")] == [0, 1]
