@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -170,7 +168,7 @@ def test_the_tokenizer_that_prepends_a_space_does_so():
 
 
 @pytest.mark.parametrize(
-    "kind, limit", [("qwen", 10**6), ("qwen", 96), ("gpt2", 1024), ("sentencepiece", 96), ("prepended", 1024), ("prepended", 96)]
+    "kind, limit", [("qwen", 96), ("gpt2", 1024), ("sentencepiece", 10**6), ("prepended", 96)]
 )
 def test_no_character_of_the_standard_library_is_lost_and_thoughts_change_nothing(kind, limit):
     v, rng, found, offered = vocabulary(kind), random.Random(0), 0, 0
@@ -264,7 +262,7 @@ def test_parts_are_disjoint_and_a_cursor_continues_in_the_middle_of_a_piece(tmp_
     assert all(parts.values()) and sum(map(len, parts.values())) == len(set.union(*parts.values()))
     assert set.union(*parts.values()) == {s.text for s in whole}
     middle = 0
-    for size in range(1, 18, 2):
+    for size in range(1, 18, 3):
         stream = stream_of(args, "M")
         first = [s.text for s in stream.batch(size)]
         again = stream_of(args, "M", cursor=json.loads(json.dumps(stream.cursor)))
@@ -272,7 +270,7 @@ def test_parts_are_disjoint_and_a_cursor_continues_in_the_middle_of_a_piece(tmp_
         rest = [s.text for _ in range(2) for s in stream.batch(90)]
         assert rest == [s.text for s in again.batch(180)]  # over an epoch's end
         assert first + rest == [s.text for s in stream_of(args, "M").batch(size + 180)]
-    assert middle > 3
+    assert middle > 2
 
 
 def test_files_that_are_held_out_never_train(tmp_path):
@@ -842,7 +840,7 @@ def test_run_folder(whole, quick):
 
 def test_a_run_killed_after_every_checkpoint_ends_bit_for_bit_the_same(whole, quick, tmp_path, monkeypatch):
     """In both steps of both EM iterations and at every border; what was written after the checkpoint is cut off."""
-    save, starts = common.Run.save, 0
+    save = common.Run.save
 
     def killed(self, state, *rest):
         save(self, state, *rest)
@@ -851,11 +849,11 @@ def test_a_run_killed_after_every_checkpoint_ends_bit_for_bit_the_same(whole, qu
 
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "save", killed)
-        for starts in range(1, 9):
+        for _ in range(8):
             with pytest.raises(InterruptedError):
                 run(quick, tmp_path / "c", resume="auto")
     run(quick, tmp_path / "c", resume="auto")
-    assert starts == 8 and all(equal(weights(whole, name), weights(tmp_path / "c", name)) for name in EXPORTS)
+    assert all(equal(weights(whole, name), weights(tmp_path / "c", name)) for name in EXPORTS)
     assert rows_of(whole) == rows_of(tmp_path / "c")
 
 
