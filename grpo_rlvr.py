@@ -12,8 +12,8 @@ sampling are DAPO's (arXiv 2503.14476).
   5 log, evaluate on held-out problems, save
 
 Notation: s `prompt_ids`, o_i `completion_ids`, r(s, o_i) `reward`, A_i `advantage`, pi / pi_old `ratio`.
-Shapes: N problems, G completions of each, B rows, T completion tokens, L prompt and completion tokens,
-V vocabulary, K chosen positions.
+Shapes: N problems, G completions of each, B rows, T completion tokens, L prompt tokens, V vocabulary,
+K completion tokens of all rows.
 
 Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all, with both values):
   D1 the ratio is clipped to 1 - 0.2 .. 1 + 0.28, as in the authors' scripts; the paper prints one epsilon.
@@ -27,13 +27,22 @@ Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all,
   torchrun --nproc_per_node 8 grpo_rlvr.py --model runs/RUN/checkpoints/em_001   # the paper's setting
 """
 
+import ast
+import html
+import inspect
+import itertools
 import json
 import math
 import os
 import re
+import select
+import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -41,15 +50,14 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-
 from transformers import DynamicCache, LogitsProcessorList
 
 from common import (
-    TINY, Interrupt, Ranks, Run, Sampler, UserError, all_gather_list, all_sum, cache_argument, check_sizes,
-    draw_problems, eos_ids, gathered, launch, load_model, load_tokenizer, memory_plan, micro_batches, optimizer_step, pad_left, padded,
-    rank_share, read_rows, run_tests, setup, token_logprobs, token_texts, uniforms,
+    TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum, cache_argument,
+    check_sizes, draw_problems, eos_ids, gathered, launch, load_model, load_tokenizer, memory_plan,
+    micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share, read_rows, run_tests, setup,
+    token_logprobs, token_texts, uniforms,
 )
-from problems import MathVerifier, code_problem, math_problem, stratified
 
 
 @dataclass
@@ -60,22 +68,24 @@ class Args:
     task: Literal["code", "math"] = "code"
     """code: RA3's RLVR, reward by running tests; math: RMT's post-training, reward by comparing answers"""
     tiny: bool = False
-    """use the embedded default: a tiny model, minutes on two cores. Every flag still overrides"""
+    """the bundled toy model and problems: minutes on two cores. Every other flag still overrides"""
     output_dir: str = ""
-    """folder of this run; empty: runs/grpo_rlvr__<model>__s<seed>__<time>"""
+    """folder of this run; empty: runs/grpo_rlvr_<task>__<model>__s<seed>__<time>"""
     seed: int = 0
     """fixes the order of the problems and all sampling noise, on any number of ranks"""
     resume: str = ""
-    """`auto`: continue the newest run of this model and seed (or --output-dir), if any; or a run folder"""
+    """`auto`: continue the newest run of this task, model and seed (or --output-dir), if any; or a run folder"""
     dry_run: bool = False
-    """print the plan, one prompt and a memory estimate, and stop"""
+    """load and check everything, print the plan, one prompt and a memory estimate, and stop"""
+    track: bool = False
+    """send metrics and curves to Weights & Biases as well"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """the initial policy: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
     dataset: str = "inclusionAI/AReaL-boba-2-RL-Code:train/train.jsonl"
     """problems with the columns of AReaL-boba-2, DeepCoder or Skywork; see common.read_rows"""
     eval_dataset: str = ""
-    """held-out problems; empty: eval_problems of the data set are held out"""
+    """held-out problems, also HumanEval(+) or MBPP(+); empty: eval_problems of the data set are held out"""
     train_problems: int = 0
     """use no more problems than this; 0: all"""
     eval_problems: int = 128
@@ -143,13 +153,13 @@ MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
     "dataset": "Skywork/Skywork-OR1-RL-Data", "difficulty_key": "DeepSeek-R1-Distill-Qwen-7B",
     "train_problems": 4096, "eval_problems": 600, "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0,
     "eps_high": 0.2, "minibatches": 1, "updates": 320, "gradient_checkpointing": True, "rollout_rows": 16,
-}
+}  # fmt: skip
 TINY_RUN = {  # optimisation settings for two million parameters; the reward is that of a large run
     "tiny": True, "model": f"{TINY}/model", "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
     "chat_template": False, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64,
     "rollout_rows": 256, "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40,
     "learning_rate": 1e-4, "micro_batch_tokens": 2048, "gradient_checkpointing": False, "save_every": 0,
-}
+}  # fmt: skip
 
 
 def parse_args() -> Args:
@@ -180,9 +190,16 @@ def check(args: Args) -> None:
         raise UserError("--chat-template is for --task math; a code problem is completed from its signature")
 
 
-# ---------------------------------------------------------------- problems and prompts
+# ---------------------------------------------------------------- prompts and problems
 
-MATH_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+# the format: a base model completes code from the signature (RA3, section 7); math ends with a boxed answer
+CODE_PROMPT = '"""\n{question}\n"""\n{signature}\n'
+STDIN_SIGNATURE = "def main():"  # D4
+MATH_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n"
+PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, sys\nfrom typing import *\n"
+PREAMBLE += "sys.setrecursionlimit(50000)\n"  # before every program
+MAX_TESTS = 15  # of a problem: those with the longest inputs, DeepCoder's rule
+LEVELS = range(1, 14)  # of Skywork's model_difficulty (RMT, 5.1)
 
 
 @dataclass
@@ -190,40 +207,195 @@ class Problem:
     name: str
     prompt: str
     prompt_ids: list[int]
-    checks: dict  # code: signature, cases, fn_name; math: answer
+    checks: dict  # code: signature, and cases and fn_name, or tests and entry_point; math: answer
 
 
-def code_prompt(question: str, signature: str) -> str:
-    """The question, then the signature, for a base model to complete (RA3, section 7)."""
-    return f'"""\n{question}\n"""\n{signature}\n'
+class BadRow(Exception):
+    """Why a row cannot be used. Reasons are counted and shown."""
 
 
-def read_problems(source: str, args: Args, tokenizer) -> list[Problem]:
-    """All problems of `source` whose prompt is short enough, in an order fixed by the seed."""
-    rows = list(read_rows(source, split="math" if "Skywork" in source else "train"))
-    rows = [rows[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(rows))]
-    problems = []
+def first(row: dict, *names: str):
+    """The first of these columns that holds anything; None if none does."""
+    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+def need(value, what: str):
+    if value in (None, "", []):
+        raise BadRow(f"no {what}")
+    return value
+
+
+def parsed(value):
+    """The data sets keep JSON in strings, some of it nested. {} if empty."""
+    return json.loads(value) if isinstance(value, str) and value else value or {}
+
+
+def math_problem(row: dict) -> tuple[str, dict]:
+    """(question, {"answer"}) of a row with Skywork-OR1's columns, whose answers may be JSON lists."""
+    message = need(first(row, "prompt"), "prompt")
+    question = message if isinstance(message, str) else message[-1]["content"]
+    answer = need(first(first(row, "reward_model") or {}, "ground_truth"), "answer")
+    answer = json.loads(answer)[0] if str(answer).startswith('["') else answer
+    return str(need(question, "question")), {"answer": str(need(answer, "answer"))}
+
+
+def code_problem(row: dict) -> tuple[str, dict]:
+    """(question, checks) of a row of AReaL-boba-2 or DeepCoder, of HumanEval(+) or of MBPP(+).
+
+    Without fn_name the program reads stdin; else a case's input is a JSON argument per line, or their list.
+    """
+    if first(row, "entry_point") and first(row, "test"):  # HumanEval: the prompt is code
+        tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+        prompt = need(first(row, "prompt"), "prompt").rstrip()
+        return "", {"tests": tests, "entry_point": row["entry_point"], "signature": prompt}
+    if first(row, "code") and first(row, "test_list"):  # MBPP: the description, two examples, the signature
+        examples, question = row["test_list"], need(first(row, "text", "prompt"), "question")
+        name = next((n for n in re.findall(r"\w+", examples[0]) if signature_of(row["code"], n)), None)
+        tests = first(row, "test") or "\n".join([first(row, "test_setup_code") or "", *examples])
+        signature = need(name and signature_of(row["code"], name), "function in the tests and in `code`")
+        return "\n".join([question, *examples[:2]]), {"tests": tests, "entry_point": name, "signature": signature}
+    question = str(need(first(row, "question", "problem"), "question"))
+    tests = need(parsed(first(row, "input_output", "tests")) or None, "tests")
+    if isinstance(tests, dict):  # boba-2, TACO
+        about, inputs, outputs = tests, tests["inputs"], tests["outputs"]
+    else:  # PrimeIntellect, LiveCodeBench, Codeforces
+        about = tests[0] | parsed(tests[0].get("metadata"))
+        inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]
+    if len(inputs) != len(outputs):
+        raise BadRow("not as many outputs as inputs")
+    pairs = list(zip(need(inputs, "tests"), outputs))
+    if any(None in pair for pair in pairs):
+        raise BadRow("a test without input or output")
+    about = {k: v for d in (parsed(row.get("metadata")), about) for k, v in d.items() if v is not None}
+    fn_name = None if about.get("testtype") == "stdin" else first(about, "fn_name", "func_name")
+    if "testtype" not in about:  # LiveCodeBench's tests all stay
+        pairs = sorted(pairs, key=lambda pair: len(str(pair[0])), reverse=True)[:MAX_TESTS]
+    if not fn_name:  # TACO has lists of lines
+        pairs = [["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair] for pair in pairs]
+    else:
+        pairs = [(x if isinstance(x, (str, list)) else json.dumps(x), wanted) for x, wanted in pairs]
+    checks = {"cases": [{"input": given, "output": wanted} for given, wanted in pairs], "fn_name": fn_name}
+    solutions = row.get("solutions") or []
+    if isinstance(solutions, str):
+        solutions = parsed(solutions) if solutions.startswith("[") else [solutions]
+    checks["solutions"] = [s for s in solutions if isinstance(s, str)][:1] if fn_name else []
+    given = first(row, "signature", "starter_code") or (STDIN_SIGNATURE if not fn_name else None)
+    found = (signature_of(solution, fn_name) for solution in solutions if isinstance(solution, str))
+    checks["signature"] = (given or next(filter(None, found), None) or made_up(checks)).rstrip()
+    return question, checks
+
+
+def signature_of(source: str, name: str) -> str | None:
+    """`def name(...):` in one line as the source has it, without self; None if it has no such function."""
     try:
-        for row in stratified(rows, args.difficulty_key) if args.difficulty_key else rows:
-            if args.task == "code":
-                question, checks = code_problem(row, source)
-                prompt = code_prompt(question, checks["signature"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a `\d` in a solution
+            nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            arguments = node.args.posonlyargs or node.args.args
+            if arguments and arguments[0].arg == "self":
+                del arguments[0]
+            return f"def {name}({ast.unparse(node.args)}):"
+    return None
+
+
+def made_up(checks: dict) -> str:
+    """The signature for a function of which only the number of arguments is known."""
+    given = checks["cases"][0]["input"]
+    count = len(given.splitlines() if isinstance(given, str) else given)
+    return f"def {checks['fn_name']}({', '.join(f'arg{i + 1}' for i in range(count))}):"
+
+
+def settle(checks: list[dict], args: Args, ranks: Ranks) -> int:
+    """Decide by running them what rows leave open; the number of signatures that had to be replaced.
+
+    A signature with annotations or defaults must run behind PREAMBLE, else it becomes arg1, arg2 ... And where
+    all results are lists of one element, these are the results only if the reference solution returns them.
+    """
+    programs, doubts = [], []
+    for check in checks:
+        cases, signature = check.get("cases", []), check["signature"]
+        if check.get("fn_name") and not re.fullmatch(r"def \w+\([\w, ]*\):", signature):
+            indent = " " * (4 + len(re.search(r"^( *).*\Z", signature, re.MULTILINE)[1]))
+            code = f"{PREAMBLE}{signature}\n{indent}pass\nprint('runs')\n"
+            programs.append({"code": code, "cases": [{"input": "", "output": "runs"}]})
+            doubts.append((check, "signature"))
+        solutions = check.pop("solutions", [])
+        if check.get("fn_name") and all(isinstance(c["output"], list) and len(c["output"]) == 1 for c in cases):
+            code = PREAMBLE + (solutions or ["raise NotImplementedError"])[0]
+            programs.append({"code": code, "cases": cases[:3], "fn_name": check["fn_name"]})
+            doubts.append((check, "lists"))
+    verdicts = run_tests(programs, timeout_s=args.reward_timeout_s) if programs and ranks.main else []
+    replaced = 0
+    for (check, what), verdict in zip(doubts, all_gather_list(verdicts, ranks)):
+        if what == "signature" and not verdict["passed"]:
+            check["signature"], replaced = made_up(check), replaced + 1
+        if what == "lists" and not verdict["passed"]:
+            check["cases"] = [{**case, "output": case["output"][0]} for case in check["cases"]]
+    return replaced
+
+
+def read_problems(source: str, args: Args, tokenizer, ranks: Ranks, started: float) -> tuple[list[Problem], str]:
+    """All problems of `source` that can be used, in an order fixed by the seed, and what was left out and why.
+
+    Rows are read in a stream, and of their tests only those that are used are kept. started: the run's first
+    start, for chat templates with today's date. UserError if more than half of the rows cannot be used.
+    """
+    split = "math" if "Skywork" in source else "test" if re.search("humaneval|mbpp", source, re.I) else "train"
+    drafts, bad, left_out, row, count = [], Counter(), Counter(), {}, 0
+    for count, row in enumerate(read_rows(source, split), start=1):
+        try:
+            question, checks = code_problem(row) if args.task == "code" else math_problem(row)
+            info = row.get("extra_info") or {}
+            name = next(x for x in (row.get("query_id"), row.get("task_id"), info.get("index"), count) if x is not None)
+            level = (info.get("model_difficulty") or {}).get(args.difficulty_key)
+            if args.difficulty_key and int(need(level, f"difficulty `{args.difficulty_key}`")) not in LEVELS:
+                left_out[f"difficulty outside {LEVELS[0]}-{LEVELS[-1]}"] += 1
             else:
-                question, checks = math_problem(row, source)
-                prompt = f"{question}{MATH_INSTRUCTION}"
-            if args.chat_template:
-                message = [{"role": "user", "content": prompt.strip()}]
-                prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            prompt_ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
-            if len(prompt_ids) <= args.max_prompt_tokens:
-                name = str(row.get("query_id") or row.get("extra_info", {}).get("index", len(problems)))
-                problems.append(Problem(name, prompt, prompt_ids, checks))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{source}, row {str(row)[:80]}...: {type(error).__name__} {error}") from None
+                drafts.append((str(name), question, checks, int(level or 0)))
+        except BadRow as reason:
+            bad[str(reason)] += 1
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            bad[f"malformed ({type(error).__name__})"] += 1
+    reasons = ", ".join(f"{n} {reason}" for reason, n in bad.most_common(6))
+    if 2 * bad.total() > count or not count:
+        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{source}: {bad.total()} of {count} rows cannot be used ({reasons}); columns: {columns}")
+    replaced = settle([draft[2] for draft in drafts], args, ranks) if args.task == "code" else 0
+    drafts = [drafts[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(drafts))]
+    if args.difficulty_key:  # one problem of each level in turn: the first n are even over the levels
+        levels = [[draft for draft in drafts if draft[3] == level] for level in LEVELS]
+        drafts = [draft for turn in itertools.zip_longest(*levels) for draft in turn if draft]
+    problems = []
+    for name, question, checks, _ in drafts:
+        prompt, prompt_ids = render(question, checks, args, tokenizer, started)
+        if len(prompt_ids) <= args.max_prompt_tokens:
+            problems.append(Problem(name, prompt, prompt_ids, {**checks, "timeout_s": args.reward_timeout_s}))
+    left_out["over --max-prompt-tokens"] = len(drafts) - len(problems)
     if not problems:
-        words = f"no problem, or all are longer than --max-prompt-tokens {args.max_prompt_tokens}"
-        raise UserError(f"{source} holds {words}")
-    return problems
+        raise UserError(f"{source}: all prompts are longer than --max-prompt-tokens {args.max_prompt_tokens}")
+    reasons = ", ".join(f"{n} {reason}" for reason, n in (bad + left_out).most_common(6))
+    note = f"; left out: {reasons}" * bool(reasons) + f"; {replaced} signatures replaced" * bool(replaced)
+    return problems, note
+
+
+def render(question: str, checks: dict, args: Args, tokenizer, started: float) -> tuple[str, list[int]]:
+    """The prompt of a problem and its tokens."""
+    if args.task == "math":
+        prompt = MATH_PROMPT.format(question=question)
+    else:  # of HumanEval the signature is the whole prompt
+        prompt = CODE_PROMPT.format(question=question, **checks) if question else f"{checks['signature']}\n"
+    if args.chat_template:
+        day = time.localtime(started)  # some templates write the date, which must not change on resume
+        dates = {"strftime_now": lambda form: time.strftime(form, day), "date_string": time.strftime("%d %b %Y", day)}
+        message = [{"role": "user", "content": prompt.strip()}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **dates)
+    ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
+    appended = not args.chat_template and ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
+    return prompt, ids[:-1] if appended else ids  # a text that has ended is not completed
 
 
 # ---------------------------------------------------------------- 1 sample
@@ -242,6 +414,7 @@ class Sample:
     ended: bool = False  # else truncated
     text: str = ""
     reward: float = 0.0
+    passed: bool = False
     reason: str = ""
     advantage: float = 0.0
     in_loss: bool = False
@@ -315,21 +488,92 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
 
 # ---------------------------------------------------------------- 2 score
 
-PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, sys\nfrom typing import *\n"
-PREAMBLE += "sys.setrecursionlimit(50000)\n"
+
+def reward(problem: Problem, completion: str) -> tuple[float, bool, str]:
+    """(the reward that trains, whether the completion is right, why). A fork changes the first of them only:
+    pass@1 and all metrics count the second. Runs in a thread; never raises for what a completion does."""
+    if "answer" in problem.checks:
+        passed, reason = verify(problem.checks["answer"], completion, problem.checks["timeout_s"])
+    else:
+        (verdict,) = run_tests([program(problem, completion)], workers=1)
+        passed, reason = verdict["passed"], verdict["reason"]
+    return float(passed), passed, reason
 
 
-def code_rewards(problems: list[Problem], completions: list[str], args: Args) -> list[tuple[float, str]]:
-    """(1 if every test passes, else 0; the sandbox's reason). Never raises for what a program does."""
-    programs = []
-    for problem, completion in zip(problems, completions):
-        signature, fn_name = problem.checks["signature"], problem.checks["fn_name"]
-        body = re.split(r"^(?=\S)", completion, maxsplit=1, flags=re.MULTILINE)[0]  # up to text in column 0
-        code = f"{PREAMBLE}{signature}\n{body}\n" + ("" if fn_name else "main()\n")
-        programs.append({"code": code, "cases": problem.checks["cases"], "fn_name": fn_name or None})
-    workers = args.workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    verdicts = run_tests(programs, timeout_s=args.reward_timeout_s, memory_mb=1024, workers=workers)
-    return [(float(verdict["passed"]), verdict["reason"]) for verdict in verdicts]
+def program(problem: Problem, completion: str) -> dict:
+    """What the sandbox runs: the signature, and the completion up to its first text in column 0."""
+    body = re.split(r"^(?=\S)", completion, maxsplit=1, flags=re.MULTILINE)[0]
+    reads_stdin = "cases" in problem.checks and not problem.checks["fn_name"]
+    code = f"{PREAMBLE}{problem.checks['signature']}\n{body}\n" + "main()\n" * reads_stdin
+    return {**problem.checks, "code": code}
+
+
+def verify_lines():
+    """The verifier's process: [gold, completion] per line in, [right, reason] per line out, as JSON."""
+    import json
+    import re
+    import signal
+    import sys
+
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    signs = {"∞": "\\infty ", "π": "\\pi ", "−": "-", "×": "\\times ", "·": "\\cdot ", "≤": "\\le ", "≥": "\\ge "}
+
+    def latex(text):
+        text = re.sub(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|\w))", r"\\sqrt{\1\2\3}", text)
+        return "".join(signs.get(character, character) for character in text)
+
+    for line in sys.stdin:
+        signal.alarm(600)  # busy, this process ends even if the one that would kill it is gone
+        gold, text = json.loads(line)
+        try:
+            last_box = text[text.rfind("\\boxed") :]  # math-verify would make a set of several
+            answer = parse(latex(last_box), extraction_config=boxed, parsing_timeout=None)
+            gold = parse(f"${latex(gold)}$", parsing_timeout=None)
+            # gold first: verify is not symmetric
+            right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)
+            reason = "right" if right else "wrong answer" if answer else "no answer"
+        except Exception as error:
+            right, reason = False, f"error: {type(error).__name__}"
+        signal.alarm(0)  # idle, it ends with its stdin
+        print(json.dumps([bool(right), reason]), flush=True)
+
+
+class MathVerifier:
+    """math-verify in a process that can be killed: some expressions take for ever, and its own time limit is
+    an alarm, which needs a main thread and waits for the end of an operation on big numbers."""
+
+    def __init__(self) -> None:
+        self.process, self.lock = None, threading.Lock()
+
+    def __call__(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str]:
+        """(whether the last \\boxed{} of the completion is the answer, why)."""
+        with self.lock:
+            if self.process is None:
+                command = [sys.executable, "-c", f"{inspect.getsource(verify_lines)}\nverify_lines()"]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+                # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
+                self.process = subprocess.Popen(command, **pipes, encoding="utf-8", start_new_session=True)
+                if self.ask("1", "\\boxed{1}", 300.0) != (True, "right"):  # the first call is slow
+                    raise UserError("math-verify does not start: pip install 'math-verify[antlr4_13_2]'")
+            return self.ask(gold, completion, timeout_s)
+
+    def ask(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str]:
+        try:
+            self.process.stdin.write(json.dumps([gold, completion]) + "\n")
+            self.process.stdin.flush()
+            if select.select([self.process.stdout], [], [], timeout_s)[0]:
+                return tuple(json.loads(self.process.stdout.readline()))
+            reason = "timeout"
+        except (OSError, ValueError):
+            reason = "error: the verifier ended"
+        self.process.kill()
+        self.process = None
+        return False, reason
+
+
+verify = MathVerifier()
 
 
 class Rollouts:
@@ -337,43 +581,41 @@ class Rollouts:
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        self.pool, self.verify = ThreadPoolExecutor(1), MathVerifier()
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.pool = ThreadPoolExecutor(args.workers or max(1, cores))
         vocab_size, ends = model.config.get_text_config().vocab_size, eos_ids(tokenizer, args.model)
         self.table = end_table(tokenizer, ends, vocab_size, args.task == "code").to(model.device)
 
-    def rewards(self, problems: list[Problem], texts: list[str]) -> list[tuple[float, str]]:
-        """Step 2. What a completion does is never an error here, but a 0 with a reason."""
-        if self.args.task == "code":
-            return code_rewards(problems, texts, self.args)
-        answers, limit_s = [problem.checks["answer"] for problem in problems], self.args.reward_timeout_s
-        return [self.verify(answer, text, limit_s) for answer, text in zip(answers, texts)]
+    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float, check: Callable):
+        """(a Sample for every entry of the global list `problems`, seconds); noise [len(problems), T].
 
-    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float):
-        """(a Sample for every entry of the global list `problems`, seconds); noise [len(problems), T]."""
-        start, samples, waiting = time.time(), {}, []
+        check: called between batches, by every rank equally often; it may raise Stop.
+        """
+        start, samples, scores = time.time(), {}, {}
         share = range(len(problems))[self.ranks.share(len(problems))]
-        mine = sorted(share, key=lambda i: len(problems[i].prompt_ids))
+        mine, most = sorted(share, key=lambda i: len(problems[i].prompt_ids)), -(-len(problems) // self.ranks.world_size)
         with gathered(self.model):
-            for first in range(0, len(mine), self.args.rollout_rows):
+            for first in range(0, most, self.args.rollout_rows):
+                check()
                 batch = mine[first : first + self.args.rollout_rows]
                 prompt_ids = [problems[i].prompt_ids for i in batch]
-                rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table)
+                rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table) if batch else []
                 for i, (ids, logprobs, ended) in zip(batch, rows):
-                    samples[i] = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended)
-                    samples[i].text = self.text(problems[i].prompt_ids[-1:], ids)
-                    samples[i].in_loss = ended or not self.args.filter_overlong
-                texts = [samples[i].text for i in batch]  # scored while the next batch generates
-                waiting.append((batch, self.pool.submit(self.rewards, [problems[i] for i in batch], texts)))
+                    samples[i] = s = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended)
+                    s.text, s.in_loss = self.text(ids, s.prompt_ids[-1:]), ended or not self.args.filter_overlong
+                    key = id(problems[i]), s.text  # equal ones once, and while the next batch generates
+                    scores[key] = scores.get(key) or self.pool.submit(reward, problems[i], s.text)
         generated = time.time()
-        for batch, future in waiting:
-            for i, (reward, reason) in zip(batch, future.result()):
-                samples[i].reward, samples[i].reason = reward, reason
+        check()
+        for i in share:
+            s = samples[i]
+            s.reward, s.passed, s.reason = scores[id(problems[i]), s.text].result()
         everyone = all_gather_list([samples[i] for i in share], self.ranks)  # the slowest rank's time counts
         seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
         return everyone, seconds
 
-    def text(self, before: list[int], ids: list[int]) -> str:
-        """The completion's text; decoded behind the prompt's last token, see token_texts."""
+    def text(self, ids: list[int], before: list[int]) -> str:
+        """The text of tokens, decoded after the token `before` them; see token_texts."""
         whole, prompt = self.tokenizer.batch_decode([before + ids, before], skip_special_tokens=True)
         return whole[len(prompt) :]
 
@@ -433,23 +675,24 @@ def grpo_loss(
 
 def completion_logprobs(model, samples: list[Sample], temperature: float, entropy: bool = False):
     """The training forward: log-probabilities, entropies and mask of the completions' tokens, each [B, T]."""
-    device = model.device
-    input_ids = pad_right([s.prompt_ids + s.completion_ids for s in samples], 0, device)  # [B, L]
-    starts = torch.tensor([len(s.prompt_ids) for s in samples], device=device)  # [B]
-    lengths = torch.tensor([len(s.completion_ids) for s in samples], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)  # from lengths, not ids
-    rows, offsets = mask.nonzero(as_tuple=True)  # [K]
+    starts = [len(s.prompt_ids) for s in samples]
+    lengths = torch.tensor([len(s.completion_ids) for s in samples], device=model.device)  # [B]
+    mask = torch.arange(int(lengths.max()), device=model.device) < lengths.unsqueeze(1)  # from lengths, not ids
     logprobs, entropies = token_logprobs(
-        model, input_ids, rows, starts[rows] + offsets, temperature=temperature, entropy=entropy
-    )  # [K]
-    zeros = torch.zeros(mask.shape, device=device)
+        model, [s.prompt_ids + s.completion_ids for s in samples],
+        [np.arange(start, len(s)) for start, s in zip(starts, samples)],
+        prompt_lengths=starts, temperature=temperature, entropy=entropy,
+    )  # [K]  # fmt: skip
+    zeros = torch.zeros(mask.shape, device=model.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies.detach()), mask
 
 
-def sample_batches(samples: list[Sample], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
-    """Micro-batches in which the completions of a prompt are together, so that it is read once."""
-    rows = [s.prompt_ids + s.completion_ids for s in samples]
-    return micro_batches(rows, max_tokens, ranks, groups=[tuple(s.prompt_ids) for s in samples])
+def sample_batches(model, samples: list[Sample], max_tokens: int, ranks: Ranks | None = None) -> list[list[int]]:
+    """Micro-batches. Where completions go on from their prompt's cache, those of a prompt are together."""
+    if not model.shares_prompts:
+        return micro_batches([len(s) for s in samples], max_tokens, ranks)
+    prompts = [tuple(s.prompt_ids) for s in samples]
+    return micro_batches([len(s.completion_ids) for s in samples], max_tokens, ranks, prompts)
 
 
 @torch.no_grad()
@@ -457,21 +700,22 @@ def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
     """The samples' log-probabilities under `model`, by the training forward."""
     scores = [[] for _ in samples]
     with gathered(model):
-        for batch in sample_batches(samples, args.micro_batch_tokens):
+        for batch in sample_batches(model, samples, args.micro_batch_tokens):
             logprobs, _, _ = completion_logprobs(model, [samples[i] for i in batch], args.temperature)
             for i, row in zip(batch, logprobs.tolist()):
                 scores[i] = row[: len(samples[i].completion_ids)]
     return scores
 
 
-def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, args: Args, ranks: Ranks):
+def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, check: Callable):
     """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm).
 
-    Without an optimizer the model stays as it is.
+    check: called before each micro-batch; it may raise Stop.
     """
     nothing = Sample("", [0, 0], [0], [0.0], old_logprobs=[0.0], ref_logprobs=[0.0])
     sums = Counter()
-    for batch in sample_batches(samples, args.micro_batch_tokens, ranks):
+    for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
+        check()
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         device = mask.device
@@ -483,7 +727,7 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
         loss, micro_sums = grpo_loss(
             logprobs, old, ref, advantages, mask,
             args.eps_low, args.eps_high, args.beta, args.loss_type, args.max_new_tokens, normalizer,
-        )
+        )  # fmt: skip
         (loss * ranks.world_size).backward()  # FSDP averages over ranks; the denominator is global already
         gap = (old - padded([s.rollout_logprobs for s in micro], device))[mask]
         sums.update(micro_sums, entropy=entropies[mask].sum().item())
@@ -491,39 +735,40 @@ def train_minibatch(model, optimizer, samples: list[Sample], normalizer: float, 
     return sums, optimizer_step(model, optimizer, float(sums["loss"]), args.max_grad_norm, ranks)
 
 
-def culprits(model, samples: list[Sample], normalizer: float, args: Args, ranks: Ranks) -> str:
-    """The problems of those samples that make the loss or its gradient NaN or infinite."""
-
-    def alone(i: int) -> tuple[float, float]:
-        sums, norm = train_minibatch(model, None, samples[i : i + 1], normalizer, args, ranks)
-        return float(sums["loss"]), norm
-
-    return not_finite([f"problem {s.problem}" for s in samples], alone, ranks)
-
-
 # ---------------------------------------------------------------- 5 log, evaluate, save
 
-CURVES = (
-    "reward/mean", "eval/pass@1", "reward/groups_without_spread", "rollout/completion_tokens",
-    "rollout/truncated", "policy/entropy", "optim/grad_norm", "time/rollout_s", "time/update_s",
-)
+PANELS = (  # title, metrics, x axis
+    ("Reward, mean of an update", {"reward/mean": ""}, "update"),
+    ("Reward against time", {"reward/mean": ""}, "time/wall_s"),
+    ("Held-out pass@1", {"eval/pass@1": "greedy", "eval/pass@1_sampled": "sampled"}, "update"),
+    ("Groups without spread, truncated completions", {
+        "reward/groups_without_spread": "share of groups", "rollout/truncated": "share of completions"}, "update"),
+    ("Tokens of a completion", {"rollout/completion_tokens": ""}, "update"),
+    ("Entropy per token (nats)", {"policy/entropy": ""}, "update"),
+    ("Gradient norm before clipping", {"optim/grad_norm": ""}, "update"),
+    ("Seconds of an update", {"time/rollout_s": "rollout", "time/reward_s": "reward", "time/update_s": "update"}, "update"),
+)  # fmt: skip
 CONSOLE = (
-    "reward {reward/mean:.3f} | {rollout/completion_tokens:.0f} tokens, {rollout/truncated:.0%} truncated | "
-    "entropy {policy/entropy:.2f} grad {optim/grad_norm:.2f} | rollout {time/rollout_s:.1f} reward "
-    "{time/reward_s:.1f} update {time/update_s:.1f} s, {perf/tokens_per_s:.0f} tokens/s"
-)
-HELDOUT = " | held-out pass@1 {eval/pass@1:.3f}"
+    "reward {reward/mean:.3f}", "{rollout/completion_tokens:4.0f} tokens, {rollout/truncated:4.0%} cut",
+    "entropy {policy/entropy:.2f} grad {optim/grad_norm:5.2f}",
+    "{time/rollout_s:.1f} + {time/reward_s:.1f} + {time/update_s:.1f} s", "{perf/tokens_per_s:5.0f} tok/s",
+    "held-out {eval/pass@1:.3f}",
+)  # fmt: skip
+FLAT = 3  # after so many updates in which no group had a spread, the run says so, once
+TABLE = {"pass@1, greedy": "eval/pass@1", "pass@1, sampled": "eval/pass@1_sampled", "tokens, greedy": "eval/completion_tokens"}
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
     """What the samples of an update tell by themselves."""
     rewards = torch.tensor([s.reward for s in samples]).view(-1, group_size)  # [N, G]
+    passed = torch.tensor([float(s.passed) for s in samples]).view(-1, group_size)
     lengths = [len(s.completion_ids) for s in samples]
-    reasons = Counter(re.sub(r"\W+", "_", s.reason.split(":")[0]) for s in samples if not s.reward)
+    reasons = Counter(re.sub(r"\W+", "_", s.reason.split(":")[0]) for s in samples if not s.passed)
     return {
         "reward/mean": rewards.mean().item(),
+        "reward/passed": passed.mean().item(),
         "reward/group_std": rewards.std(dim=1).mean().item(),
-        "reward/solved_groups": rewards.amax(1).mean().item(),
+        "reward/solved_groups": passed.amax(1).mean().item(),
         "reward/groups_without_spread": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_tokens": sum(lengths) / len(samples),
         "rollout/completion_tokens_max": max(lengths),
@@ -531,149 +776,220 @@ def sample_metrics(samples: list[Sample], group_size: int) -> dict:
     } | {f"reward/fail_{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
 
 
-def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, update: int) -> dict:
-    """Held-out pass@1, greedy and sampled (with the same noise every time); some samples go to samples.md."""
+def cause(metrics: dict) -> str:
+    """Why nothing can be learnt from an update in which no group had a spread."""
+    if metrics["reward/passed"] > 0.5:
+        return "all completions of a problem are right: the problems are too easy"
+    if metrics["rollout/truncated"] > 0.5:
+        return "most completions are truncated: raise --max-new-tokens, or the model does not know when to stop"
+    fails = {key: share for key, share in metrics.items() if key.startswith("reward/fail_")}
+    reason = max(fails, key=fails.get, default="reward/fail_").removeprefix("reward/fail_").replace("_", " ")
+    return f"no completion is right (mostly: {reason}): the problems are too hard, or the model lacks the format"
+
+
+def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, update: int, check: Callable):
+    """Held-out pass@1, greedy and sampled (with the same noise every time): (metrics, the greedy samples)."""
     start = time.time()
     noise = uniforms([len(problems), args.max_new_tokens], args.seed, "evaluation")
-    greedy, _ = rollouts(problems, noise, 0.0)
-    sampled, _ = rollouts(problems, noise, args.temperature)
-    if run.ranks.main:
-        with open(run.path / "samples.md", "a") as file:
-            for s in greedy[:6]:
-                file.write(f"## update {update}, problem {s.problem}: reward {s.reward:g}, {s.reason}\n\n")
-                file.write(f"~~~~\n{rollouts.tokenizer.decode(s.prompt_ids)}[->]{s.text}\n~~~~\n\n")
+    greedy, _ = rollouts(problems, noise, 0.0, check)
+    sampled, _ = rollouts(problems, noise, args.temperature, check)
+    legend = "Held-out problems, greedy completions: at most three that are right and three that are not. "
+    legend += "Thoughts and comments are in colour."
+    shown = [i for right in (True, False) for i in [i for i, s in enumerate(greedy) if s.passed == right][:3]]
+    run.samples(f"update {update}", legend, [block(problems[i], greedy[i]) for i in shown])
     return {
-        "eval/pass@1": sum(s.reward for s in greedy) / len(greedy),
-        "eval/pass@1_sampled": sum(s.reward for s in sampled) / len(sampled),
+        "eval/pass@1": sum(s.passed for s in greedy) / len(greedy),
+        "eval/pass@1_sampled": sum(s.passed for s in sampled) / len(sampled),
         "eval/completion_tokens": sum(len(s.completion_ids) for s in greedy) / len(greedy),
         "time/eval_s": time.time() - start,
-    }
+    }, greedy
+
+
+def block(problem: Problem, sample: Sample) -> str:
+    """A sample as HTML: problem, verdict and reason, prompt, completion."""
+    thought = r"&lt;think&gt;.*?(?:&lt;/think&gt;|\Z)" if "answer" in problem.checks else r"#[^\n]*"
+    text = re.sub(thought, r'<span class="thought">\g<0></span>', html.escape(sample.text), flags=re.DOTALL)
+    kind, verdict = ("good", "right") if sample.passed else ("bad", "wrong")
+    reason = f"{sample.reason}, reward {sample.reward:g}" + ", truncated" * (not sample.ended)
+    return (
+        f'<h3>{html.escape(problem.name)}: <span class="{kind}">{verdict}</span> ({html.escape(reason)})</h3>\n'
+        f'<pre><span class="note">{html.escape(problem.prompt)}</span>{text}</pre>'
+    )
+
+
+def report(run: Run, problems: list[Problem], before: dict, metrics: dict, after: list[Sample]) -> str:
+    """The end of a run: pass@1 before and after, two problems, and where to look."""
+    lines = [f"\n{'held-out problems: ' + str(len(problems)):24} {'before':>8} {'after':>8}"]
+    lines += [f"{name:24} {before['metrics'][key]:8.3f} {metrics[key]:8.3f}" for name, key in TABLE.items()]
+    was = before["samples"]  # [passed, reason, text] of each problem
+    order = sorted(range(len(after)), key=lambda i: (was[i][0], not after[i].passed))
+    gained, failing = order[0], next((i for i in order if not after[i].passed), order[-1])
+    for i in dict.fromkeys((gained, failing)):
+        said = [(f"before ({was[i][1]})", was[i][2]), (f"after ({after[i].reason})", after[i].text)]
+        lines += [f"\nproblem {problems[i].name}", shortened(problems[i].prompt)]
+        lines += [part for title, text in said for part in (f"  {title}:", shortened(text))]
+    return "\n".join([*lines, f"\nsamples {run.path}/samples.html, curves {run.path}/curves.png"])
+
+
+def shortened(text: str, lines: int = 8) -> str:
+    """The first lines of a text, indented, each of at most 100 columns."""
+    kept = [f"    {line[:100]}" for line in text.strip("\n").splitlines()]
+    return "\n".join(kept[:lines] + ["    ..."] * (len(kept) > lines))
 
 
 # ---------------------------------------------------------------- main
 
 
-def plan(args: Args, ranks: Ranks, train: list[Problem], heldout: list[Problem]) -> str:
+def plan(args: Args, ranks: Ranks, train: list[Problem], longest: int) -> str:
     """What --dry-run prints: sizes, memory, and one problem."""
-    longest = max(len(problem.prompt_ids) for problem in train) + args.max_new_tokens
     reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # bytes a parameter
-    rollout = args.rollout_rows, longest
-    memory = memory_plan(
-        args.model, ranks, rollout, args.micro_batch_tokens, args.gradient_checkpointing, reference
-    )
+    rollout, recompute = (args.rollout_rows, longest), args.gradient_checkpointing
+    memory = memory_plan(args.model, ranks, rollout, args.micro_batch_tokens, recompute, reference)
     return (
-        f"{args.task}: {len(train)} training and {len(heldout)} held-out problems\n"
         f"{args.updates} updates of {args.prompts_per_update} prompts x {args.group_size} completions in "
         f"{args.minibatches} minibatches: {args.updates * args.prompts_per_update / len(train):.1f} epochs\n"
         f"{memory}\n\n{train[0].prompt}\nchecks: {json.dumps(train[0].checks)[:800]}"
     )
 
 
+def load_problems(args: Args, tokenizer, ranks: Ranks, started: float) -> tuple[list[Problem], list[Problem], str]:
+    """(training problems, held-out problems, a line about them)."""
+    train, note = read_problems(args.dataset, args, tokenizer, ranks, started)
+    if args.eval_dataset:
+        heldout, more = read_problems(args.eval_dataset, args, tokenizer, ranks, started)
+        note += f"\nheld-out problems{more}" * bool(more)
+        heldout = heldout[: args.eval_problems]
+    else:
+        heldout, train = train[: args.eval_problems], train[args.eval_problems :]
+    train = train[: args.train_problems or None]
+    if not train:
+        raise UserError(f"no training problem is left: lower --eval-problems, now {args.eval_problems}")
+    return train, heldout, f"data {args.dataset}: {len(train)} training, {len(heldout)} held-out problems{note}"
+
+
+def draw(rollouts: Rollouts, train: list[Problem], args: Args, update: int, cursor: int, check: Callable):
+    """Steps 1 to 3 of an update: (groups that enter it, all samples, the cursor after them, seconds)."""
+    samples, groups, seconds, size = [], [], Counter(), args.group_size
+    for attempt in range(max(1, args.dynamic_sampling)):
+        # 1 sample, 2 score
+        drawn = draw_problems(cursor, args.prompts_per_update, len(train), args.seed)
+        cursor += len(drawn)
+        problems = [train[i] for i in drawn for _ in range(size)]  # groups: G rows
+        noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
+        new, new_seconds = rollouts(problems, noise, args.temperature, check)
+        seconds.update(new_seconds)
+        samples += new
+
+        # 3 advantage
+        rewards = torch.tensor([s.reward for s in new]).view(-1, size)  # [N, G]
+        advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
+        for sample, advantage in zip(new, advantages.flatten().tolist()):
+            sample.advantage = advantage
+        new = [new[i : i + size] for i in range(0, len(new), size)]
+        groups += [g for g, r in zip(new, rewards) if not args.dynamic_sampling or r.min() < r.max()]
+        if len(groups) >= args.prompts_per_update:
+            break
+    return groups[: args.prompts_per_update], samples, cursor, seconds
+
+
+def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks, check: Callable):
+    """Step 4: the metrics of `minibatches` optimizer steps on the groups, and whether one was skipped."""
+    begin = time.time()
+    parts = [p for p in np.array_split(np.arange(len(groups)), args.minibatches) if len(p)]
+    minibatches = [[groups[g] for g in part] for part in parts]
+    shares = [rank_share(part, ranks) for part in minibatches]
+    mine = [sample for share in shares for sample in share]
+    if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
+        for sample, logprobs in zip(mine, score(model, mine, args)):
+            sample.old_logprobs = logprobs
+    if ref_model is not None:
+        for sample, logprobs in zip(mine, score(ref_model, mine, args)):
+            sample.ref_logprobs = logprobs
+    sums, norms = Counter(), []
+    for part, share in zip(minibatches, shares):
+        # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
+        counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (part, 1)
+        lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
+        normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
+        stop = check if not norms else (lambda: None)  # after the first step, the update is finished
+        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, stop)
+        sums.update(share_sums)
+        norms.append(norm)
+    sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
+    loss, tokens = sums.pop("loss"), sums.pop("tokens")
+    if not args.beta:
+        del sums["kl"]  # not measured
+    metrics = {
+        "policy/loss": loss / max(1, len(norms)),
+        **{f"policy/{key}": value / tokens for key, value in sums.items() if tokens},
+        "optim/grad_norm": sum(norms) / max(1, len(norms)),
+        "time/update_s": time.time() - begin,
+    }
+    return metrics, not all(map(math.isfinite, norms))
+
+
 def main(args: Args) -> None:
     check(args)
     ranks = setup(args.seed)
     tokenizer = load_tokenizer(args.model)
-    train = read_problems(args.dataset, args, tokenizer)
-    if args.eval_dataset:
-        heldout = read_problems(args.eval_dataset, args, tokenizer)[: args.eval_problems]
-    else:
-        heldout, train = train[: args.eval_problems], train[args.eval_problems :]
-    train = train[: args.train_problems or None]
-    if not train or not heldout:
-        raise UserError(f"{len(train)} training, {len(heldout)} held-out problems: change --eval-problems")
+    train, heldout, about = load_problems(args, tokenizer, ranks, time.time())
+    reward(heldout[0], "")  # refuses here if the verifier does not start
+    longest = max(len(problem.prompt_ids) for problem in train + heldout) + args.max_new_tokens
+    model = load_model(args.model, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
+    if ranks.main:
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"model {args.model}: {size:.1f}M parameters\n{about}", flush=True)
     if args.dry_run:
         if ranks.main:
-            print(plan(args, ranks, train, heldout), flush=True)
+            print(plan(args, ranks, train, longest), flush=True)
         return
-    run = Run(args, __file__, ranks)
-    model = load_model(args.model, ranks, recompute=args.gradient_checkpointing)
-    longest = max(len(problem.prompt_ids) for problem in train + heldout)
-    check_context(model, longest + args.max_new_tokens, "the longest prompt and --max-new-tokens")
-    ref_model = load_model(args.model, ranks, train=False) if args.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    rollouts = Rollouts(model, tokenizer, args, ranks)
-    state = run.restore({"policy": model}, optimizer) if run.state else {"update": 0, "cursor": 0}
-    interrupt, first = Interrupt(), state["update"]
-    if first == 0:
-        run.log({"update": 0, **evaluate(rollouts, heldout, args, run, 0)}, HELDOUT, args.updates)
+    run = Run(args, __file__, ranks, data=list(filter(None, (args.dataset, args.eval_dataset))))
+    if args.chat_template and args.resume:  # with the date of the first start
+        train, heldout, _ = load_problems(args, tokenizer, ranks, run.started)
+    ref_model = load_model(args.model, tokenizer, ranks, longest, train=False) if args.beta else None
+    optimizer = new_optimizer(model, args.learning_rate, args.weight_decay)
+    rollouts, models = Rollouts(model, tokenizer, args, ranks), {"policy": model}
+    state = run.restore(models, optimizer) if run.state else {"update": 0, "cursor": 0, "before": None, "flat": 0}
+    interrupt, after = Interrupt(ranks), None
 
-    for update in range(first + 1, args.updates + 1):
-        samples, groups, seconds = [], [], Counter()
-        for attempt in range(max(1, args.dynamic_sampling)):
-            # 1 sample, 2 score
-            drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
-            state["cursor"] += len(drawn)
-            problems = [train[i] for i in drawn for _ in range(args.group_size)]  # groups: G rows
-            noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
-            new, new_seconds = rollouts(problems, noise, args.temperature)
-            seconds.update(new_seconds)
-            samples += new
+    try:
+        if state["before"] is None:
+            metrics, samples = evaluate(rollouts, heldout, args, run, 0, interrupt.check)
+            state["before"] = {"metrics": metrics, "samples": [[s.passed, s.reason, s.text] for s in samples]}
+            run.log({"update": 0, **metrics}, CONSOLE, args.updates)
+        for update in range(state["update"] + 1, args.updates + 1):
+            # 1 sample, 2 score, 3 advantage
+            cursor = state["cursor"]
+            groups, samples, cursor, seconds = draw(rollouts, train, args, update, cursor, interrupt.check)
 
-            # 3 advantage
-            rewards = torch.tensor([s.reward for s in new]).view(-1, args.group_size)  # [N, G]
-            advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
-            for sample, advantage in zip(new, advantages.flatten().tolist()):
-                sample.advantage = advantage
-            new = [new[i : i + args.group_size] for i in range(0, len(new), args.group_size)]
-            groups += [g for g, r in zip(new, rewards) if not args.dynamic_sampling or r.min() < r.max()]
-            if len(groups) >= args.prompts_per_update:
-                break
+            # 4 update
+            learnt, skipped = learn(model, ref_model, optimizer, groups, args, ranks, interrupt.check)
+            seconds["time/update_s"] = learnt["time/update_s"]
 
-        # 4 update
-        begin = time.time()
-        groups = groups[: args.prompts_per_update]
-        parts = np.array_split(np.arange(len(groups)), args.minibatches)
-        minibatches = [[groups[g] for g in part] for part in parts if len(part)]
-        shares = [rank_share(part, ranks) for part in minibatches]
-        mine = [sample for share in shares for sample in share]
-        if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
-            for sample, logprobs in zip(mine, score(model, mine, args)):
-                sample.old_logprobs = logprobs
-        if ref_model is not None:
-            for sample, logprobs in zip(mine, score(ref_model, mine, args)):
-                sample.ref_logprobs = logprobs
-        sums, norms, cause = Counter(), [], ""
-        for part, share in zip(minibatches, shares):
-            # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
-            counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (part, 1)
-            lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
-            normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
-            share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks)
-            sums.update(share_sums)
-            norms.append(norm)
-            if not math.isfinite(norm) and not cause:
-                cause = culprits(model, share, normalizer, args, ranks)
-        seconds["time/update_s"] = time.time() - begin
-
-        # 5 log, evaluate, save
-        sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
-        loss, tokens = sums.pop("loss"), sums.pop("tokens")
-        if not args.beta:
-            del sums["kl"]  # not measured
-        metrics = {
-            "update": update,
-            **sample_metrics(samples, args.group_size),
-            "rollout/groups": len(groups),
-            "policy/loss": loss / max(1, len(shares)),
-            **{f"policy/{key}": value / tokens for key, value in sums.items() if tokens},
-            "optim/grad_norm": sum(norms) / max(1, len(norms)),
-            "data/epoch": state["cursor"] / len(train),
-            **seconds,
-            "perf/tokens_per_s": sum(map(len, samples)) / sum(seconds.values()),
-        }
-        last, interrupted = update == args.updates, interrupt.requested(ranks)
-        evaluated = last or (args.eval_every and update % args.eval_every == 0)
-        if evaluated:
-            metrics |= evaluate(rollouts, heldout, args, run, update)
-        run.log(metrics, CONSOLE + HELDOUT * bool(evaluated), args.updates, cause)
-        state["update"] = update
-        if last or interrupted or (args.save_every and update % args.save_every == 0):
-            if last or not interrupted:  # before the state: a run killed between the two does it again
-                run.export(model, tokenizer, "final" if last else f"update_{update:06d}")
-            run.save(state, {"policy": model}, optimizer)
-            run.curves(CURVES)
-            if interrupted and not last:
-                raise KeyboardInterrupt
+            # 5 log, evaluate, save
+            metrics = {"update": update, **sample_metrics(samples, args.group_size), **learnt, **seconds}
+            metrics["rollout/groups"], metrics["data/epoch"] = len(groups), cursor / len(train)
+            metrics["perf/tokens_per_s"] = sum(map(len, samples)) / sum(seconds.values())
+            flat = state["flat"] + 1 if metrics["reward/groups_without_spread"] == 1 else 0
+            state |= {"update": update, "cursor": cursor, "flat": flat}
+            last = update == args.updates
+            try:
+                if last or (args.eval_every and update % args.eval_every == 0):
+                    stop = (lambda: None) if last else interrupt.check  # the last evaluation is finished
+                    evaluated, after = evaluate(rollouts, heldout, args, run, update, stop)
+                    metrics |= evaluated
+            finally:
+                run.log(metrics, CONSOLE, args.updates, skipped)
+            if flat == FLAT:
+                run.say(f"nothing can be learnt: no group of the last {FLAT} updates had a spread; {cause(metrics)}")
+            if last or (args.save_every and update % args.save_every == 0):
+                run.export(model, "final" if last else f"update_{update:06d}")
+                run.save(state, models, optimizer)
+                run.curves(PANELS)
+    except Stop:
+        run.stopped(state, models, optimizer)
+    if after:
+        run.say(report(run, heldout, state["before"], metrics, after))
 
 
 if __name__ == "__main__":
