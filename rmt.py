@@ -711,7 +711,7 @@ def lengths(samples: list[Sample], group: str) -> dict:
     }
 
 
-def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int, stop: Callable):
+def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int, stop):
     """Tables 1 and 3 on held-out positions, with the budget of the moment and the same noise every time.
 
     Prediction (NTP): the most likely token. Reasoning (NTR): the box of a response, sampled and greedy.
@@ -741,7 +741,8 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
 
 def verdict(sample: Sample, predicted: str) -> str:
     word = "malformed" if sample.thought_tokens < 0 else "right" if sample.exact else "wrong"
-    return f"{word}: {LEVELS[sample.level]}, the text has {sample.truth[0]!r}, without a thought {predicted!r}"
+    level, truth = LEVELS[sample.level], sample.truth[0]
+    return f"{word}: {level}, the text has {truth!r}, without a thought {predicted!r}"
 
 
 def html_sample(sample: Sample, predicted: str, tokenizer) -> str:
@@ -778,13 +779,12 @@ def report(run: Run, stages: list[dict], samples: list, tokenizer) -> None:
 def plan(args: Args, ranks: Ranks, train: list[list[int]], longest: int, tokenizer, frame: tuple) -> str:
     """What --dry-run prints: sizes, memory, and one prompt."""
     reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # bytes a parameter
-    rows, text = (args.rollout_rows, longest), train[0]
-    memory = memory_plan(args.model, ranks, rows, args.micro_batch_tokens, args.gradient_checkpointing, reference)
-    epochs, budgets = args.updates * args.prompts_per_update / len(train), f"{budget_at(0, args)} to "
-    prompt = tokenizer.decode(frame[0] + text[: len(text) // 2] + frame[1])
+    sizes = ranks, (args.rollout_rows, longest), args.micro_batch_tokens, args.gradient_checkpointing
+    prompt = tokenizer.decode(frame[0] + train[0][: len(train[0]) // 2] + frame[1])
     return (
-        f"{args.updates} updates of {args.prompts_per_update} texts: {epochs:.1f} epochs; budget "
-        f"{budgets}{budget_at(args.updates, args)} tokens\n{memory}\n\na prompt:\n{prompt}"
+        f"{args.updates} updates, {args.updates * args.prompts_per_update / len(train):.1f} epochs; budget "
+        f"{budget_at(0, args)} to {budget_at(args.updates, args)} tokens\n"
+        f"{memory_plan(args.model, *sizes, reference)}\n\na prompt:\n{prompt}"
     )
 
 
@@ -796,7 +796,8 @@ def main(args: Args) -> None:
     train, heldout, about = read_texts(args, tokenizer)
     texts, frame = train + heldout, prompt_frame(tokenizer, budget_at(0, args), args, time.time())
     longest = len(frame[0] + frame[1]) + max(map(len, texts)) + args.max_new_tokens
-    model = load_model(args.model, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
+    learns, recompute = not args.eval_only, args.gradient_checkpointing
+    model = load_model(args.model, tokenizer, ranks, longest, train=learns, recompute=recompute and learns)
     proxy = load_proxy(model, tokenizer, texts, args, ranks)
     if ranks.main:
         size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -807,12 +808,13 @@ def main(args: Args) -> None:
         return
     run = Run(args, __file__, ranks, data=[args.dataset])
     ref_model = load_model(args.model, tokenizer, ranks, longest, train=False) if args.beta else None
-    optimizer = new_optimizer(model, args.learning_rate, args.weight_decay)
+    optimizer = new_optimizer(model, args.learning_rate, args.weight_decay) if learns else None
     rollouts, models = Rollouts(model, tokenizer, args, ranks, run.started), {"policy": model}
 
     # 0 prepare; before a restore, because the default proxy is the initial model
     boxable, first = boxable_tokens(tokenizer, rollouts.texts), 1 + len(bos_ids(tokenizer))
     entropies = proxy_entropies(proxy, texts, args, run)
+    del proxy
     levels = [difficulty(e, text, first, boxable, args.thresholds) for e, text in zip(entropies, texts)]
     counts = np.bincount(np.concatenate(levels) + 1, minlength=4)
     run.say("positions: " + ", ".join(f"{c} {name}" for c, name in zip(counts, ("without RL", *LEVELS))))
@@ -825,7 +827,7 @@ def main(args: Args) -> None:
             metrics, samples = evaluate(rollouts, heldout, to_evaluate, args, run, 0, interrupt.check)
             state["before"] = {key: value for key, value in metrics.items() if key.startswith("eval/")}
             run.log({"update": 0, **metrics}, HELDOUT, args.updates)
-        for update in range(state["update"] + 1, 1 if args.eval_only else args.updates + 1):
+        for update in range(state["update"] + 1, args.updates + 1 if learns else 0):
             # 1 sample, 2 score
             drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
             texts, budget = [train[i] for i in drawn], budget_at(update - 1, args)
@@ -843,7 +845,8 @@ def main(args: Args) -> None:
             # 4 update
             begin = time.time()
             groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
-            kept = [[t for t in range(1, len(text)) if (k, t) not in chosen] for k, text in enumerate(texts)]
+            taken = set(chosen)
+            kept = [[t for t in range(1, len(text)) if (k, t) not in taken] for k, text in enumerate(texts)]
             rows = [(text, np.array(cols, dtype=np.int64)) for text, cols in zip(texts, kept)]
             rows = sorted(rows, key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
             sums, norm = train_batch(
@@ -888,7 +891,7 @@ def main(args: Args) -> None:
                 run.curves(CURVES)
     except Stop:
         run.stopped(state, models, optimizer)
-    if after or args.eval_only:
+    if after or not learns:
         report(run, [state["before"], *filter(None, [after])], samples, tokenizer)
 
 
