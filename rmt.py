@@ -663,10 +663,12 @@ CURVES = (
     ("right boxes in training, by level", {f"reward/match_{name}": name for name in LEVELS}, "update"),
     ("tokens of a thought", {"rollout/thought_tokens": "written", "rollout/budget": "budget"}, "update"),
     ("reward", {"reward/mean": "reward", "reward/length": "its length part"}, "update"),
-    ("teaches nothing", {"rollout/malformed": "malformed", "reward/groups_without_spread": "equal"}, "update"),
+    ("shares that teach nothing", {
+        "rollout/malformed": "malformed responses", "reward/groups_without_spread": "groups of equal rewards",
+    }, "update"),
     ("next-token loss of the texts (nats per token)", {"policy/ntp_ce": ""}, "update"),
     ("reasoning at held-out positions, by time", {"eval/ntr": ""}, "time/wall_s"),
-)
+)  # fmt: skip
 CONSOLE = (
     "match {reward/match:.3f}", "thought {rollout/thought_tokens:5.1f}", "budget {rollout/budget:3}",
     "malformed {rollout/malformed:4.0%}", "ntp {policy/ntp_ce:.3f}", "grad {optim/grad_norm:5.2f}",
