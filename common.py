@@ -605,12 +605,11 @@ def token_logprobs(model, rows, where, **options) -> tuple[torch.Tensor, torch.T
     by row. Options:
       targets [N]     other tokens than the rows'; the target EVENT (-1) stands for "any token of the set
                       `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact
-      merged [N]      bool: positions at which the set counts as one outcome in the entropy (default: those of
-      EVENT) temperature     divides the logits entropy         False: return zeros for it (it costs a second
-      pass over the logits) prompt_lengths  tokens of each row that are its prompt; every position wanted is
-      beyond them. Equal prompts
-                      of the batch go through the model once, and the rest of each row continues on their
-                      cache
+      merged [N]      bool: where the set counts as one outcome in the entropy (default: where EVENT is wanted)
+      temperature     divides the logits
+      entropy         False: zeros are returned for it (it costs a second pass over the logits)
+      prompt_lengths  how many tokens of each row are its prompt; the positions wanted are beyond them. Equal
+                      prompts go through the model once, and the rest of each row continues on their cache
     Returns logprobs [N] and entropies [N] in nats, float32. Logits exist at these positions alone, in chunks
     that the backward pass computes again.
     """

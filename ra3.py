@@ -8,13 +8,13 @@ latent z_t: *act* (write nothing) or *think* (write one comment line). The algor
 
   for every EM iteration i, starting from the model pi_i:
     E-step, rl_updates times; q starts as a copy of pi_i, and pi_i itself is frozen:
-      1 sample     G rollouts of each snippet: q draws the latents, the lines of code are given 2 score
-      r_t = l_t - c [z_t is a thought]; l_t = mean log-likelihood of a_t under pi_i       eq. (4.1) 3
-      advantage  sum of the next 5 rewards, minus its mean over the G rollouts 4 update     policy gradient on
-      log q(z_t), plus a small entropy bonus
+      1 sample     G rollouts of each snippet: q draws the latents, the lines of code are given
+      2 score      r_t = l_t - c [z_t is a thought]; l_t = mean log-likelihood of a_t under pi_i  (4.1)
+      3 advantage  sum of the next 5 rewards, minus its mean over the G rollouts
+      4 update     policy gradient on log q(z_t), plus a small entropy bonus
     M-step, ntp_updates times; q is frozen, and pi starts again from pi_i:
-      1 sample     one rollout of each snippet: the *bootstrapped* text, code with q's thoughts 4 update
-      next-token prediction on it; the result is pi_{i+1}                                 eq. (4.2)
+      1 sample     one rollout of each snippet: the *bootstrapped* text, code with q's thoughts
+      4 update     next-token prediction on it; the result is pi_{i+1}  (4.2)
     5 log, evaluate, save
 
 Notation: pi `pi`, q `q`, z_t latent, a_t action, l_t `line`, c `penalty`, G `group_size`.
@@ -198,6 +198,8 @@ def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, str | None, bool]
         if end < len(text):
             inside = range(bisect(places, begin), bisect(places, end))
             late = [i for i in inside if places[i] >= begin + max_chars // 2] or inside[-1:]
+            if opening is None:  # inside a statement: up to its end
+                late = inside[:1]
             if late:
                 best = min(late, key=lambda i: (len(openings[i]), -i))
                 end, following = places[best], openings[best]
@@ -266,7 +268,7 @@ def legal_lines(text: str, opening: str | None = "") -> list[tuple[int, str, str
 
 def action_starts(text: str, opening: str | None = "") -> list[tuple[int, str]]:
     """(offset, kind of its code line) of each action: a line of code with the comment, blank and docstring
-    lines before it; the offset is that of its first non-blank line. A text's first action is a kind of its
+    lines before it; the offset is that of its first non-blank line. A piece's first action is a kind of its
     own."""
     starts: list[tuple[int, str]] = []
     pending = None
@@ -1325,6 +1327,8 @@ def main(args: Args) -> None:
                 stages.append((title, held))
         metrics |= {"update": state["update"], "phase": phase, "iteration": iteration, **streams[phase].metrics()}
         run.log(metrics, CONSOLE + HELDOUT * evaluated, total, math.isnan(metrics["optim/grad_norm"]))
+        if state["update"] == 1 and metrics["data/decisions"] < 1:
+            run.say("warning: next to no line can be decided about; is --dataset code? RA3 is then plain prediction")
         if last:
             run.export(models()["policy"], f"em_{iteration:03d}" + "_q" * (phase == "E"))
             run.curves(PANELS)
