@@ -304,9 +304,9 @@ class Vocabulary:
     """What each token's text means for a thought: bool [V] on the device. This is where a thought's form is
     set.
 
-    opens    "#" after leading spaces and tabs: at a decision, such a token opens a thought ends     holds a
-    newline and nothing after it: the thought ends with this token breaks   would break the source inside a
-    comment: text after a newline, carriage return, NUL, special token
+    opens    "#" after leading spaces and tabs: at a decision, such a token opens a thought
+    ends     holds a newline and nothing after it: the thought ends with this token
+    breaks   would break the source inside a comment: text after a newline, carriage return, NUL, special token
     """
 
     def __init__(self, tokenizer, size: int, device) -> None:
