@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-import sys
+import signal
 import warnings
 from pathlib import Path
 
@@ -20,20 +20,20 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Logits
 
 import common
 from common import (
-    EVENT, Ranks, Run, Sampler, Stop, UserError, inverse_cdf, load_model, load_tokenizer, micro_batches, new_optimizer,
-    optimizer_step, read_rows, token_logprobs, uniforms,
+    EVENT, Ranks, Run, Sampler, Stop, UserError, inverse_cdf, load_model, load_tokenizer, micro_batches,
+    new_optimizer, optimizer_step, read_rows, token_logprobs, uniforms,
 )  # fmt: skip
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 LONGEST = 40  # tokens of the longest row here
-WINDOW = {"sliding_window": 16}
+WINDOW, LAYERS = {"sliding_window": 16}, ["sliding_attention", "full_attention"]
 FAMILIES = {  # name: (fields of its config, can it draft, can completions share a prompt)
     "Llama": ({}, True, True),
     "GPT2": ({}, True, True),
     "Bloom": ({}, True, True),  # ALiBi
     "Mistral": (WINDOW, False, True),
     "Qwen2": ({"vocab_size": 51, "use_sliding_window": True, "max_window_layers": 1, **WINDOW}, False, True),
-    "Gemma3Text": ({"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], **WINDOW}, False, True),
+    "Gemma3Text": ({"head_dim": 8, "layer_types": LAYERS, **WINDOW}, False, True),
     "Qwen3_5Text": (
         {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
          "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}, False, False,
@@ -50,7 +50,7 @@ def small_tokenizer(size=50, eos=0, **options):
 
 
 def write_model(folder, kind="Llama", tokenizer=None, **changes):
-    """A folder with a random model of a family, with fewer key heads than heads, and its tokenizer; the folder."""
+    """Write a random model of a family (fewer key heads than heads) and its tokenizer; return the folder."""
     torch.manual_seed(0)
     fields = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -110,13 +110,14 @@ def test_token_logprobs_against_plain_arithmetic(folder, per_chunk, monkeypatch)
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_prompt_that_rows_share_is_read_once_and_changes_nothing(kind, tmp_path):
-    """Prompts of several lengths, longer than the window too, and rows of their own; against plain forwards."""
+    """Prompts of several lengths, also beyond the window, against a plain forward of each row."""
     model, generator = load(write_model(tmp_path, kind)), torch.Generator().manual_seed(3)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (model.can_draft, model.shares_prompts) == FAMILIES[kind][1:]
     prompts = [torch.randint(0, 50, (n,), generator=generator).tolist() for n in (21, 4, 1)]
     prompts[0][5] = 0  # the pad token inside a prompt is a token
-    chosen = [(0, [1, 2, 3]), (1, [5]), (0, [1, 2, 0, 0, 7] + [9] * 10), (2, [8, 9]), (0, [5]), (0, [5]), (1, [0, 0, 6])]
+    chosen = [(0, [1, 2, 3]), (1, [5]), (0, [1, 2, 0, 0, 7] + [9] * 10), (2, [8, 9]), (0, [5]), (0, [5])]
+    chosen.append((1, [0, 0, 6]))
     rows, lengths = [prompts[k] + rest for k, rest in chosen], [len(prompts[k]) for k, _ in chosen]
     where = [np.arange(n, len(row)) for row, n in zip(rows, lengths)]
     where[2] = np.array([21, 24, 35])
@@ -138,13 +139,6 @@ def test_a_prompt_that_rows_share_is_read_once_and_changes_nothing(kind, tmp_pat
         torch.testing.assert_close(a.grad, b.grad, atol=2e-4, rtol=1e-3)
 
 
-def test_right_padding_needs_no_mask(folder):
-    model, rows = load(folder), [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
-    both = token_logprobs(model, rows, [np.array([1, 2]), np.array([], dtype=int)])[0]
-    alone = token_logprobs(model, rows[:1], [np.array([1, 2])])[0]
-    torch.testing.assert_close(both, alone)
-
-
 def test_gradient_checkpointing_changes_memory_and_nothing_else(folder):
     rows, gradients, kept = torch.randint(1, 40, (4, 24)).tolist(), [], []
     for recompute in (False, True):
@@ -164,8 +158,8 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(folder):
 
 # ---------------------------------------------------------------- models that are refused
 
-ROPE = {"rope_theta": 1e4}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+DYNAMIC = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}
+LONGROPE = {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
 
 
 @pytest.mark.parametrize(
@@ -174,11 +168,10 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         ("Cohere", {"logit_scale": 0.5}, "scaled or capped"),
         ("Granite", {"logits_scaling": 4.0}, "scaled or capped"),
         ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}, "scaled or capped"),
-        ("Phi3", {"original_max_position_embeddings": 16, "rope_parameters": ROPE | LONGROPE}, "for rows of 40 tokens"),
-        ("Llama", {"max_position_embeddings": 16, "rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}},
-         "for rows of 40 tokens"),
+        ("Phi3", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE}, "rows of 40 tokens"),
+        ("Llama", {"max_position_embeddings": 16, "rope_parameters": DYNAMIC}, "rows of 40 tokens"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_training_would_get_wrong_is_refused(kind, changes, words, tmp_path, monkeypatch):
     name = write_model(tmp_path, kind, **changes)
     if kind == "Llama":  # dynamic frequencies change beyond the config's context, which the scaling extends
@@ -205,23 +198,16 @@ def test_rows_beyond_the_context(folder, tmp_path):
 def test_a_tokenizer_or_an_eos_beyond_the_model_is_one_line(tokenizer, eos, tmp_path):
     name = write_model(tmp_path, tokenizer=tokenizer)
     transformers.GenerationConfig(eos_token_id=eos).save_pretrained(name)
-    with pytest.raises(UserError, match="has more tokens than the model: call model.resize_token_embeddings") as caught:
+    with pytest.raises(UserError, match="more tokens than the model: call model.resize") as caught:
         load(name)
     assert "\n" not in str(caught.value)
 
 
-def test_no_model_no_tokenizer_no_eos(folder, tmp_path):
-    with pytest.raises(UserError, match="cannot load the model"):
-        load_model(str(tmp_path), load_tokenizer(folder), RANKS, 9)
-    with pytest.raises(UserError, match="no tokenizer at"):
-        load_tokenizer(str(tmp_path))
-    with pytest.raises(UserError, match="has no eos token"):
-        load_tokenizer(write_model(tmp_path, tokenizer=small_tokenizer(eos=None)))
-
-
-def test_a_tokenizer_as_the_scripts_need_it(folder, tmp_path):
-    tokenizer = load_tokenizer(write_model(tmp_path, tokenizer=small_tokenizer(padding_side="left", model_max_length=9)))
-    assert tokenizer.padding_side == "right" and tokenizer.pad_token_id == 0 and tokenizer.model_max_length > 10**8
+def test_a_tokenizer_as_the_scripts_need_it(tmp_path):
+    short = small_tokenizer(padding_side="left", model_max_length=9)
+    tokenizer = load_tokenizer(write_model(tmp_path, tokenizer=short))
+    assert tokenizer.padding_side == "right" and tokenizer.pad_token_id == 0
+    assert tokenizer.model_max_length > 10**8
     transformers.GenerationConfig(eos_token_id=[0, 3]).save_pretrained(tmp_path)
     assert common.eos_ids(tokenizer, str(tmp_path)) == {0, 3}
     texts = common.token_texts(tokenizer, 52)  # a model may have more tokens
@@ -274,7 +260,7 @@ def test_the_optimizer_steps_like_a_plain_adamw(folder):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (math.inf, 1.0), (0.0, math.nan), (0.0, math.inf)])
+@pytest.mark.parametrize("loss, gradient", [(math.nan, 1), (math.inf, 1), (0.0, math.nan), (0.0, math.inf)])
 def test_what_is_not_finite_changes_nothing(folder, loss, gradient):
     model = load(folder)
     optimizer = new_optimizer(model, 1e-2, 0.1)
@@ -381,14 +367,14 @@ def test_micro_batches_hold_every_row_once_within_the_limit(monkeypatch):
 
 
 def test_micro_batches_count_a_prompt_once():
-    first, second = (1,) * 10, (2,) * 10
+    first, second = (1,) * 10, (2,) * 8
     prompts, lengths = [first, second, first, second, first], [2, 3, 2, 2, 2]
-    # the second prompt's 10 + 2 x 3 = 16, the first one's 10 + 3 x 2
-    assert micro_batches(lengths, 16, prompts=prompts) == [[1, 3], [0, 2, 4]]
-    assert micro_batches(lengths, 15, prompts=prompts) == [[1], [3], [0, 2], [4]]
-    # together: two prompts and five completions of 3 tokens
-    assert micro_batches(lengths, 35, prompts=prompts) == [[1, 3, 0, 2, 4]]
-    assert micro_batches(lengths, 34, prompts=prompts) == [[1, 3, 0, 2], [4]]
+    # the first prompt's 10 + 3 x 2 = 16, the second one's 8 + 2 x 3
+    assert micro_batches(lengths, 16, prompts=prompts) == [[0, 2, 4], [1, 3]]
+    assert micro_batches(lengths, 15, prompts=prompts) == [[0, 2], [4], [1, 3]]
+    # together: two prompts padded to 10 and five completions padded to 3
+    assert micro_batches(lengths, 35, prompts=prompts) == [[0, 2, 4, 1, 3]]
+    assert micro_batches(lengths, 34, prompts=prompts) == [[0, 2, 4, 1], [3]]
 
 
 def test_a_rank_trains_on_whole_groups_if_they_divide():
@@ -402,7 +388,8 @@ def test_a_rank_trains_on_whole_groups_if_they_divide():
 
 def test_problems_are_drawn_without_replacement_from_any_cursor():
     drawn = common.draw_problems(0, 30, 10, 1)
-    assert [sorted(drawn[k : k + 10]) for k in (0, 10, 20)] == [list(range(10))] * 3 and drawn[:10] != drawn[10:20]
+    assert [sorted(drawn[k : k + 10]) for k in (0, 10, 20)] == [list(range(10))] * 3
+    assert drawn[:10] != drawn[10:20]
     assert common.draw_problems(7, 9, 10, 1) == drawn[7:16] != common.draw_problems(7, 9, 10, 2)
 
 
@@ -444,34 +431,14 @@ def test_folders_of_code_and_of_tables(tmp_path):
     assert list(read_rows(str(tables))) == [{"a": 1}]
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("no.jsonl", None, "no such data file"),
-        ("bad.jsonl", "{}\nnot json\n", "line 2"),
-        ("bad.parquet", "x", "cannot"),
-    ],
-)
-def test_unreadable_data_is_one_clear_line(tmp_path, name, content, words):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=words) as caught:
-        list(read_rows(str(tmp_path / name)))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_column_names_those_there_are():
-    with pytest.raises(UserError, match="no column `text`; it has: code, lang"):
-        common.column({"code": 1, "lang": 2}, "text", "x")
-
-
 @pytest.mark.parametrize("script", ["common", "ra3", "rmt", "grpo_rlvr", "eval_code"])
 def test_text_files_name_their_encoding(script):
     tree = ast.parse(Path(common.__file__).with_name(f"{script}.py").read_text(encoding="utf-8"))
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        name, arguments = ast.unparse(call.func).split(".")[-1], [ast.unparse(part) for part in (*call.args, *call.keywords)]
-        text = name in ("read_text", "write_text") or (name in ("open", "fdopen") and ast.unparse(call.func)[:3] != "os.")
-        if text and ast.unparse(call.func) != "tokenize.open" and not any("b'" in a for a in arguments[1:2]):
+        function, name = ast.unparse(call.func), ast.unparse(call.func).split(".")[-1]
+        text = name in ("read_text", "write_text", "open", "fdopen")
+        binary = any("b'" in ast.unparse(mode) for mode in call.args[1:2])
+        if text and function not in ("tokenize.open", "os.open") and not binary:
             assert any(k.arg == "encoding" for k in call.keywords), f"{script}.py, line {call.lineno}"
 
 
@@ -522,8 +489,11 @@ def test_checkpoints_are_whole_or_absent(folder, unused, tmp_path, monkeypatch):
     run.log({"update": 1, "x": 0.5})
     expected = [step(model, optimizer, k) for k in (1, 2)]
     run.log({"update": 2, "x": 1.0})
-    # a full disk in the middle of the second checkpoint
-    monkeypatch.setattr(common.dcp, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+
+    def full(*args, **options):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(common.dcp, "save", full)
     with pytest.raises(UserError, match="No space left.*Those before are intact"):
         run.save({"update": 3, "cursor": 9}, {"policy": model}, optimizer)
     monkeypatch.undo()
@@ -576,8 +546,10 @@ def test_old_checkpoints_are_removed_and_models_export_as_they_were(tmp_path):
     assert {file.name for file in exported.iterdir()} == {file.name for file in source.iterdir()}
     for file in source.glob("*.json"):
         before, after = (json.loads((path / file.name).read_text()) for path in (source, exported))
-        written = ("transformers_version", "_from_model_config", "is_local", "local_files_only")  # by transformers
-        assert {k: v for k, v in before.items() if k not in written} == {k: v for k, v in after.items() if k not in written}
+        # transformers itself writes these
+        for key in ("transformers_version", "_from_model_config", "is_local", "local_files_only"):
+            before.pop(key, None), after.pop(key, None)
+        assert before == after
     loaded, ids = AutoModelForCausalLM.from_pretrained(exported), torch.arange(6)[None]
     torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits)
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
@@ -623,16 +595,11 @@ def test_which_run_is_resumed(folder, tmp_path, monkeypatch):
     assert start(folder, resume="auto", bootstrap_only=True).path == second.path
 
 
-def test_a_killed_run_without_a_checkpoint_starts_again(folder, tmp_path):
-    start(folder, str(tmp_path / "r")).log({"update": 0, "x": 1.0})
-    run = start(folder, str(tmp_path / "r"), resume="auto")
-    assert run.state is None and not (run.path / "metrics.jsonl").exists()
-
-
 def test_metrics_are_json_and_the_console_shows_what_there_is(folder, tmp_path, capsys):
     run = start(folder, str(tmp_path / "r"))
     capsys.readouterr()
-    run.log({"update": 1, "loss": math.nan, "rate": 0.25, "far": -math.inf, "phase": "E"}, ("{rate:.2f}", "{loss:.1f}"), 9)
+    metrics = {"update": 1, "loss": math.nan, "rate": 0.25, "far": -math.inf, "phase": "E"}
+    run.log(metrics, ("{rate:.2f}", "{loss:.1f}"), 9)
     text = (run.path / "metrics.jsonl").read_text()
     (row,) = (json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in text.splitlines())
     assert row["rate"] == 0.25 and row["phase"] == "E" and not {"loss", "far"} & row.keys()
@@ -658,24 +625,20 @@ def test_curves_and_samples(folder, tmp_path):
     run.curves([("nothing yet", {"a": ""}, "update")])
     for update in range(20):
         run.log({"update": update, "a": float(update), "b": update % 3, "phase": "E" if update < 9 else "M"})
-    panels = [("two", {"a": "A", "b": "B"}, "update"), ("none", {"c": ""}, "update"), ("one", {"b": ""}, "time/wall_s")]
+    panels = [("two", {"a": "A", "b": "B"}, "update"), ("none", {"c": ""}, "update")]
+    panels.append(("one", {"b": ""}, "time/wall_s"))
     run.curves(panels)
     from matplotlib.image import imread
 
     wide = imread(run.path / "curves.png")
     run.curves(panels[:1])
-    assert wide.std() > 0.05 and wide.shape[1] > 1.5 * imread(run.path / "curves.png").shape[1]  # 2 panels, then 1
+    narrow = imread(run.path / "curves.png")  # one panel
+    assert wide.std() > 0.05 and wide.shape[1] > 1.5 * narrow.shape[1]
     run.samples("first", "what the colours mean", ["<pre>\u221a2 <span class=thought># think</span></pre>"])
     run.samples("second", "what the colours mean", ["<pre>x</pre>"])
     html = (run.path / "samples.html").read_text(encoding="utf-8")
     assert html.count("<!DOCTYPE") == html.count("what the colours mean") == 1 and "\u221a2" in html
     assert html.index("<h2>first") < html.index("# think") < html.index("<h2>second")
-
-
-def test_track_without_wandb_is_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="--track needs Weights & Biases: pip install wandb"):
-        start(folder, str(tmp_path / "r"), track=True)  # before anything is computed
 
 
 def test_the_folder_says_how_the_run_was_made(folder, tmp_path):
@@ -686,8 +649,6 @@ def test_the_folder_says_how_the_run_was_made(folder, tmp_path):
 
 
 def test_a_signal_becomes_a_stop_and_the_second_ctrl_c_does_not_wait(capsys):
-    import signal
-
     interrupt = common.Interrupt(RANKS)
     interrupt.check()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -24,7 +24,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -46,7 +45,7 @@ FORK.set_forkserver_preload(["test_robust", *SCRIPTS, "torch.utils.tensorboard",
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    """A random model with tiny's tokenizer; some of its tokens end a completion, and it thinks now and then."""
+    """A random model with tiny's tokenizer; some tokens end a completion, and it thinks now and then."""
     folder, tokenizer = tmp_path_factory.mktemp("model"), load_tokenizer(TOKENIZER)
     torch.manual_seed(0)
     size = len(tokenizer)
@@ -88,7 +87,7 @@ def sizes(model_dir, tmp_path_factory):
             "dataset": (str(folder / "ra3.jsonl"),), "em_iterations": 2, "rl_updates": 1, "ntp_updates": 2,
             "rl_batch_size": 8, "ntp_batch_size": 12, "group_size": 2, "max_latent_tokens": 4,
             "max_snippet_tokens": 48, "eval_snippets": 4, "rl_learning_rate": 1e-3,
-            "ntp_learning_rate": 1e-3, "penalty_warmup": 0, "rollout_rows": 24,  # both M-steps are sampled at once
+            "ntp_learning_rate": 1e-3, "penalty_warmup": 0, "rollout_rows": 24,  # two M-updates at once
         },
         "rmt": shared | {
             "dataset": str(folder / "rmt.jsonl"), "text_column": ("text",), "chat_template": False,
@@ -230,7 +229,8 @@ def stop(module, place, number, how):
         if here == place and next(left, 1) == 0:
             os.kill(os.getpid(), how)
 
-    step, write_whole, replace, check = module.optimizer_step, common.write_whole, os.replace, common.Interrupt.check
+    step, check = module.optimizer_step, common.Interrupt.check
+    write_whole, replace = common.write_whole, os.replace
 
     def stopping_check(interrupt):
         at("check")
@@ -271,7 +271,8 @@ PLACES = [  # where, the how many-th time, signal, updates that a signal still f
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_is_killed_everywhere_is_the_same_run(script, sizes, whole, tmp_path):
     folder = tmp_path / "run"
-    places = [p for p in PLACES if script == "ra3" or p[0] not in ("checkpoint", "restore")]  # there in common.py alone
+    # the places in common.py once
+    places = [p for p in PLACES if script == "ra3" or p[0] not in ("checkpoint", "restore")]
     for k, (place, number, how, finishes) in enumerate(places):
         before = states_of(folder) or [0]
         codes, errors = run(script, sizes, folder, stop, place, number, how, resume="auto" if k else "")
@@ -337,11 +338,9 @@ def test_nothing_piles_up_and_all_files_are_there(script, whole):
     assert os.listdir(f"{whole(script)}.tmp") == []
     held = Path(f"{whole(script)}.held").read_text().splitlines()
     assert len(set(held[2:])) == 1, held  # open files and threads, once the first curves are drawn
-    assert {file.name for file in whole(script).iterdir()} >= {
-        "args.json", "checkpoints", "common.py", "curves.png", "env.txt", "metrics.jsonl", "samples.html", "tensorboard",
-        f"{script}.py",
-    }  # fmt: skip
-    assert max(map(len, Path(f"{whole(script)}.0.out").read_text().splitlines())) < 1000
+    files = {file.name for file in whole(script).iterdir()}
+    assert files >= {"args.json", "env.txt", "common.py", f"{script}.py", "metrics.jsonl", "tensorboard"}
+    assert files >= {"curves.png", "samples.html", "checkpoints"}
 
 
 def real_rewards(module, log):
@@ -460,40 +459,6 @@ def test_two_ranks(script, sizes, whole, model_dir, tmp_path):
         close(folder, whole(script), start)
 
 
-def plain_and_shared(module, log):
-    """In place of a run: the loss and gradient of rows of this rank, plain and with prompts that are read once."""
-
-    def main(folder):
-        ranks, outcomes = common.setup(0), []
-        model = common.load_model(folder, load_tokenizer(folder), ranks, 40)
-        generator = torch.Generator().manual_seed(ranks.rank)
-        prompts = [torch.randint(0, 500, (n,), generator=generator).tolist() for n in (9 + ranks.rank, 3)]
-        rows = [prompt + [5] * (k + 1) for prompt in prompts for k in range(3 - ranks.rank)]
-        lengths = [9 + ranks.rank] * (3 - ranks.rank) + [3] * (3 - ranks.rank)
-        where = [np.arange(n, len(row)) for row, n in zip(rows, lengths)]
-        for options in ({}, {"prompt_lengths": lengths}):
-            for model.shares_prompts in (True, False)[: 1 + bool(options)]:
-                logprobs, _ = common.token_logprobs(model, rows, where, **options)
-                logprobs.sum().backward()
-                outcomes.append([logprobs.detach()] + [p.grad.full_tensor() for p in model.parameters()])
-                model.zero_grad()
-        assert model.shares_prompts is False and len(outcomes) == 3
-        for outcome in outcomes[1:]:
-            for a, b in zip(outcomes[0], outcome):
-                assert (a - b).norm() < 1e-5 * a.norm()
-        Path(f"{log}.{ranks.rank}.done").write_text(str(outcomes[0][1].abs().sum().item()))
-
-    module.main, module.Args = main, lambda model, **fields: model
-
-
-def test_prompts_that_rows_share_on_two_ranks(sizes, tmp_path):
-    log = str(tmp_path / "run")
-    codes, errors = run("ra3", sizes, log, plain_and_shared, log, ranks=2)
-    assert codes == [0, 0], errors
-    sums = [float(Path(f"{log}.{rank}.done").read_text()) for rank in range(2)]
-    assert sums[0] == sums[1] > 0
-
-
 def die(module, how):
     """The second rank fails in its first update."""
     step = module.optimizer_step
@@ -508,7 +473,7 @@ def die(module, how):
     module.optimizer_step = failing
 
 
-@pytest.mark.parametrize("script, how", [("ra3", "failed"), ("rmt", "killed"), ("grpo_rlvr", "failed")])
+@pytest.mark.parametrize("script, how", [("ra3", "failed"), ("rmt", "killed")])
 def test_a_rank_that_dies_ends_the_others(script, how, sizes, tmp_path):
     """Even where no torchrun ends them: a collective with a rank that is gone fails."""
     codes, errors = run(script, sizes, tmp_path / "run", die, how, ranks=2, limit_s=60)
@@ -547,8 +512,10 @@ def poison(module, kind):
     module.token_logprobs = poisoned
 
 
-@pytest.mark.parametrize("script, kind, ranks", [("ra3", "loss", 2), ("rmt", "gradient", 1), ("grpo_rlvr", "loss", 1)])
-def test_updates_that_are_not_finite_are_skipped_and_end_the_run(script, kind, ranks, sizes, model_dir, tmp_path):
+@pytest.mark.parametrize(
+    "script, kind, ranks", [("ra3", "loss", 2), ("rmt", "gradient", 1), ("grpo_rlvr", "loss", 1)]
+)
+def test_what_is_not_finite_is_skipped_and_ends_the_run(script, kind, ranks, sizes, model_dir, tmp_path):
     more = {} if script == "ra3" else {"updates": 9}
     more |= {"minibatches": 1} if script == "grpo_rlvr" else {}
     folder = tmp_path / "run"
@@ -557,8 +524,10 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(script, kind, r
     one_line(errors[0], "3 updates in a row without a finite loss and gradient")
     rows = metrics_of(folder)[1:]
     last = rows[-1]["update"]  # a batch without a zebra may have come first
-    assert [row["update"] for row in rows] == list(range(1, last + 1)) and states_of(folder) == [last - 2, last - 1]
-    assert [row["optim/skipped"] for row in rows[-3:]] == [1, 2, 3] and "NaN" not in (folder / "metrics.jsonl").read_text()
+    assert [row["update"] for row in rows] == list(range(1, last + 1))
+    assert states_of(folder) == [last - 2, last - 1]
+    assert [row["optim/skipped"] for row in rows[-3:]] == [1, 2, 3]
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
     if last == 3:  # nothing has changed
         start = load_file(model_dir / "model.safetensors")
         assert all(torch.equal(w, start[key.split()[1]]) for key, w in weights_of(folder).items())
@@ -595,6 +564,7 @@ def broken(tmp_path, model_dir):
     (tmp_path / "other.jsonl").write_text('{"body": "x", "lang": "python"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no parquet")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9\xff"}\n')
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a = 1"}\n' * 99)[:-20])
@@ -613,6 +583,7 @@ ALL = {
     "no objects": ({"dataset": "@list.jsonl"}, "it has: list"),
     "empty data": ({"dataset": "@empty.jsonl"}, "empty.jsonl"),
     "torn gzip": ({"dataset": "@torn.jsonl.gz"}, "cannot read"),
+    "not json": ({"dataset": "@bad.jsonl"}, "bad.jsonl, line 2: not a JSON object"),
     "not parquet": ({"dataset": "@bad.parquet"}, "cannot read"),
     "not utf-8": ({"dataset": "@latin.jsonl"}, "cannot read"),
     "negative size": ({"group_size": -1}, "--group-size must be"),
@@ -696,7 +667,7 @@ def test_torchrun(plant, arguments, sizes, tmp_path):
     fields = sizes["rmt"] | {"output_dir": str(folder), "updates": 10_000, "save_every": 0}
     places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder)}
     driver.write_text(DRIVER.format(fields=fields, plant=plant, arguments=arguments, **places))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
     errors = [Path(f"{folder}.{rank}.err").read_text() for rank in range(2)]
