@@ -360,7 +360,7 @@ def real_rewards(module, log):
 def test_no_process_is_left_behind(sizes, tmp_path):
     codes, errors = run("grpo_rlvr", sizes, tmp_path / "run", real_rewards, str(tmp_path / "pid"))
     assert codes == [-9], errors
-    command, until = Path(f"/proc/{(tmp_path / 'pid').read_text()}/cmdline"), time.time() + 20
+    command, until = Path(f"/proc/{(tmp_path / 'pid').read_text()}/cmdline"), time.time() + 60
     while command.exists() and b"verify" in command.read_bytes():
         assert time.time() < until
         time.sleep(0.1)
