@@ -33,7 +33,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import re
 import select
 import subprocess
@@ -55,9 +54,10 @@ from transformers import DynamicCache, LogitsProcessorList
 from common import (
     TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum, cache_argument,
     check_sizes, draw_problems, eos_ids, gathered, launch, load_model, load_tokenizer, memory_plan,
-    micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share, read_rows, run_tests, setup,
+    micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share, read_rows, setup,
     token_logprobs, token_texts, uniforms,
-)
+)  # fmt: skip
+from sandbox import run_tests, usable_cores
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Args:
     reward_timeout_s: float = 6.0
     """limit for one test of a program, or for one comparison of answers (seconds)"""
     workers: int = 0
-    """programs that run at once on each rank; 0: this machine's cores over its ranks"""
+    """completions that each rank scores at once; 0: one per core, shared by the machine's ranks"""
     # ---- algorithm
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
     """denominator of the loss, with TRL's names: see grpo_loss"""
@@ -350,7 +350,7 @@ def read_problems(source: str, args: Args, tokenizer, ranks: Ranks, started: flo
         try:
             question, checks = code_problem(row) if args.task == "code" else math_problem(row)
             info = row.get("extra_info") or {}
-            name = next(x for x in (row.get("query_id"), row.get("task_id"), info.get("index"), count) if x is not None)
+            name = first({**row, "index": info.get("index"), "number": count}, "query_id", "task_id", "index", "number")
             level = (info.get("model_difficulty") or {}).get(args.difficulty_key)
             if args.difficulty_key and int(need(level, f"difficulty `{args.difficulty_key}`")) not in LEVELS:
                 left_out[f"difficulty outside {LEVELS[0]}-{LEVELS[-1]}"] += 1
@@ -389,13 +389,17 @@ def render(question: str, checks: dict, args: Args, tokenizer, started: float) -
     else:  # of HumanEval the signature is the whole prompt
         prompt = CODE_PROMPT.format(question=question, **checks) if question else f"{checks['signature']}\n"
     if args.chat_template:
-        day = time.localtime(started)  # some templates write the date, which must not change on resume
-        dates = {"strftime_now": lambda form: time.strftime(form, day), "date_string": time.strftime("%d %b %Y", day)}
-        message = [{"role": "user", "content": prompt.strip()}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **dates)
+        day, message = time.localtime(started), [{"role": "user", "content": prompt.strip()}]
+        template = re.sub(  # transformers hands no function of ours to a template
+            r"strftime_now\((.*?)\)", lambda call: repr(time.strftime(call[1].strip("'\" "), day)),
+            tokenizer.get_chat_template(),
+        )  # fmt: skip
+        options = {"tokenize": False, "add_generation_prompt": True}
+        prompt = tokenizer.apply_chat_template(message, chat_template=template, **options)
     ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
-    appended = not args.chat_template and ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
-    return prompt, ids[:-1] if appended else ids  # a text that has ended is not completed
+    if ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # a tokenizer that appends it: nothing comes after a text that has ended
+    return prompt, ids
 
 
 # ---------------------------------------------------------------- 1 sample
@@ -581,22 +585,22 @@ class Rollouts:
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.pool = ThreadPoolExecutor(args.workers or max(1, cores))
+        self.pool = ThreadPoolExecutor(args.workers or usable_cores())
         vocab_size, ends = model.config.get_text_config().vocab_size, eos_ids(tokenizer, args.model)
         self.table = end_table(tokenizer, ends, vocab_size, args.task == "code").to(model.device)
 
-    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float, check: Callable):
+    def __call__(self, problems: list[Problem], noise: torch.Tensor, temperature: float, stop: Callable):
         """(a Sample for every entry of the global list `problems`, seconds); noise [len(problems), T].
 
-        check: called between batches, by every rank equally often; it may raise Stop.
+        stop: called between batches, by every rank equally often; it may raise Stop.
         """
         start, samples, scores = time.time(), {}, {}
         share = range(len(problems))[self.ranks.share(len(problems))]
-        mine, most = sorted(share, key=lambda i: len(problems[i].prompt_ids)), -(-len(problems) // self.ranks.world_size)
+        mine = sorted(share, key=lambda i: len(problems[i].prompt_ids))
+        most = -(-len(problems) // self.ranks.world_size)  # of any rank's share
         with gathered(self.model):
             for first in range(0, most, self.args.rollout_rows):
-                check()
+                stop()
                 batch = mine[first : first + self.args.rollout_rows]
                 prompt_ids = [problems[i].prompt_ids for i in batch]
                 rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table) if batch else []
@@ -606,10 +610,11 @@ class Rollouts:
                     key = id(problems[i]), s.text  # equal ones once, and while the next batch generates
                     scores[key] = scores.get(key) or self.pool.submit(reward, problems[i], s.text)
         generated = time.time()
-        check()
+        stop()
         for i in share:
             s = samples[i]
-            s.reward, s.passed, s.reason = scores[id(problems[i]), s.text].result()
+            trains, passed, s.reason = scores[id(problems[i]), s.text].result()
+            s.reward, s.passed = float(trains), bool(passed)  # a fork may count with integers
         everyone = all_gather_list([samples[i] for i in share], self.ranks)  # the slowest rank's time counts
         seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
         return everyone, seconds
@@ -707,15 +712,15 @@ def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
     return scores
 
 
-def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, check: Callable):
+def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, stop: Callable):
     """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm).
 
-    check: called before each micro-batch; it may raise Stop.
+    stop: called before each micro-batch; it may raise Stop.
     """
     nothing = Sample("", [0, 0], [0], [0.0], old_logprobs=[0.0], ref_logprobs=[0.0])
     sums = Counter()
     for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
-        check()
+        stop()
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         device = mask.device
@@ -746,7 +751,8 @@ PANELS = (  # title, metrics, x axis
     ("Tokens of a completion", {"rollout/completion_tokens": ""}, "update"),
     ("Entropy per token (nats)", {"policy/entropy": ""}, "update"),
     ("Gradient norm before clipping", {"optim/grad_norm": ""}, "update"),
-    ("Seconds of an update", {"time/rollout_s": "rollout", "time/reward_s": "reward", "time/update_s": "update"}, "update"),
+    ("Seconds of an update", {
+        "time/rollout_s": "rollout", "time/reward_s": "reward", "time/update_s": "update"}, "update"),
 )  # fmt: skip
 CONSOLE = (
     "reward {reward/mean:.3f}", "{rollout/completion_tokens:4.0f} tokens, {rollout/truncated:4.0%} cut",
@@ -754,8 +760,15 @@ CONSOLE = (
     "{time/rollout_s:.1f} + {time/reward_s:.1f} + {time/update_s:.1f} s", "{perf/tokens_per_s:5.0f} tok/s",
     "held-out {eval/pass@1:.3f}",
 )  # fmt: skip
-FLAT = 3  # after so many updates in which no group had a spread, the run says so, once
-TABLE = {"pass@1, greedy": "eval/pass@1", "pass@1, sampled": "eval/pass@1_sampled", "tokens, greedy": "eval/completion_tokens"}
+HINTS = {  # said once, if the metric is 1
+    "reward/groups_without_spread": "no group has different rewards, so nothing can be learnt: the problems are too "
+    "hard (metrics reward/fail_* say why) or too easy; see also --dynamic-sampling",
+    "rollout/truncated": "no completion has ended: raise --max-new-tokens, or the model does not know when to stop",
+}
+TABLE = {
+    "pass@1, greedy": "eval/pass@1", "pass@1, sampled": "eval/pass@1_sampled",
+    "tokens, greedy": "eval/completion_tokens",
+}  # fmt: skip
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
@@ -776,23 +789,12 @@ def sample_metrics(samples: list[Sample], group_size: int) -> dict:
     } | {f"reward/fail_{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
 
 
-def cause(metrics: dict) -> str:
-    """Why nothing can be learnt from an update in which no group had a spread."""
-    if metrics["reward/passed"] > 0.5:
-        return "all completions of a problem are right: the problems are too easy"
-    if metrics["rollout/truncated"] > 0.5:
-        return "most completions are truncated: raise --max-new-tokens, or the model does not know when to stop"
-    fails = {key: share for key, share in metrics.items() if key.startswith("reward/fail_")}
-    reason = max(fails, key=fails.get, default="reward/fail_").removeprefix("reward/fail_").replace("_", " ")
-    return f"no completion is right (mostly: {reason}): the problems are too hard, or the model lacks the format"
-
-
-def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, update: int, check: Callable):
+def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, update: int, stop: Callable):
     """Held-out pass@1, greedy and sampled (with the same noise every time): (metrics, the greedy samples)."""
     start = time.time()
     noise = uniforms([len(problems), args.max_new_tokens], args.seed, "evaluation")
-    greedy, _ = rollouts(problems, noise, 0.0, check)
-    sampled, _ = rollouts(problems, noise, args.temperature, check)
+    greedy, _ = rollouts(problems, noise, 0.0, stop)
+    sampled, _ = rollouts(problems, noise, args.temperature, stop)
     legend = "Held-out problems, greedy completions: at most three that are right and three that are not. "
     legend += "Thoughts and comments are in colour."
     shown = [i for right in (True, False) for i in [i for i, s in enumerate(greedy) if s.passed == right][:3]]
@@ -867,7 +869,7 @@ def load_problems(args: Args, tokenizer, ranks: Ranks, started: float) -> tuple[
     return train, heldout, f"data {args.dataset}: {len(train)} training, {len(heldout)} held-out problems{note}"
 
 
-def draw(rollouts: Rollouts, train: list[Problem], args: Args, update: int, cursor: int, check: Callable):
+def draw(rollouts: Rollouts, train: list[Problem], args: Args, update: int, cursor: int, stop: Callable):
     """Steps 1 to 3 of an update: (groups that enter it, all samples, the cursor after them, seconds)."""
     samples, groups, seconds, size = [], [], Counter(), args.group_size
     for attempt in range(max(1, args.dynamic_sampling)):
@@ -876,7 +878,7 @@ def draw(rollouts: Rollouts, train: list[Problem], args: Args, update: int, curs
         cursor += len(drawn)
         problems = [train[i] for i in drawn for _ in range(size)]  # groups: G rows
         noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
-        new, new_seconds = rollouts(problems, noise, args.temperature, check)
+        new, new_seconds = rollouts(problems, noise, args.temperature, stop)
         seconds.update(new_seconds)
         samples += new
 
@@ -892,7 +894,7 @@ def draw(rollouts: Rollouts, train: list[Problem], args: Args, update: int, curs
     return groups[: args.prompts_per_update], samples, cursor, seconds
 
 
-def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks, check: Callable):
+def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks, stop: Callable):
     """Step 4: the metrics of `minibatches` optimizer steps on the groups, and whether one was skipped."""
     begin = time.time()
     parts = [p for p in np.array_split(np.arange(len(groups)), args.minibatches) if len(p)]
@@ -911,8 +913,8 @@ def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, r
         counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (part, 1)
         lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
         normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
-        stop = check if not norms else (lambda: None)  # after the first step, the update is finished
-        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, stop)
+        may_stop = (lambda: None) if norms else stop  # after the first step, the update is finished
+        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, may_stop)
         sums.update(share_sums)
         norms.append(norm)
     sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
@@ -949,8 +951,8 @@ def main(args: Args) -> None:
     ref_model = load_model(args.model, tokenizer, ranks, longest, train=False) if args.beta else None
     optimizer = new_optimizer(model, args.learning_rate, args.weight_decay)
     rollouts, models = Rollouts(model, tokenizer, args, ranks), {"policy": model}
-    state = run.restore(models, optimizer) if run.state else {"update": 0, "cursor": 0, "before": None, "flat": 0}
-    interrupt, after = Interrupt(ranks), None
+    state = run.restore(models, optimizer) if run.state else {"update": 0, "cursor": 0, "before": None}
+    interrupt, hints, after = Interrupt(ranks), dict(HINTS), None
 
     try:
         if state["before"] is None:
@@ -970,8 +972,9 @@ def main(args: Args) -> None:
             metrics = {"update": update, **sample_metrics(samples, args.group_size), **learnt, **seconds}
             metrics["rollout/groups"], metrics["data/epoch"] = len(groups), cursor / len(train)
             metrics["perf/tokens_per_s"] = sum(map(len, samples)) / sum(seconds.values())
-            flat = state["flat"] + 1 if metrics["reward/groups_without_spread"] == 1 else 0
-            state |= {"update": update, "cursor": cursor, "flat": flat}
+            state |= {"update": update, "cursor": cursor}
+            for key in [key for key in hints if metrics[key] == 1]:
+                run.say(f"note: {hints.pop(key)}")
             last = update == args.updates
             try:
                 if last or (args.eval_every and update % args.eval_every == 0):
@@ -980,8 +983,6 @@ def main(args: Args) -> None:
                     metrics |= evaluated
             finally:
                 run.log(metrics, CONSOLE, args.updates, skipped)
-            if flat == FLAT:
-                run.say(f"nothing can be learnt: no group of the last {FLAT} updates had a spread; {cause(metrics)}")
             if last or (args.save_every and update % args.save_every == 0):
                 run.export(model, "final" if last else f"update_{update:06d}")
                 run.save(state, models, optimizer)

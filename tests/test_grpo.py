@@ -1,17 +1,20 @@
-"""grpo_rlvr.py: the loss against TRL's numbers and the equation, the sampler against enumeration, whole runs.
+"""grpo_rlvr.py: the loss against TRL's numbers and the equation, the sampler against enumeration, rows of data
+sets as users have them, rewards, whole runs.
 
-The runs use a random model of 86 thousand parameters and a toy reward; the last two tests use tiny/ and the
-sandbox.
+The runs use a random model of 86 thousand parameters and a toy reward; the last two use tiny/ and the sandbox.
 """
 
+import ast
 import dataclasses
 import inspect
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -19,37 +22,45 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import common
-import modeling
-import problems
 import grpo_rlvr
-from common import TINY, Ranks, UserError, launch
-from modeling import load_model, load_tokenizer, uniforms
-from grpo_rlvr import Args, Problem, Sample, group_advantages, grpo_loss, loss_normalizer
+from common import TINY, Ranks, Stop, UserError, launch, load_model, load_tokenizer, uniforms
+from grpo_rlvr import Args, Problem, Sample, group_advantages, grpo_loss, loss_normalizer, signature_of
 
 REPO = Path(__file__).parent.parent
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "grpo_trl.json").read_text())
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 ONE = Ranks(0, 1, torch.device("cpu"))
+TOKENIZER = load_tokenizer(str(next(p for p in (TINY / "code" / "model", TINY / "model") if p.exists())))
+V = len(TOKENIZER)
 torch.set_num_threads(1)
+
+
+def nothing():
+    """In place of Interrupt.check."""
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    """A random model with tiny's tokenizer; a tenth of its tokens end a completion, so lengths vary."""
+    """A random model with a toy tokenizer; a tenth of its tokens end a completion, so lengths vary."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         tie_word_embeddings=True, initializer_range=0.3, eos_token_id=0, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=list(range(200)), pad_token_id=0)
+    model.generation_config = GenerationConfig(eos_token_id=list(range(V // 10)), pad_token_id=0)
     model.save_pretrained(folder)
-    load_tokenizer(str(TINY / "model")).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
     return str(folder)
+
+
+def load(model_dir):
+    return load_model(model_dir, TOKENIZER, ONE, longest=64)
 
 
 @pytest.fixture(scope="module")
@@ -68,27 +79,23 @@ def problems_file(tmp_path_factory):
     return str(path)
 
 
-def toy_rewards(self, problems, texts):
-    return [(float(len(text) % 2), "" if len(text) % 2 else "even: length") for text in texts]
+def toy_reward(problem, text):
+    odd = len(text) % 2
+    return float(odd), bool(odd), "" if odd else "even: length"
 
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path, model_dir, problems_file):
     """make(**changes) -> Args of a short run; a completion of an odd number of characters is right."""
-    monkeypatch.setattr(grpo_rlvr.Rollouts, "rewards", toy_rewards)
-    monkeypatch.setattr(grpo_rlvr.Run, "curves", lambda self, keys: None)  # matplotlib is slow
-    return lambda **changes: Args(
-        **(toy_args(model_dir, problems_file) | {"output_dir": str(tmp_path / "run")} | changes)
-    )
-
-
-def toy_args(model_dir, problems_file) -> dict:
-    return {
-        "task": "math", "model": model_dir, "dataset": problems_file, "eval_problems": 4,
+    monkeypatch.setattr(grpo_rlvr, "reward", toy_reward)
+    monkeypatch.setattr(grpo_rlvr.Run, "curves", lambda self, panels: None)  # matplotlib is slow
+    sizes = {
+        "task": "math", "model": model_dir, "dataset": problems_file, "eval_problems": 4, "output_dir": str(tmp_path / "run"),
         "prompts_per_update": 4, "group_size": 4, "max_new_tokens": 12, "temperature": 0.8,
         "minibatches": 1, "updates": 4, "learning_rate": 1e-2, "micro_batch_tokens": 200, "eval_every": 0,
         "save_every": 0, "rollout_rows": 6,
     }  # fmt: skip
+    return lambda **changes: Args(**(sizes | changes))
 
 
 def metrics_of(args) -> list[dict]:
@@ -116,9 +123,7 @@ def test_advantages_by_hand():
     )
 
 
-@pytest.mark.parametrize(
-    "case", FIXTURE["cases"], ids=lambda c: f"{c['loss_type']}-{c['beta']}-{c['old_given']}"
-)
+@pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda c: f"{c['loss_type']}-{c['beta']}-{c['old_given']}")
 def test_loss_and_gradient_equal_trl(case):
     """The fixture was made by calling TRL's own GRPOTrainer._compute_loss on these tensors, with a stand-in
     for the trainer whose model returns `logprobs`; epsilon 0.2 and 0.28, use_bias_correction_kl off."""
@@ -182,11 +187,11 @@ def test_sampler_draws_from_the_models_distribution():
     """All sequences of two of seven tokens, against their probabilities at temperature 0.7."""
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
-    )
-    config.initializer_range = 0.5
+        vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        initializer_range=0.5,
+    )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    modeling.equip(model)
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     table = torch.zeros(3, 7, dtype=torch.bool)
     table[0, 3] = True  # token 3 ends a completion
     prompt, rows = [1, 2, 4], 20_000
@@ -194,11 +199,9 @@ def test_sampler_draws_from_the_models_distribution():
     expected = {}
     for a in range(7):
         then = (model(torch.tensor([[*prompt, a]])).logits[0, -1] / 0.7).softmax(-1)
-        expected |= (
-            {(3,): first[3].item()} if a == 3 else {(a, b): (first[a] * then[b]).item() for b in range(7)}
-        )
-    noise = uniforms([rows, 2], "enumeration")
-    sampled = grpo_rlvr.rollout(model, [prompt] * rows, noise, 0.7, table)
+        both = {(a, b): (first[a] * then[b]).item() for b in range(7)}
+        expected |= {(3,): first[3].item()} if a == 3 else both
+    sampled = grpo_rlvr.rollout(model, [prompt] * rows, uniforms([rows, 2], "enumeration"), 0.7, table)
     counts = dict.fromkeys(expected, 0)
     for ids, logprobs, ended in sampled:
         counts[tuple(ids)] += 1
@@ -209,66 +212,66 @@ def test_sampler_draws_from_the_models_distribution():
 
 
 def test_rollout_equals_the_plain_forward(model_dir, monkeypatch):
-    """A shared prompt read once, ended rows dropped: log-probabilities are those of a forward pass per row."""
-    model = load_model(model_dir, ONE)
-    table = torch.zeros(3, 2048, dtype=torch.bool)
-    table[0, :200] = True
+    """A shared prompt read once, ended rows gone: log-probabilities are those of a forward pass per row."""
+    model, table = load(model_dir), torch.zeros(3, V, dtype=torch.bool)
+    table[0, : V // 10] = True
     generator = np.random.default_rng(0)
-    prompts = [generator.integers(0, 2048, size).tolist() for size in (3, 9, 5, 14, 1, 9)]
+    prompts = [generator.integers(0, V, size).tolist() for size in (3, 9, 5, 14, 1, 9)]
     prompts[1][4] = 0  # the pad token inside a prompt is a token
     prompts.append(prompts[3])  # a group
-    noise = uniforms([7, 20], "plain")
-    monkeypatch.setattr(grpo_rlvr, "DROP_EVERY", 4)
-    sampled = grpo_rlvr.rollout(model, prompts, noise, 0.7, table)
-    monkeypatch.setattr(grpo_rlvr, "DROP_EVERY", 100)
-    assert [row[0] for row in grpo_rlvr.rollout(model, prompts, noise, 0.7, table)] == [
-        r[0] for r in sampled
-    ]
-    assert len({len(ids) for ids, _, _ in sampled}) > 2
+    noise, rolled = uniforms([7, 20], "plain"), []
+    for chunk in (4, 7, 100):
+        monkeypatch.setattr(grpo_rlvr, "CHUNK", chunk)
+        rolled.append(grpo_rlvr.rollout(model, prompts, noise, 0.7, table))
+    assert [[row[0] for row in rows] for rows in rolled[1:]] == [[row[0] for row in rolled[0]]] * 2
+    assert len({len(ids) for ids, _, _ in rolled[0]}) > 2
     samples = []
-    for prompt, (ids, logprobs, ended) in zip(prompts, sampled):
-        assert ended == (ids[-1] < 200) and all(i >= 200 for i in ids[:-1]) and (ended or len(ids) == 20)
+    for prompt, (ids, logprobs, ended) in zip(prompts, rolled[0]):
+        ends = [i < V // 10 for i in ids]
+        assert ended == ends[-1] and not any(ends[:-1]) and (ended or len(ids) == 20)
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
         plain = logits.log_softmax(-1).gather(-1, torch.tensor(ids).unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(torch.tensor(logprobs), plain.detach(), rtol=1e-4, atol=1e-5)
         samples.append(Sample("", prompt, ids, logprobs, ended))
-    training = grpo_rlvr.score(model, samples, Args(temperature=0.7, micro_batch_tokens=40))
-    for sample, row in zip(samples, training):
-        torch.testing.assert_close(
-            torch.tensor(row), torch.tensor(sample.rollout_logprobs), rtol=1e-4, atol=1e-5
-        )
+    for shares in (True, False):  # completions on their prompt's cache, and plain rows
+        model.shares_prompts = shares
+        training = grpo_rlvr.score(model, samples, Args(temperature=0.7, micro_batch_tokens=40))
+        for sample, row in zip(samples, training):
+            assert row == pytest.approx(sample.rollout_logprobs, rel=1e-4, abs=1e-5)
+
+
+def test_prompts_of_one_token(model_dir):
+    model, table = load(model_dir), torch.zeros(3, V, dtype=torch.bool)
+    rows = grpo_rlvr.rollout(model, [[5], [6], [5]], torch.tensor([[0.5] * 3, [0.5] * 3, [0.5] * 3]), 1.0, table)
+    assert rows[0] == rows[2] and [len(ids) for ids, _, _ in rows] == [3] * 3
 
 
 def test_greedy_is_temperature_zero(model_dir):
-    model = load_model(model_dir, ONE)
-    table = torch.zeros(3, 2048, dtype=torch.bool)
+    model, table = load(model_dir), torch.zeros(3, V, dtype=torch.bool)
     ((ids, _, ended),) = grpo_rlvr.rollout(model, [[5, 6, 7]], torch.rand(1, 8), 0.0, table)
-    plain = model.generate(
-        torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
-    )
+    plain = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)
     assert ids == plain[0, 3:].tolist() and not ended
 
 
 def test_a_body_ends_in_column_zero():
-    tokenizer = load_tokenizer(str(TINY / "model"))
-    eos = tokenizer.eos_token_id
-    table = grpo_rlvr.end_table(tokenizer, {eos}, len(tokenizer) + 8, column_zero=True)
-    signature = tokenizer.encode("def f(n):\n")
+    eos = TOKENIZER.eos_token_id
+    table = grpo_rlvr.end_table(TOKENIZER, {eos}, V + 8, column_zero=True)
+    signature = TOKENIZER.encode("def f(n):\n")
 
     def end(text: str, with_eos=False) -> int | None:
-        ids = torch.tensor([signature[-1:] + tokenizer.encode(text) + [eos] * with_eos])
+        ids = torch.tensor([signature[-1:] + TOKENIZER.encode(text) + [eos] * with_eos])
         ends = grpo_rlvr.is_end(table, ids)[0].nonzero()
         return None if not len(ends) else ends[0].item() + 1
 
     body = "    if n:\n\n        return 1\n    # so\n    return 2\n"
-    length = len(tokenizer.encode(body))
+    length = len(TOKENIZER.encode(body))
     assert end(body) is None
     assert end(body, with_eos=True) == length + 1  # the token that ends a completion belongs to it
     for after in ("def g():\n", "print(1)\n", "# next\n", '"""\n'):
-        assert tokenizer.decode(tokenizer.encode(body + after)[:length]) == body
+        assert TOKENIZER.decode(TOKENIZER.encode(body + after)[:length]) == body
         assert end(body + after) == length + 1
     assert end("return 1\n") == 1  # a body that is not indented
-    only_eos = grpo_rlvr.end_table(tokenizer, {eos}, len(tokenizer), column_zero=False)
+    only_eos = grpo_rlvr.end_table(TOKENIZER, {eos}, V, column_zero=False)
     assert only_eos.sum() == 1 and only_eos[0, eos]
 
 
@@ -279,13 +282,9 @@ def random_samples(model, count=8) -> list[Sample]:
     generator = np.random.default_rng(1)
     samples = []
     for index in range(count):
-        prompt, ids = (
-            generator.integers(0, 2048, size).tolist() for size in (2 + index % 3, 1 + 3 * index % 10)
-        )
+        prompt, ids = (generator.integers(0, V, n).tolist() for n in (2 + index % 3, 1 + 3 * index % 10))
         ids[-1] = 0  # eos, which is also pad
-        samples.append(
-            Sample("p", prompt, ids, [0.0] * len(ids), True, advantage=generator.normal(), in_loss=True)
-        )
+        samples.append(Sample("p", prompt, ids, [0.0] * len(ids), True, advantage=generator.normal(), in_loss=True))
     for sample, logprobs in zip(samples, grpo_rlvr.score(model, samples, Args())):
         sample.old_logprobs = [x + generator.normal() * 0.2 for x in logprobs]
         sample.ref_logprobs = [x + generator.normal() * 0.2 for x in logprobs]
@@ -295,19 +294,16 @@ def random_samples(model, count=8) -> list[Sample]:
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches_change_nothing(model_dir, loss_type):
     weights = []
-    for micro_batch_tokens in (1, 60, 10_000):
+    for micro_batch_tokens, shares in ((1, True), (60, True), (60, False), (10_000, True)):
         args = Args(
-            loss_type=loss_type,
-            micro_batch_tokens=micro_batch_tokens,
-            beta=0.1,
-            max_grad_norm=1e9,
-            minibatches=2,
+            loss_type=loss_type, micro_batch_tokens=micro_batch_tokens, beta=0.1, max_grad_norm=1e9, minibatches=2
         )
-        model = load_model(model_dir, ONE)
+        model = load(model_dir)
+        model.shares_prompts = shares
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         samples = random_samples(model)
         normalizer = loss_normalizer(torch.tensor([len(s.completion_ids) for s in samples]), loss_type, 1024)
-        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE)
+        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE, nothing)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert sums["tokens"] == sum(len(s.completion_ids) for s in samples) and norm > 0
     for other in weights[1:]:
@@ -316,18 +312,18 @@ def test_micro_batches_change_nothing(model_dir, loss_type):
 
 def test_stop_token_is_trained_and_truncation_can_be_masked(model_dir):
     """The completion [0] is one eos, equal to pad: its probability must rise with a positive advantage."""
-    model = load_model(model_dir, ONE)
-    sample = Sample("p", [0, 9, 0], [0], [0.0], ended=True, advantage=1.0, in_loss=True)
-    args = Args(minibatches=1, temperature=1.0)
+    model, args = load(model_dir), Args(minibatches=1, temperature=1.0)
+    sample = Sample("p", [4, 9, 5], [0], [0.0], ended=True, advantage=1.0, in_loss=True)
     (before,) = grpo_rlvr.score(model, [sample], args)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    grpo_rlvr.train_minibatch(model, optimizer, [sample], 1.0, args, ONE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rest = 1.0, args, ONE, nothing
+    grpo_rlvr.train_minibatch(model, optimizer, [sample], *rest)
     (after,) = grpo_rlvr.score(model, [sample], args)
     assert after[0] > before[0] + 1e-4
     sample.in_loss = False
-    sums, norm = grpo_rlvr.train_minibatch(model, optimizer, [sample], 1.0, args, ONE)
+    sums, norm = grpo_rlvr.train_minibatch(model, optimizer, [sample], *rest)
     assert norm == 0 and sums["tokens"] == 0
-    sums, norm = grpo_rlvr.train_minibatch(model, optimizer, [], 1.0, args, ONE)  # a rank without work
+    sums, _ = grpo_rlvr.train_minibatch(model, optimizer, [], *rest)  # a rank without work
     assert sums["tokens"] == 0
 
 
@@ -337,10 +333,11 @@ def test_stop_token_is_trained_and_truncation_can_be_masked(model_dir):
 def test_reward_rises(toy, monkeypatch):
     """A reward that any policy gradient learns: the completion is a single token."""
 
-    def short(self, problems, texts):
-        return [(float(len(self.tokenizer.encode(text)) <= 1), "long") for text in texts]
+    def short(problem, text):
+        good = len(TOKENIZER.encode(text)) <= 1
+        return float(good), good, "long"
 
-    monkeypatch.setattr(grpo_rlvr.Rollouts, "rewards", short)
+    monkeypatch.setattr(grpo_rlvr, "reward", short)
     args = toy(updates=25, prompts_per_update=8, group_size=8, max_new_tokens=6)
     grpo_rlvr.main(args)
     history = metrics_of(args)
@@ -349,17 +346,20 @@ def test_reward_rises(toy, monkeypatch):
 
 
 def test_resume_is_bit_exact(toy, tmp_path, monkeypatch):
-    whole, parts = (
-        toy(minibatches=2, beta=0.01),
-        toy(minibatches=2, beta=0.01, output_dir=str(tmp_path / "parts")),
-    )
+    settings = {"minibatches": 2, "beta": 0.01, "eval_every": 2}
+    whole, parts = toy(**settings), toy(**settings, output_dir=str(tmp_path / "parts"))
     grpo_rlvr.main(whole)
-    requested = iter([False, True])
-    with monkeypatch.context() as patch:  # a signal arrives during the second update
-        patch.setattr(grpo_rlvr.Interrupt, "requested", lambda self, ranks: next(requested))
-        with pytest.raises(KeyboardInterrupt):
+    left = iter([False] * 19 + [True])
+
+    def check(interrupt):  # a signal arrives inside an update
+        if next(left):
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo_rlvr.Interrupt, "check", check)
+        with pytest.raises(Stop):
             grpo_rlvr.main(parts)
-    assert len(metrics_of(parts)) == 3
+    assert 1 < len(metrics_of(parts)) < 5
     with pytest.raises(UserError, match="eps-high"):
         grpo_rlvr.main(dataclasses.replace(parts, resume=parts.output_dir, eps_high=0.5))
     grpo_rlvr.main(dataclasses.replace(parts, resume=parts.output_dir))
@@ -368,7 +368,7 @@ def test_resume_is_bit_exact(toy, tmp_path, monkeypatch):
         assert torch.equal(weight, weights_of(parts)[key]), key
 
 
-def test_two_ranks_equal_one(toy, tmp_path, model_dir, problems_file):
+def test_two_ranks_equal_one(toy, tmp_path, model_dir):
     """The same global batches, so the same update to rounding; Adam amplifies it, hence the sums."""
     args = toy(updates=2, minibatches=2, beta=0.01, dynamic_sampling=2, learning_rate=1e-3)
     grpo_rlvr.main(args)
@@ -377,29 +377,19 @@ def test_two_ranks_equal_one(toy, tmp_path, model_dir, problems_file):
     driver.write_text(
         f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\n"
         "import grpo_rlvr, test_grpo\n"
-        "grpo_rlvr.Rollouts.rewards = test_grpo.toy_rewards\n"
+        "grpo_rlvr.reward = test_grpo.toy_reward\n"
         f"grpo_rlvr.launch(grpo_rlvr.main, grpo_rlvr.Args(**{fields!r}))\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-        str(driver),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(driver)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     two = dataclasses.replace(args, output_dir=fields["output_dir"])
     for mine, other in zip(metrics_of(args), metrics_of(two), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
-    start = load_file(Path(model_dir) / "model.safetensors")
-    one, two = weights_of(args), weights_of(two)
-    assert sum((one[k] - two[k]).abs().sum() for k in one) < 1e-2 * sum(
-        (one[k] - start[k]).abs().sum() for k in one
-    )
+    start, one, two = load_file(Path(model_dir) / "model.safetensors"), weights_of(args), weights_of(two)
+    moved = sum((one[k] - start[k]).abs().sum() for k in one)
+    assert sum((one[k] - two[k]).abs().sum() for k in one) < 1e-2 * moved
 
 
 def test_several_minibatches_have_true_old_logprobs(toy, monkeypatch):
@@ -415,10 +405,11 @@ def test_several_minibatches_have_true_old_logprobs(toy, monkeypatch):
 
 
 def test_dynamic_sampling_and_overlong_filter(toy, monkeypatch):
-    def rewards(self, problems, texts):  # only the even problems have a spread
-        return [(float(len(text) % 2 and int(p.name) % 2 == 0), "no") for p, text in zip(problems, texts)]
+    def rewards(problem, text):  # only the even problems have a spread
+        good = len(text) % 2 == 1 and int(problem.name) % 2 == 0
+        return float(good), good, "no"
 
-    monkeypatch.setattr(grpo_rlvr.Rollouts, "rewards", rewards)
+    monkeypatch.setattr(grpo_rlvr, "reward", rewards)
     seen, real = [], grpo_rlvr.train_minibatch
 
     def spy(model, optimizer, samples, *rest):
@@ -433,6 +424,22 @@ def test_dynamic_sampling_and_overlong_filter(toy, monkeypatch):
     assert all(row["rollout/groups"] > 0 for row in metrics_of(args)[1:])
 
 
+def test_metrics_count_what_passed_and_the_run_says_what_cannot_be_learnt(toy, monkeypatch, capfd):
+    """A fork with partial credit: the reward is 0.5 everywhere, and nothing passes."""
+    monkeypatch.setattr(grpo_rlvr, "reward", lambda problem, text: (0.5, False, "half: <b>"))
+    args = toy(updates=2)
+    grpo_rlvr.main(args)
+    for row in metrics_of(args)[1:]:
+        assert (row["reward/mean"], row["reward/passed"], row["reward/solved_groups"]) == (0.5, 0, 0)
+        assert row["reward/fail_half"] == 1 and row["reward/groups_without_spread"] == 1
+    assert metrics_of(args)[-1]["eval/pass@1"] == 0
+    out, error = capfd.readouterr()
+    assert out.count("note: no group has different rewards") == 1 and "pass@1, greedy" in out and not error
+    assert all(len(line) <= 120 for line in out.splitlines() if re.match(r" *\d/2 ", line))
+    page = (Path(args.output_dir) / "samples.html").read_text()
+    assert "wrong</span> (half: &lt;b&gt;, reward 0.5" in page and "<b>" not in page
+
+
 def test_bad_gradients_are_skipped_then_stop_the_run(toy, monkeypatch):
     real = grpo_rlvr.grpo_loss
 
@@ -443,7 +450,7 @@ def test_bad_gradients_are_skipped_then_stop_the_run(toy, monkeypatch):
     monkeypatch.setattr(grpo_rlvr, "grpo_loss", nan)
     monkeypatch.setattr(common, "MAX_SKIPPED", 2)
     args = toy(save_every=1)
-    with pytest.raises(UserError, match="2 updates in a row.*[0-9]"):
+    with pytest.raises(UserError, match="2 updates in a row"):
         grpo_rlvr.main(args)
     assert [row.get("optim/skipped") for row in metrics_of(args)] == [0, 1, 2]
     start, after = load_file(Path(args.model) / "model.safetensors"), weights_of(args, "update_000001")
@@ -453,152 +460,245 @@ def test_bad_gradients_are_skipped_then_stop_the_run(toy, monkeypatch):
 # ---------------------------------------------------------------- data
 
 
-def write(tmp_path, rows) -> str:
-    path = tmp_path / "rows.jsonl"
+def read(tmp_path, rows, tokenizer=TOKENIZER, started=0.0, **changes) -> tuple[dict[str, Problem], str]:
+    """(problems by the question's first word, what was left out), with a row of each task that is fine."""
+    path, math_task = tmp_path / "rows.jsonl", changes.get("task") == "math"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    args = Args(**{"reward_timeout_s": 2.0} | changes)
+    problems, note = grpo_rlvr.read_problems(str(path), args, tokenizer, ONE, started)
+    return {p.prompt.removeprefix('"""\n').split()[0] if not math_task else p.prompt.split()[0]: p for p in problems}, note
 
 
-def read(tmp_path, rows, **changes) -> dict[str, Problem]:
-    tokenizer = load_tokenizer(str(TINY / "model"))
-    found = grpo_rlvr.read_problems(write(tmp_path, rows), Args(**changes), tokenizer)
-    return {problem.prompt.split("\n")[1 if changes.get("task") != "math" else 0]: problem for problem in found}
+def io(inputs, outputs, **more) -> str:
+    return json.dumps({"inputs": inputs, "outputs": outputs, **more})
 
 
 def test_code_schemas(tmp_path):
-    functional = {"inputs": ["[1, 2]\n3", "[1]\n2"], "outputs": ["6", "3"], "fn_name": "add"}
-    lcb = [
-        {"input": "3\n4", "output": "7", "testtype": "functional", "metadata": '{"func_name": "plus"}'}
-    ] * 20
+    functional = io(["[1, 2]\n3", "[1]\n2"], ["6", "3"], fn_name="add")
+    lcb = [{"input": "3\n4", "output": "7", "testtype": "functional", "metadata": '{"func_name": "plus"}'}] * 20
     prime = [{"type": "function_call", "input": [2, 3], "output": [5], "fn_name": "total"}]
-    lists = {"inputs": ["1", "2"], "outputs": [[1], []], "fn_name": "some"}  # results that are lists
     taco = {"inputs": [["1 2", "3"]] + [f"{i}" for i in range(30)], "outputs": [["6"]] + ["x"] * 30}
-    starter = "class Solution:\n    def plus(self, a, b):\n        "
-    solution = (
-        "class Solution:\n    def total(self, a, *,\n              b: int = 3) -> int:\n        return a + b"
-    )
-    found = read(tmp_path, [
-        {"question": "boba", "input_output": json.dumps(functional), "metadata": {"fn_name": "add"}},
-        {"question": "given", "input_output": json.dumps(functional), "signature": "def add(xs, y):"},
+    starter = "class Solution:\n    def plus(self, a: List[int], b):\n        "
+    solution = "class Solution:\n    def total(self, a, *,\n              b: int = 3) -> int:\n        return a + b"
+    found, _ = read(tmp_path, [
+        {"question": "boba", "input_output": functional, "metadata": {"fn_name": "add"}},
+        {"question": "given", "input_output": functional, "signature": "def add(xs, y):"},
         {"problem": "lcb", "tests": json.dumps(lcb), "starter_code": starter,
          "metadata": json.dumps({"func_name": "plus"})},
         {"problem": "prime", "tests": json.dumps(prime), "solutions": [solution]},
-        {"problem": "lists", "tests": json.dumps(lists)},
         {"problem": "taco", "tests": json.dumps(taco), "solutions": ["import sys"]},
         {"problem": "codeforces", "tests": [{"input": "1\n", "output": "2\n"}]},
+        {"task_id": "H/0", "prompt": 'humaneval = 1\ndef f(n):\n    """Doubles.\n    """\n', "entry_point": "f",
+         "test": "def check(c):\n    assert c(2) == 4", "canonical_solution": "    return 2 * n\n"},
+        {"task_id": 11, "text": "mbpp", "code": "def g(a,\n  b=set()): return a", "test_setup_code": "",
+         "test_list": ["assert g(1) == 1", "assert g(2) == 2", "assert g(3) == 3"]},
+        {"task_id": 12, "prompt": "mbppplus", "code": "def h(a): return a", "test_imports": [],
+         "test_list": ["assert h(1) == 1"], "test": "assert h(5) == 5"},
     ])  # fmt: skip
-    assert found["boba"].prompt == '"""\nboba\n"""\ndef add(arg1, arg2):\n'
-    assert found["given"].prompt == '"""\ngiven\n"""\ndef add(xs, y):\n'
-    assert found["given"].checks["fn_name"] == "add" and found["given"].checks["cases"][0]["output"] == "6"
-    assert found["lcb"].prompt.endswith("class Solution:\n    def plus(self, a, b):\n")
-    assert len(found["lcb"].checks["cases"]) == 20 and found["lcb"].checks["fn_name"] == "plus"
-    assert found["prime"].prompt.endswith("def total(a, *, b: int = 3):\n")
-    assert found["prime"].checks["cases"] == [{"input": [2, 3], "output": 5}]
-    assert [case["output"] for case in found["lists"].checks["cases"]] == [[1], []]
-    assert found["taco"].prompt.endswith("def main():\n") and found["taco"].checks["fn_name"] == ""
-    assert len(found["taco"].checks["cases"]) == problems.MAX_TESTS  # those with the longest inputs
-    assert found["taco"].checks["cases"][0] == {"input": "1 2\n3", "output": "6"}
-    assert found["codeforces"].checks["cases"] == [{"input": "1\n", "output": "2\n"}]
+    prompts, checks = {k: p.prompt for k, p in found.items()}, {k: p.checks for k, p in found.items()}
+    assert prompts["boba"] == '"""\nboba\n"""\ndef add(arg1, arg2):\n'
+    assert prompts["given"] == '"""\ngiven\n"""\ndef add(xs, y):\n'
+    assert checks["given"]["fn_name"] == "add" and checks["given"]["cases"][0]["output"] == "6"
+    assert prompts["lcb"].endswith("class Solution:\n    def plus(self, a: List[int], b):\n")
+    assert len(checks["lcb"]["cases"]) == 20 and checks["lcb"]["fn_name"] == "plus"
+    assert prompts["prime"].endswith("def total(a, *, b: int=3):\n")
+    assert prompts["taco"].endswith("def main():\n") and checks["taco"]["fn_name"] is None
+    assert len(checks["taco"]["cases"]) == grpo_rlvr.MAX_TESTS  # those with the longest inputs
+    assert checks["taco"]["cases"][0] == {"input": "1 2\n3", "output": "6"}
+    assert checks["codeforces"]["cases"] == [{"input": "1\n", "output": "2\n"}]
+    assert prompts["humaneval"] == 'humaneval = 1\ndef f(n):\n    """Doubles.\n    """\n'
+    assert prompts["mbpp"] == '"""\nmbpp\nassert g(1) == 1\nassert g(2) == 2\n"""\ndef g(a, b=set()):\n'
+    assert checks["mbppplus"]["tests"] == "assert h(5) == 5"
+    for name, right, wrong in (
+        ("humaneval", "    return 2 * n\n", "    return n"), ("mbpp", "    return a\n", "    return 1"),
+        ("mbppplus", "    return a\n", "    return 1"), ("lcb", "        return a + b\n", "        pass"),
+    ):  # fmt: skip
+        assert grpo_rlvr.reward(found[name], right)[:2] == (1.0, True), name
+        assert grpo_rlvr.reward(found[name], wrong)[:2] == (0.0, False), name
+
+
+def test_lists_of_one_result(tmp_path):
+    """The reference solution says whether a list of one element is the result; without one, it is not."""
+    tests = io(["1", "2"], [[1], [2]], fn_name="f")
+    rows = [
+        {"question": "value", "input_output": tests, "solutions": ["def f(x):\n    return x"]},
+        {"question": "list", "input_output": tests, "solutions": ["def f(x):\n    return [x]"]},
+        {"question": "unknown", "input_output": tests},
+        {"question": "several", "input_output": io(["1", "2"], [[1], []], fn_name="f")},
+    ]
+    found, _ = read(tmp_path, rows)
+    outputs = {k: [case["output"] for case in p.checks["cases"]] for k, p in found.items()}
+    assert outputs == {"value": [1, 2], "list": [[1], [2]], "unknown": [1, 2], "several": [[1], []]}
+
+
+def f_with(solution):
+    return {"question": "Id.", "input_output": io(["3"], ["3"], fn_name="f"), "solutions": [solution]}
+
+
+CODE_ROWS = [  # row, the signature of its problem or the reason why there is none
+    ({"question": None, "input_output": None, "problem": "Add.", "solutions": [],
+      "tests": '[{"type": "stdin_stdout", "input": "1 2", "output": "3"}]'}, "def main():"),
+    ({"question": None, "input_output": io(["1"], ["1"])}, "1 no question"),
+    ({"question": "Add.", "input_output": io([], [])}, "1 no tests"),
+    ({"question": "Add.", "input_output": io(["1", "2", "3"], ["1"])}, "1 not as many outputs as inputs"),
+    ({"question": "Add.", "input_output": io(["1"], [None])}, "1 a test without input or output"),
+    ({"question": "Add.", "input_output": "{"}, "1 malformed (JSONDecodeError)"),
+    ({"question": "Add.", "input_output": "3"}, "1 malformed (TypeError)"),
+    ({"question": "Echo.", "input_output": io([1], [1])}, "def main():"),
+    ({"question": "Add.", "input_output": io(["1\n2"], ["3"], fn_name=None), "metadata": {"fn_name": "add"}},
+     "def add(arg1, arg2):"),
+    (f_with("def f(x, seen=set()):\n    return x"), "def f(x, seen=set()):"),
+    (f_with("import numpy as np\ndef f(x: np.ndarray, m=MOD):\n    return x"), "def f(arg1):"),
+    (f_with("def f(x,  # the number\n      y=1):\n    return x"), "def f(x, y=1):"),
+    (f_with("def f(x: List[int], y=r'\\d') -> Optional[int]:\n    return x"), "def f(x: List[int], y='\\\\d'):"),
+    (f_with("f = lambda x: x"), "def f(arg1):"),
+    (f_with(None), "def f(arg1):"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, expected", CODE_ROWS)
+def test_code_rows_as_users_have_them(tmp_path, row, expected):
+    fine = {"query_id": "fine", "question": "Fine.", "input_output": io(["1"], ["1"])}
+    found, note = read(tmp_path, [fine, row])
+    found.pop("Fine.")
+    if expected.startswith("def"):
+        (problem,) = found.values()
+        assert problem.prompt.endswith(f'\n"""\n{expected}\n') and "None" not in problem.prompt
+        assert all(isinstance(x, str) for case in problem.checks["cases"] for x in case.values())
+        assert ("1 signatures replaced" in note) == ("MOD" in str(row))
+    else:
+        assert not found and note == f"; left out: {expected}"
+        with pytest.raises(UserError, match=r"rows.jsonl: 1 of 1 rows cannot be used.*columns: question"):
+            read(tmp_path, [row])
+
+
+MATH_ROWS = [
+    ({"extra_info": None}, "", "2"),
+    ({"extra_info": {"model_difficulty": {"K": None}}}, "K", "1 no difficulty `K`"),
+    ({"extra_info": {"model_difficulty": {"K": 16}}}, "K", "1 difficulty outside 1-13"),
+    ({"reward_model": {"ground_truth": 2}}, "", "2"),
+    ({"reward_model": {"ground_truth": 0}}, "", "0"),
+    ({"reward_model": {"ground_truth": '[""]'}}, "", "1 no answer"),
+    ({"reward_model": None}, "", "1 no answer"),
+    ({"prompt": [{"role": "user", "content": None}]}, "", "1 no question"),
+    ({"prompt": []}, "", "1 no prompt"),
+]
+
+
+@pytest.mark.parametrize("change, key, expected", MATH_ROWS)
+def test_math_rows_as_users_have_them(tmp_path, change, key, expected):
+    row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": '["2"]'}} | change
+    fine = {"prompt": "Fine.", "reward_model": {"ground_truth": "1"}, "extra_info": {"model_difficulty": {"K": 1}}}
+    found, note = read(tmp_path, [fine, row], task="math", difficulty_key=key)
+    assert found.pop("Fine.").checks["answer"] == "1"
+    assert [p.checks["answer"] for p in found.values()] == ([expected] if expected.isdigit() else [])
+    assert note == ("" if expected.isdigit() else f"; left out: {expected}")
+
+
+def test_signatures_of_the_standard_library():
+    """By `ast`: no parenthesis, comment or string misleads it. Each is one line that compiles."""
+    count = 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::8]:
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and (node.args.defaults or node.returns):
+                signature, count = signature_of(source, node.name), count + 1
+                compile(f"{signature}\n    pass", "", "exec", dont_inherit=True)
+                assert "\n" not in signature.replace("\\n", "")
+    assert count > 50
 
 
 def test_math_schema_and_stratification(problems_file):
-    tokenizer = load_tokenizer(str(TINY / "model"))
-    found = grpo_rlvr.read_problems(problems_file, Args(task="math", difficulty_key="M"), tokenizer)
+    args = Args(task="math", difficulty_key="M")
+    found, note = grpo_rlvr.read_problems(problems_file, args, TOKENIZER, ONE, 0.0)
     levels = [int(problem.name) % 17 for problem in found]
     assert sorted(levels[:13]) == list(range(1, 14)) and sorted(levels[13:26]) == list(range(1, 14))
-    assert set(levels) == set(range(1, 14))
+    assert set(levels) == set(range(1, 14)) and "9 difficulty outside 1-13" in note
     for problem in found:
         assert problem.checks["answer"] == str(int(problem.name) + 1)
-        assert problem.prompt.endswith(
-            "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
-        )
-    with pytest.raises(UserError, match="no column `K`; it has: M"):
-        grpo_rlvr.read_problems(problems_file, Args(task="math", difficulty_key="K"), tokenizer)
+        assert problem.prompt.endswith("\nPlease reason step by step, and put your final answer within \\boxed{}.\n")
 
 
-@pytest.mark.parametrize(
-    "row", [{"prompt": "x"}, {"question": "q", "input_output": "{"}, {"question": "q", "input_output": "{}"}]
-)
-def test_rows_that_cannot_be_read(tmp_path, row):
-    with pytest.raises(UserError, match="rows.jsonl"):
-        read(tmp_path, [row])
+def test_prompts_do_not_end_with_an_appended_eos(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER.name_or_path)
+    eos = tokenizer.eos_token
+    ends = TemplateProcessing(single=f"{eos} $A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    assert tokenizer("x").input_ids[-1] == tokenizer.eos_token_id
+    found, _ = read(tmp_path, [{"question": "Fine.", "input_output": io(["1"], ["1"])}], tokenizer)
+    plain = TOKENIZER(found["Fine."].prompt, add_special_tokens=False).input_ids
+    assert found["Fine."].prompt_ids == [tokenizer.eos_token_id, *plain]
 
 
-def test_every_epoch_is_a_permutation():
-    drawn = [i for cursor in range(0, 30, 5) for i in grpo_rlvr.draw_problems(cursor, 5, 10, seed=3)]
-    assert drawn == grpo_rlvr.draw_problems(0, 30, 10, seed=3)
-    epochs = [drawn[i : i + 10] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
+def test_a_chat_templates_date_is_that_of_the_first_start(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER.name_or_path)
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}: {{ messages[0]['content'] }} A:"
+    row = {"prompt": "Fine.", "reward_model": {"ground_truth": "1"}}
+    found, _ = read(tmp_path, [row], tokenizer, started=86400 * 366.0, task="math", chat_template=True)
+    assert found["1971:"].prompt.startswith("1971: Fine.\nPlease") and found["1971:"].prompt.endswith(". A:")
 
 
 # ---------------------------------------------------------------- reward
 
 
 def test_code_rewards():
-    checks = {
-        "signature": "def f(n):",
-        "cases": [{"input": "2", "output": "4"}, {"input": "3", "output": "9"}],
-        "fn_name": "f",
-    }
-    reads = {"signature": "def main():", "cases": [{"input": "5\n", "output": "25\n"}], "fn_name": ""}
-    in_class = checks | {"signature": "class Solution:\n    def f(self, n: List[int]):"}
-    cases = [
-        (checks, "    return n * n\n", 1, "passed"),
-        (checks, "    return n * n\ndef g():", 1, "passed"),  # cut at column 0
-        (checks, "    return n + 2\n", 0, "wrong answer"),  # the first test passes: all or nothing
-        (checks, "    while True: pass\n", 0, "timeout"),
-        (checks, "    raise ValueError(n)\n", 0, "exception"),
-        (checks, "    import sys; sys.exit(0)\n", 0, "e"),
-        (checks, "    return (\n", 0, "e"),
-        (checks, "", 0, "e"),
-        (reads, "    print(int(input()) ** 2)\n", 1, "passed"),
-        (in_class, "        return n * n\n", 1, "passed"),
-    ]
-    posed = [Problem("p", "", [], case[0]) for case in cases]
-    scores = grpo_rlvr.code_rewards(
-        posed, [case[1] for case in cases], Args(reward_timeout_s=1.0, workers=1)
-    )
-    for (_, body, reward, reason), (actual, actual_reason) in zip(cases, scores):
-        assert actual == reward and actual_reason.startswith(reason), (body, actual_reason)
+    cases = [{"input": "2", "output": "4"}, {"input": "3", "output": "9"}]
+    f = {"signature": "def f(n):", "cases": cases, "fn_name": "f", "timeout_s": 1.0}
+    reads = f | {"signature": "def main():", "cases": [{"input": "5\n", "output": "25\n"}], "fn_name": None}
+    in_class = f | {"signature": "class Solution:\n    def f(self, n: List[int]):"}
+    for checks, body, passed, reason in [
+        (f, "    return n * n\n", True, "passed"),
+        (f, "    return n * n\ndef g():", True, "passed"),  # cut at column 0
+        (f, "    return n + 2\n", False, "wrong answer"),  # the first test passes: all or nothing
+        (f, "    while True: pass\n", False, "timeout"),
+        (f, "    raise ValueError(n)\n", False, "exception"),
+        (f, "    import sys; sys.exit(0)\n", False, "e"),
+        (f, "    return (\n", False, "e"),
+        (f, "", False, "e"),
+        (reads, "    print(int(input()) ** 2)\n", True, "passed"),
+        (in_class, "        return n * n\n", True, "passed"),
+    ]:
+        trains, right, why = grpo_rlvr.reward(Problem("p", "", [], checks), body)
+        assert (trains, right) == (float(passed), passed) and why.startswith(reason), (body, why)
 
 
 def test_an_idle_verifier_stays(monkeypatch):
     real = inspect.getsource
-    monkeypatch.setattr(problems.inspect, "getsource", lambda f: real(f).replace("alarm(600)", "alarm(1)"))
-    verify = problems.MathVerifier()
-    assert verify("13", "\\boxed{13}", 20.0) == (1.0, "right")
+    monkeypatch.setattr(grpo_rlvr.inspect, "getsource", lambda f: real(f).replace("alarm(600)", "alarm(1)"))
+    verify = grpo_rlvr.MathVerifier()
+    assert verify("13", "\\boxed{13}", 20.0) == (True, "right")
     time.sleep(1.5)
-    assert verify("13", "\\boxed{13}", 20.0) == (1.0, "right")
+    assert verify("13", "\\boxed{13}", 20.0) == (True, "right")
 
 
-def test_math_rewards():
-    verify = problems.MathVerifier()
-    cases = [
-        ("\\frac{1}{2}", "so it is \\boxed{0.5}", 1, "right"),
-        ("13", "first \\boxed{12}, no: \\boxed{13}.", 1, "right"),
-        ("13", "12 + 1 = 13. \\boxed{14}", 0, "wrong answer"),
-        ("13", "The answer is 13.", 0, "no answer"),
-        ("13", "", 0, "no answer"),
-        ("13", "\\boxed{}", 0, "no answer"),
-    ]
-    for gold, text, reward, reason in cases:
-        assert verify(gold, text, 20.0) == (reward, reason), text
+def test_math_rewards(capfd):
+    verify = grpo_rlvr.MathVerifier()
+    for gold, text, right, reason in [
+        ("\\frac{1}{2}", "so it is \\boxed{0.5}", True, "right"),
+        ("13", "first \\boxed{12}, no: \\boxed{13}.", True, "right"),
+        ("13", "12 + 1 = 13. \\boxed{14}", False, "wrong answer"),
+        ("13", "The answer is 13.", False, "no answer"),
+        ("13", "", False, "no answer"),
+        ("13", "\\boxed{}", False, "no answer"),
+        ("√2", "\\boxed{\\sqrt{2}}", True, "right"),
+        ("√2", "\\boxed{2}", False, "wrong answer"),
+        ("2√(3)", "\\boxed{2\\sqrt{3}}", True, "right"),
+        ("\\sqrt{2}", "\\boxed{√2}", True, "right"),
+        ("∞", "\\boxed{\\infty}", True, "right"),
+        ("−2π", "\\boxed{-2\\pi}", True, "right"),
+    ]:
+        assert verify(gold, text, 20.0) == (right, reason), (gold, text)
     begin = time.time()
-    assert verify("13", "\\boxed{9^{9^{9^9}}}", 0.5) == (0.0, "timeout")
+    assert verify("13", "\\boxed{9^{9^{9^9}}}", 0.5) == (False, "timeout")
     assert time.time() - begin < 3
-    assert verify("13", "\\boxed{13}", 20.0) == (1.0, "right")  # a new process
+    assert verify("13", "\\boxed{13}", 20.0) == (True, "right")  # a new process
     verify.process.kill()
     verify.process.wait()
-    assert verify("13", "\\boxed{13}", 20.0)[0] == 0.0 and verify("13", "\\boxed{13}", 20.0)[0] == 1.0
+    assert not verify("13", "\\boxed{13}", 20.0)[0] and verify("13", "\\boxed{13}", 20.0)[0]
+    assert capfd.readouterr() == ("", "")  # no warning of math-verify
 
 
 # ---------------------------------------------------------------- command line
-
-
-def test_sizes_that_do_not_fit():
-    for changes in ({"group_size": 1}, {"temperature": 0.0}, {"chat_template": True}):
-        with pytest.raises(UserError):
-            grpo_rlvr.check(Args(**changes))
 
 
 def test_defaults_follow_task_and_tiny(monkeypatch):
@@ -607,29 +707,35 @@ def test_defaults_follow_task_and_tiny(monkeypatch):
     assert (args.group_size, args.max_new_tokens, args.updates, args.train_problems) == (8, 4096, 7, 4096)
     monkeypatch.setattr(sys, "argv", ["grpo_rlvr.py", "--tiny", "--no-normalize-std"])
     args = grpo_rlvr.parse_args()
-    assert args.tiny and args.dataset.endswith("code_train.jsonl") and not args.normalize_std
+    assert args.tiny and Path(args.dataset).exists() and not args.normalize_std
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--dataset", "missing.jsonl"], "no such data file or folder: missing.jsonl"),
-        (["--model", "./nowhere"], "nowhere"),
-        (["--eval-problems", "0"], "--eval-problems"),
-        (["--max-prompt-tokens", "3"], "--max-prompt-tokens 3"),
-        (["--minibatches", "5"], "the nearest that does is 4"),
-        (["--task", "math", "--difficulty-key", "K"], "no column `K`"),
-    ],
-)
+BAD_INPUT = [
+    (["--dataset", "missing.jsonl"], "no such data file or folder: missing.jsonl"),
+    (["--model", "./nowhere"], "nowhere"),
+    (["--eval-problems", "0"], "--eval-problems"),
+    (["--max-prompt-tokens", "3"], "--max-prompt-tokens 3"),
+    (["--max-new-tokens", "100000"], "the longest rows"),
+    (["--minibatches", "5"], "the nearest that does is 4"),
+    (["--group-size", "1"], "--group-size"),
+    (["--temperature", "0"], "--temperature"),
+    (["--chat-template"], "--chat-template"),
+    (["--task", "math", "--difficulty-key", "K"], "no difficulty `K`"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, capfd, monkeypatch, tmp_path):
+    """A dry run refuses what the run refuses, and neither leaves a folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["grpo_rlvr.py", "--tiny", *flags])
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as left:
-        launch(grpo_rlvr.main, grpo_rlvr.parse_args())
-    error = capfd.readouterr().err.strip().splitlines()
-    assert left.value.code == 2 and len(error) == 1 and error[0].startswith("error: ") and message in error[0]
-    assert not list(tmp_path.iterdir())
+    for more in ([], ["--dry-run"]):
+        monkeypatch.setattr(sys, "argv", ["grpo_rlvr.py", "--tiny", *flags, *more])
+        with pytest.raises(SystemExit) as left:
+            launch(grpo_rlvr.main, grpo_rlvr.parse_args())
+        error = capfd.readouterr().err.strip().splitlines()
+        assert left.value.code == 2 and len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+        assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capfd, monkeypatch, tmp_path):
@@ -637,27 +743,29 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capfd, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "argv", ["grpo_rlvr.py", "--tiny", "--dry-run"])
     grpo_rlvr.main(grpo_rlvr.parse_args())
     out = capfd.readouterr().out
-    assert "training and 98 held-out problems" in out and "def solve(" in out and "GiB" in out
+    assert re.search(r"training, \d+ held-out problems", out) and "def solve(" in out and "GiB" in out
     assert not list(tmp_path.iterdir())
 
 
 def test_tiny_run_is_saved_on_sigterm(tmp_path):
-    """The embedded model and problems and the sandbox: some updates, then the signal of a preemption."""
+    """The bundled model and problems and the sandbox: some updates, then the signal of a preemption."""
     folder = tmp_path / "run"
     sizes = ["--prompts-per-update", "4", "--group-size", "4", "--eval-problems", "8", "--updates", "500"]
     command = [sys.executable, str(REPO / "grpo_rlvr.py"), "--tiny", *sizes, "--output-dir", str(folder)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("2/500"):
+        if re.match(" *2/500", line):
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=100) == 130, process.stderr.read()
-    assert lines[0] == f"run folder {folder}\n" and "held-out pass@1" in lines[1] and "tokens/s" in lines[2]
+    assert lines[0].startswith("model ") and " training, 8 held-out problems" in lines[1]
+    assert lines[2] == f"run folder {folder}\n" and "held-out" in lines[3] and "tok/s" in lines[4]
+    assert lines[-1].endswith(f"--resume {folder} continues\n")
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in history] == list(range(len(history)))
     assert history[0]["eval/pass@1"] >= 0 and history[1]["policy/rollout_gap"] < 1e-4
     assert (folder / "checkpoints" / f"state_{len(history) - 1:06d}" / "state.json").exists()
-    for name in ("args.json", "env.txt", "samples.md", "curves.png", "grpo_rlvr.py", "common.py", "modeling.py"):
+    for name in ("args.json", "env.txt", "samples.html", "grpo_rlvr.py", "common.py"):
         assert (folder / name).exists(), name
