@@ -99,8 +99,8 @@ class Args:
     """programs that run at once on a rank; 0: this process's cores over its ranks"""
 
 
-TINY_DEFAULTS = Args(True, model=str(TINY / "model"), n_samples=5, max_new_tokens=64)
-TINY_DEFAULTS.benchmarks = (f"humaneval={TINY / 'code_problems.jsonl'}",)
+TINY_DEFAULTS = Args(True, model=str(TINY / "code" / "model"), n_samples=5, max_new_tokens=64)
+TINY_DEFAULTS.benchmarks = (f"humaneval={TINY / 'code' / 'humaneval.jsonl'}",)
 
 # ---------------------------------------------------------------- 1 problems
 

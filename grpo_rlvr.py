@@ -155,10 +155,16 @@ MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
     "eps_high": 0.2, "minibatches": 1, "updates": 320, "gradient_checkpointing": True, "rollout_rows": 16,
 }  # fmt: skip
 TINY_RUN = {  # optimisation settings for two million parameters; the reward is that of a large run
-    "tiny": True, "model": f"{TINY}/model", "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
+    "tiny": True, "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
     "chat_template": False, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64,
     "rollout_rows": 256, "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40,
     "learning_rate": 1e-4, "micro_batch_tokens": 2048, "gradient_checkpointing": False, "save_every": 0,
+}  # fmt: skip
+TINY_DATA = {
+    "code": {"model": f"{TINY}/code/model", "dataset": f"{TINY}/code/rl_train.jsonl",
+             "eval_dataset": f"{TINY}/code/test.jsonl"},
+    "math": {"model": f"{TINY}/model", "dataset": f"{TINY}/math_train.jsonl",
+             "eval_dataset": f"{TINY}/math_heldout.jsonl"},
 }  # fmt: skip
 
 
@@ -167,8 +173,7 @@ def parse_args() -> Args:
     task = "math" if re.search(r"--task[ =]math\b", " ".join(sys.argv)) else "code"
     defaults = dict(MATH) if task == "math" else {}
     if "--tiny" in sys.argv:
-        stem = f"{TINY}/{task}"
-        defaults |= TINY_RUN | {"dataset": f"{stem}_train.jsonl", "eval_dataset": f"{stem}_heldout.jsonl"}
+        defaults |= TINY_RUN | TINY_DATA[task]
     return tyro.cli(Args, default=Args(**defaults))
 
 

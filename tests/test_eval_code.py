@@ -24,7 +24,7 @@ import eval_code
 from eval_code import Args, Problem
 
 ROOT = Path(eval_code.__file__).parent
-MODEL, PROBLEMS = str(common.TINY / "model"), f"humaneval={common.TINY / 'code_problems.jsonl'}"
+MODEL, PROBLEMS = str(common.TINY / "code" / "model"), f"humaneval={common.TINY / 'code' / 'humaneval.jsonl'}"
 SMALL = {"model": MODEL, "benchmarks": (PROBLEMS,), "limit": 5, "n_samples": 3, "k": (1, 2)}
 SMALL |= {"max_new_tokens": 32, "batch_size": 4, "workers": 1}
 FLAGS = [f"--model={MODEL}", f"--benchmarks={PROBLEMS}", "--limit=5", "--n-samples=3", "--k", "1", "2"]
@@ -231,7 +231,7 @@ def test_titles_and_labels(tmp_path, monkeypatch):
     _, titles = eval_code.load_problems(Args(benchmarks=(f"humaneval={file}",)))
     assert titles == {"humaneval": "humaneval.jsonl"}  # of a local file its path, from here
     _, titles = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=1))
-    assert titles["humaneval"].endswith("tiny/code_problems.jsonl")
+    assert titles["humaneval"].endswith("tiny/code/humaneval.jsonl")
     run = tmp_path / "runs/ra3_ra3__model__s0__20261130-041500/checkpoints/em_001"
     run.mkdir(parents=True)
     label = eval_code.label_of
@@ -239,7 +239,7 @@ def test_titles_and_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(run)
     assert label(".") == "ra3_ra3__model__s0/em_001"
     assert label("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
-    assert label(MODEL) == "tiny/model"
+    assert label(MODEL) == "code/model"
 
 
 def test_setup_code_of_mbpp_runs_before_the_tests(tmp_path):
@@ -657,7 +657,7 @@ def test_a_finished_evaluation_is_only_reported_again(finished, monkeypatch, cap
     eval_code.main(Args(**SMALL, output_dir=str(finished)))
     assert (finished / "samples.jsonl").read_text() == before
     said = capsys.readouterr().out
-    assert "tiny/model" in said and "code_problems.jsonl (5)" in said and "0 of 20 completions" in said
+    assert "code/model" in said and "humaneval.jsonl (5)" in said and "0 of 20 completions" in said
     assert "HumanEval" not in said  # it is not that benchmark
 
 

@@ -1,11 +1,11 @@
 """Builds a bundled toy world: its data files, a tokenizer and a small pre-trained language model.
 
     python tiny/build.py code                      everything: data, model, report
-    python tiny/build.py text --parts report       measure the committed model
+    python tiny/build.py code --parts report       measure the committed model
     python tiny/build.py code --parts data         the JSON Lines files only (seconds); the same bytes every time
     python tiny/build.py code --parts model --seed 8 --model-dir DIR     another base
 
-A world is a module in this folder (code_world.py, text_world.py) with
+A world is a module in this folder (code_world.py) with
 
     FOLDER            where its data files and `model/` are
     VOCAB_SIZE        tokens of its tokenizer, ADDED_TOKENS included
@@ -149,7 +149,7 @@ def pretrain(world, folder, seed, bf16):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", choices=["code", "text"])
+    parser.add_argument("world", choices=["code"])
     parts = ["data", "model", "report"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--seed", type=int, default=7, help="of pre-training; the data do not depend on it")
