@@ -7,8 +7,9 @@
         xs = [x for x in xs if x > k]
         return xs[::-1]
 
-g, h, p, q, r, t, u, v, w and z are fixed permutations of the digits, which pre-training teaches. k needs one look-up
-a hop: one hop is easy, but two and more want a worked comment (`# 7 v1 u3`). Pre-training is unreliable on purpose, because RL can only sharpen what a model already does now and then:
+g, h, p, q, r, t, u, v, w and z are fixed permutations of the digits, which pre-training teaches. k needs one
+look-up a hop: one hop is easy, but two and more want a worked comment (`# 7 v1 u3`). Pre-training is unreliable
+on purpose, because RL can only sharpen what a model already does now and then:
 
   problems    each operation has a typical mistake, as often as its row in NUMBER, LIST, ... says; a worked
               comment before `k =` in P_WORKED of the documents, an idle one before P_IDLE of the other lines
