@@ -33,6 +33,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import select
 import subprocess
@@ -54,10 +55,9 @@ from transformers import DynamicCache, LogitsProcessorList
 from common import (
     TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum, cache_argument,
     check_sizes, draw_problems, eos_ids, gathered, launch, load_model, load_tokenizer, memory_plan,
-    micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share, read_rows, setup,
+    micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share, read_rows, run_tests, setup,
     token_logprobs, token_texts, uniforms,
 )  # fmt: skip
-from sandbox import run_tests, usable_cores
 
 
 @dataclass
@@ -590,7 +590,8 @@ class Rollouts:
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        self.pool = ThreadPoolExecutor(args.workers or usable_cores())
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.pool = ThreadPoolExecutor(args.workers or max(1, cores))
         vocab_size, ends = model.config.get_text_config().vocab_size, eos_ids(tokenizer, args.model)
         self.table = end_table(tokenizer, ends, vocab_size, args.task == "code").to(model.device)
 
