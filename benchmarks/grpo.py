@@ -1,14 +1,14 @@
 """One update of grpo_rlvr.py against one of TRL's GRPOTrainer: same model, prompts, lengths, reward and loss.
 
     pip install trl                                            # for this benchmark only
-    python benchmarks/grpo.py                                  # the embedded model and math problems
+    python benchmarks/grpo.py                                  # the bundled toy model and math problems
     python benchmarks/grpo.py --completions ended              # completions end with eos, as the model ends
     python benchmarks/grpo.py --vocab 32768 --same-allocator   # random weights, a larger vocabulary
 
 All sample N x G completions (no vLLM), score them with the same trivial function, and take one AdamW step on
 the `dapo` loss with beta 0 (TRL's defaults) in fp32. `full`: eos is made impossible, so that all completions
-have --tokens tokens. Two more rows: ours if it sampled by transformers' `generate`, as TRL does; and TRL as
-it comes, with bf16 and gradient checkpointing. The micro-batches of ours are those of --tiny.
+have --tokens tokens. One more row: TRL as it comes, with bf16 and gradient checkpointing. The micro-batches of
+ours are those of --tiny.
 Each measurement is a fresh process: one update to warm up, then the median of some. They take turns, and the
 median round counts. MiB: the peak of the process, and what the updates added to it with the model loaded.
 A part of the time on a CPU is page faults; --same-allocator makes malloc keep its pages, for all alike.
@@ -30,16 +30,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo_rlvr  # noqa: E402
-from common import TINY, setup  # noqa: E402
-from modeling import load_model, load_tokenizer, uniforms  # noqa: E402
+from common import TINY, load_model, load_tokenizer, setup, uniforms  # noqa: E402
 
 try:
     import trl
 except ImportError:
     trl = None
 
-SIDES = {"ours": "grpo_rlvr.py", "generate": "ours, by generate"}
-SIDES |= {"trl": "TRL, fp32", "trl-defaults": "TRL, its defaults"}
+SIDES = {"ours": "grpo_rlvr.py", "trl": "TRL, fp32", "trl-defaults": "TRL, its defaults"}
 SEED, TEMPERATURE, LEARNING_RATE = 0, 1.0, 1e-6
 
 
@@ -59,26 +57,6 @@ class Clock:
         self.cpu.append(time.process_time() - self.begun[1])
 
 
-def by_generate(model, prompt_ids, noise, temperature, table):
-    """grpo_rlvr.rollout by transformers, as simple as it can be; the noise is that of torch's generator."""
-    width = max(map(len, prompt_ids))
-    pads = [width - len(ids) for ids in prompt_ids]
-    out = model.generate(
-        torch.tensor([[0] * n + ids for n, ids in zip(pads, prompt_ids)], device=model.device),
-        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device),
-        max_new_tokens=noise.shape[1], do_sample=True, temperature=temperature, top_k=0, pad_token_id=0,
-        stopping_criteria=[lambda ids, _: grpo_rlvr.is_end(table, ids[:, width - 1 :])[:, -1]],
-        return_dict_in_generate=True, output_scores=True,
-    )
-    logprobs = torch.stack(out.scores, 1).log_softmax(-1)  # [B, T, V]
-    tokens = out.sequences[:, width:]
-    logprobs = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    ends = grpo_rlvr.is_end(table, out.sequences[:, width - 1 :])  # [B, T]
-    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1]).tolist()
-    rows = zip(tokens.tolist(), logprobs.tolist(), lengths, ends.any(1).tolist())
-    return [(ids[:n], values[:n], ended) for ids, values, n, ended in rows]
-
-
 def ours(model, tokenizer, problems, given):
     """Steps 1 to 4 of grpo_rlvr.main, `given.updates` times and once to warm up."""
     args = grpo_rlvr.Args(
@@ -88,17 +66,18 @@ def ours(model, tokenizer, problems, given):
     ranks, clock, lengths = setup(SEED), Clock(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     rollouts = grpo_rlvr.Rollouts(model, tokenizer, args, ranks)
-    rollouts.rewards = lambda problems, texts: [(reward(text), "") for text in texts]
+    grpo_rlvr.reward = lambda problem, text: (reward(text), False, "")
     rows = [problem for problem in problems for _ in range(given.group)]
     for update in range(1 + given.updates):
         clock.start()
-        samples, _ = rollouts(rows, uniforms([len(rows), given.tokens], SEED, update), TEMPERATURE)
+        noise = uniforms([len(rows), given.tokens], SEED, update)
+        samples, _ = rollouts(rows, noise, TEMPERATURE, lambda: None)
         rewards = torch.tensor([sample.reward for sample in samples]).view(-1, given.group)
         for sample, advantage in zip(samples, grpo_rlvr.group_advantages(rewards).flatten().tolist()):
             sample.advantage = advantage
         lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
         normalizer = grpo_rlvr.loss_normalizer(lengths, args.loss_type, given.tokens)
-        grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ranks)
+        grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ranks, lambda: None)
         clock.stop()
     return clock, lengths.float().mean().item()
 
@@ -140,12 +119,11 @@ def theirs(model, tokenizer, problems, given):
 def measure(given):
     tokenizer = load_tokenizer(given.model)
     args = grpo_rlvr.Args(task="math", model=given.model)
-    problems = grpo_rlvr.read_problems(f"{TINY}/math_train.jsonl", args, tokenizer)[: given.prompts]
-    if given.one == "generate":
-        grpo_rlvr.rollout = torch.no_grad()(by_generate)
-    mine = given.one in ("ours", "generate")
+    problems, _ = grpo_rlvr.read_problems(f"{TINY}/math_train.jsonl", args, tokenizer, setup(SEED), 0.0)
+    problems = problems[: given.prompts]
+    mine = given.one == "ours"
     if mine:
-        model = load_model(given.model, setup(SEED))
+        model = load_model(given.model, tokenizer, setup(SEED), 256)
     else:
         model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     if given.completions == "full":
