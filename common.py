@@ -101,6 +101,8 @@ def launch(main: Callable, args) -> None:
         code, message = 1, traceback.format_exc()
         if isinstance(error, OSError) and error.errno in DISK:
             code, message = 2, f"error: {disk_error(error)}\n"
+        elif isinstance(error, getattr(sys.modules.get("sandbox"), "SandboxError", ())):
+            code, message = 2, f"error: {error}\n"  # a limit of the machine
     if message and int(os.environ.get("RANK", 0)):
         time.sleep(2)  # mostly every rank meets the same error: rank 0 says it, and torchrun ends the others
     sys.stdout.flush()
