@@ -486,7 +486,8 @@ def test_a_port_in_use_is_one_line(sizes, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        first |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         codes, errors = run("ra3", sizes, tmp_path / "run", **first)
     assert codes == [2]
     one_line(errors[0], f"127.0.0.1:{port}")
