@@ -46,7 +46,7 @@ stdout, monkeypatches).
 without computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal);
 a callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files.
 Without Landlock (Linux < 5.13, gVisor) a program can read what this user can, the caller's memory with the
-tests included; on a machine without a column in `SYSCALLS` it can do most of what this user can. Both are
+tests included; on a machine other than x86_64 it can do most of what this user can. Both are
 said once, on stderr: use a container then. Linux only.
 """
 
@@ -736,30 +736,26 @@ PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
 CLONE_THREAD, ALL_BITS, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_TRUNC
 TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 
-# What Python and its libraries need: the name, the number on x86_64, the number on aarch64.
+# What Python and its libraries need: the name and the number on x86_64. Other machines have no filter.
 SYSCALLS = """
-    read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57,
-    close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, openat 257 56,
-    fstat 5 80, newfstatat 262 79, stat 4 -, lstat 6 -, statx 332 291, access 21 -, faccessat 269 48,
-    readlink 89 -, readlinkat 267 78, getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50,
-    brk 12 214, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226, madvise 28 233, msync 26 227,
-    clone 56 220, exit 60 93, exit_group 231 94, futex 202 98, set_robust_list 273 99, rseq 334 293,
-    set_tid_address 218 96, gettid 186 178, sched_yield 24 124, sched_getaffinity 204 123, nanosleep 35 101,
-    clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -,
-    getitimer 36 102, setitimer 38 103, alarm 37 -, times 100 153, getrusage 98 165, sysinfo 99 179,
-    uname 63 160, getrandom 318 278, prlimit64 302 261, prctl 157 167, ioctl 16 29, fcntl 72 25,
-    wait4 61 260, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigtimedwait 128 137,
-    rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -, restart_syscall 219 128, kill 62 129,
-    tgkill 234 131, getpid 39 172, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176,
-    getegid 108 177, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, epoll_create1 291 20,
-    epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, eventfd2 290 19, socketpair 53 199,
-    sendto 44 206, recvfrom 45 207, sendmsg 46 211, recvmsg 47 212, shutdown 48 210, getsockopt 55 209,
-    setsockopt 54 208, getsockname 51 204, getpeername 52 205
+    read 0, write 1, readv 19, writev 20, pread64 17, pwrite64 18, lseek 8, close 3, close_range 436,
+    dup 32, dup2 33, dup3 292, pipe 22, pipe2 293, openat 257, fstat 5, newfstatat 262, stat 4, lstat 6,
+    statx 332, access 21, faccessat 269, readlink 89, readlinkat 267, getdents64 217, getcwd 79, chdir 80,
+    fchdir 81, brk 12, mmap 9, munmap 11, mremap 25, mprotect 10, madvise 28, msync 26, clone 56, exit 60,
+    exit_group 231, futex 202, set_robust_list 273, rseq 334, set_tid_address 218, gettid 186,
+    sched_yield 24, sched_getaffinity 204, nanosleep 35, clock_nanosleep 230, clock_gettime 228,
+    clock_getres 229, gettimeofday 96, time 201, getitimer 36, setitimer 38, alarm 37, times 100,
+    getrusage 98, sysinfo 99, uname 63, getrandom 318, prlimit64 302, prctl 157, ioctl 16, fcntl 72,
+    wait4 61, rt_sigaction 13, rt_sigprocmask 14, rt_sigreturn 15, rt_sigtimedwait 128, rt_sigsuspend 130,
+    sigaltstack 131, pause 34, restart_syscall 219, kill 62, tgkill 234, getpid 39, getppid 110,
+    getuid 102, geteuid 107, getgid 104, getegid 108, poll 7, ppoll 271, select 23, pselect6 270,
+    epoll_create1 291, epoll_ctl 233, epoll_wait 232, epoll_pwait 281, eventfd2 290, socketpair 53,
+    sendto 44, recvfrom 45, sendmsg 46, recvmsg 47, shutdown 48, getsockopt 55, setsockopt 54,
+    getsockname 51, getpeername 52
 """
-MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of the table, AUDIT_ARCH_...
-COLUMN, AUDIT_ARCH = MACHINES.get(os.uname().machine, (0, 0))
-NUMBER = {entry.split()[0]: int(entry.split()[COLUMN])
-          for entry in SYSCALLS.split(",") if COLUMN and entry.split()[COLUMN] != "-"}
+AUDIT_ARCH = 0xC000003E
+NUMBER = {name: int(number) for name, number in map(str.split, SYSCALLS.split(","))}
+HAS_FILTER = os.uname().machine == "x86_64"
 
 ALL_BUT = "all but"  # first of the values: these are forbidden, and others allowed
 # Calls that are allowed with some arguments only: {name: [(index of the argument, mask, values allowed)]}
@@ -855,7 +851,7 @@ def confine(readable, without):
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
     landlock = "Landlock" not in without and restrict_files(readable)
     arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else WITHOUT_LANDLOCK)
-    seccomp = "seccomp" not in without and COLUMN and apply_filter(bpf_filter(arguments, "deny"))
+    seccomp = "seccomp" not in without and HAS_FILTER and apply_filter(bpf_filter(arguments, "deny"))
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
