@@ -1284,7 +1284,7 @@ def main(args: Args) -> None:
     pi = load_model(name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
     v = Vocabulary(tokenizer, pi.config.get_text_config().vocab_size, ranks.device)
     q = None
-    if args.algo == "ra3" and not (args.bootstrap_only or args.dry_run):
+    if args.algo == "ra3" and not args.bootstrap_only and (args.q_model or not args.dry_run):
         q = load_model(args.q_model or name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
         if q.config.get_text_config().vocab_size != pi.config.get_text_config().vocab_size:
             raise UserError(f"--q-model {args.q_model} has another vocabulary than {name}")
@@ -1292,7 +1292,7 @@ def main(args: Args) -> None:
         args = replace(args, rollout="forced")
     problems = list(read_rows(args.eval_problems)) if args.eval_problems else []
     if args.dry_run:
-        dry_run(pi, v, longest, args, ranks)
+        dry_run(q or pi, v, longest, args, ranks)
         return
     run = Run(args, __file__, ranks, [*args.dataset, *filter(None, [args.eval_problems])])
     if args.bootstrap_only:
