@@ -70,7 +70,7 @@ def load(folder, longest=LONGEST, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=True)
+    return write_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=True, attention_dropout=0.3)
 
 
 # ---------------------------------------------------------------- the training forward
