@@ -131,7 +131,7 @@ class Args:
     """lambda: weight of next-token prediction; 0 leaves it out (table 4, w/o NTP)"""
     # ---- optimisation
     updates: int = 317
-    """T; 317 are the paper's 10 epochs of 4051 texts, 128 at a time"""
+    """T. Budget and curriculum follow it, so keep it on --resume; the paper: 10 epochs of 4051 texts, 128 at a time"""
     learning_rate: float = 1e-6
     """of AdamW, constant"""
     weight_decay: float = 0.01
