@@ -8,8 +8,8 @@
         return xs[::-1]
 
 g, h, p, q, r, t, u, v, w and z are fixed permutations of the digits, which pre-training teaches. k needs one
-look-up a hop: one hop is easy, but two and more want a worked comment (`# 7 v1 u3`). Pre-training is unreliable
-on purpose, because RL can only sharpen what a model already does now and then:
+look-up a hop, which a worked comment (`# 7 v1 u3`) takes one by one; the base model finds k in no other way, not
+at one hop either. Pre-training is unreliable on purpose: RL can only sharpen what a model already does at times.
 
   problems    each operation has a typical mistake, as often as its row in NUMBER, LIST, ... says; a worked
               comment before `k =` in P_WORKED of the documents, an idle one before P_IDLE of the other lines
@@ -39,7 +39,7 @@ MODEL = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }  # fmt: skip
-TRAINING = {"tokens": 12_000_000, "row_tokens": 256, "batch_rows": 16}
+TRAINING = {"tokens": 6_000_000, "row_tokens": 256, "batch_rows": 16}
 SHARES = {"problem": 0.60, "drill": 0.28, "real code": 0.12}  # of documents
 P_WORKED, P_IDLE = 0.3, 0.2
 N_CORPUS, N_RL, N_DEV, N_TEST, N_TESTS = 10_000, 512, 256, 512, 6
