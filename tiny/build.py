@@ -2,7 +2,7 @@
 
     python tiny/build.py code                      everything: data, model, report
     python tiny/build.py code --parts report       measure the committed model
-    python tiny/build.py code --parts data         the JSON Lines files only (seconds); the same bytes every time
+    python tiny/build.py code --parts data         the JSON Lines files only (seconds), always the same bytes
     python tiny/build.py code --parts model --seed 8 --model-dir DIR     another base
 
 A world is a module in this folder (code_world.py) with
@@ -31,7 +31,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+)  # fmt: skip
 
 EOS = "<|endoftext|>"
 TOKENIZER_CHARS = 3_000_000  # characters of documents that the tokenizer is trained on
@@ -70,8 +72,8 @@ def build_tokenizer(world, folder, seed):
 
 
 def packed_rows(world, tokenizer, seed):
-    """Yields rows of row_tokens + 1 ids until all tokens are used. A row starts at a document's start, half of
-    them with the separator before it, so that prompts work with and without it; what is too long is cut off."""
+    """Yields rows of row_tokens + 1 ids. A row starts at a document's start, half of them with the separator
+    before it, so that prompts work with and without it; what is too long is cut off."""
     rng, length = random.Random(f"documents {seed}"), world.TRAINING["row_tokens"] + 1
     n_rows = world.TRAINING["tokens"] // world.TRAINING["row_tokens"]
     for i in range(n_rows):
@@ -107,7 +109,7 @@ def muon_step(stacks, momenta, scale):
 
 
 def pretrain(world, folder, seed, bf16):
-    """Next-token prediction on packed documents; saves a bfloat16 copy. Muon trains the matrices (it needs fewer
+    """Next-token prediction on packed rows; saves a bfloat16 copy. Muon trains the matrices (it needs fewer
     tokens than Adam), Adam the rest; the learning rates rise for WARMUP_STEPS and then fall to zero."""
     tokenizer = build_tokenizer(world, folder, seed)
     torch.manual_seed(seed)
@@ -148,13 +150,14 @@ def pretrain(world, folder, seed, bf16):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("world", choices=["code"])
     parts = ["data", "model", "report"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--seed", type=int, default=7, help="of pre-training; the data do not depend on it")
     parser.add_argument("--model-dir", type=Path, help="the model's folder; default: the committed one")
-    parser.add_argument("--bf16", action="store_true", help="a third faster on CPUs with bfloat16 instructions")
+    parser.add_argument("--bf16", action="store_true", help="faster on CPUs with bfloat16 instructions")
     args = parser.parse_args()
     world = importlib.import_module(f"{args.world}_world")
     folder = args.model_dir or world.FOLDER / "model"

@@ -8,8 +8,9 @@
         return xs[::-1]
 
 g, h, p, q, r, t, u, v, w and z are fixed permutations of the digits, which pre-training teaches. k needs one
-look-up a hop, which a worked comment (`# 7 v1 u3`) takes one by one; the base model finds k in no other way, not
-at one hop either. Pre-training is unreliable on purpose: RL can only sharpen what a model already does at times.
+look-up a hop, which a worked comment (`# 7 v1 u3`) takes one by one; the base model finds k in no other way,
+not at one hop either. Pre-training is unreliable on purpose: RL can only sharpen what a model already does at
+times.
 
   problems    each operation has a typical mistake, as often as its row in NUMBER, LIST, ... says; a worked
               comment before `k =` in P_WORKED of the documents, an idle one before P_IDLE of the other lines
@@ -17,7 +18,7 @@ at one hop either. Pre-training is unreliable on purpose: RL can only sharpen wh
   real code   the running Python's standard library, without the files that `is_heldout` names
 
 The mid-training corpus holds right programs without comments. It, the RLVR problems, the development and the
-test problems have no tuple of operations and no chain (start and functions) in common; pre-training shares those
+test problems have no tuple of operations and no chain (start and functions) in common. Pre-training has those
 of the corpus and the RLVR problems, and its drills have every chain of one hop: those are the functions.
 """
 
@@ -148,7 +149,8 @@ def chain_words(chain):
 
 
 def question(kind, operations, chain):
-    return f"{chain_words(chain)} Given the {KINDS[kind][0]} {kind}, {', then '.join(o[0] for o in operations)}."
+    words = ", then ".join(operation[0] for operation in operations)
+    return f"{chain_words(chain)} Given the {KINDS[kind][0]} {kind}, {words}."
 
 
 def prompt(kind, operations, chain):
@@ -171,7 +173,7 @@ def body_lines(kind, operations, k, right):
 
 
 def outputs_of(kind, lines, inputs):
-    """What a body returns for `inputs`, as JSON, or the error's name; only ever called on code of this file."""
+    """What a body returns for `inputs`, as JSON or the error's name; only called on code of this file."""
     space, outputs = {}, []
     exec(f"def solve({kind}):\n" + "".join(lines), space)
     for x in inputs:
@@ -212,7 +214,8 @@ def choose_tests(rng, kind, operations, k):
 def problem_row(index, kind, operations, chain, tests):
     """A row with AReaL-boba-2-RL-Code's columns, and the number of hops."""
     lines = body_lines(kind, operations, chain[2][-1], [True] * len(operations))
-    cases = {"inputs": [json.dumps(x) for x in tests], "outputs": outputs_of(kind, lines, tests), "fn_name": "solve"}
+    inputs, outputs = [json.dumps(x) for x in tests], outputs_of(kind, lines, tests)
+    cases = {"inputs": inputs, "outputs": outputs, "fn_name": "solve"}
     return {
         "query_id": f"tiny-code-{index}",
         "question": question(kind, operations, chain),
@@ -257,7 +260,7 @@ def write_data(folder):
         corpus[prompt(kind, operations, chain) + "".join(lines)] = None
     files = {"corpus": [{"text": text} for text in corpus]}
     for name, part, n in [("rl_train", "rl", N_RL), ("dev", "dev", N_DEV), ("test", "test", N_TEST)]:
-        files[name] = [problem_row(f"{part}-{i}", *problem) for i, problem in enumerate(make_problems(part, n))]
+        files[name] = [problem_row(f"{part}-{i}", *p) for i, p in enumerate(make_problems(part, n))]
     files["humaneval"] = [humaneval_row(row) for row in files["test"]]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
@@ -272,7 +275,7 @@ PIECE_CHARS = 600
 
 
 def is_heldout(name):
-    """Files of the standard library that pre-training does not see; `name` is the path below its folder, with /."""
+    """Which files of the standard library pre-training does not see; `name` is the path in its folder."""
     return zlib.crc32(name.encode()) % 5 == 0
 
 
@@ -308,7 +311,8 @@ def document(rng, tokenizer, progress):
     if sort == "drill":
         return "".join(drill(rng) for _ in range(6))
     kind, operations, chain = draw_problem(rng, ["corpus", "rl"])
-    lines = body_lines(kind, operations, chain[2][-1], [rng.random() < operation[3] for operation in operations])
+    right = [rng.random() < operation[3] for operation in operations]
+    lines = body_lines(kind, operations, chain[2][-1], right)
     text = prompt(kind, operations, chain)
     for i, line in enumerate(lines):
         if rng.random() < (P_IDLE if i else P_WORKED):
@@ -318,7 +322,7 @@ def document(rng, tokenizer, progress):
 
 
 def drill(rng):
-    """A chain, its comment (in half of the cases) and k. All chains of one hop, because they are the functions."""
+    """A chain, its comment (in half of the cases) and k. All chains of one hop: those are the functions."""
     hops = rng.choice(HOPS)
     while part_of(*(chain := draw_chain(rng, hops))[:2]) not in ("corpus", "rl") and hops > 1:
         pass
@@ -343,8 +347,8 @@ def next_probs(model, tokenizer, texts):
 
 
 def report(model, tokenizer):
-    """Wanted: comments right in >= 0.9 at every number of hops; without one k is right at one hop only; think rates
-    of about P_WORKED before k and P_IDLE elsewhere; operations right in about half; pass@1 of 0.05 to 0.2."""
+    """Wanted: comments right in >= 0.9 at every number of hops; without one k is unknown; think rates of
+    about P_WORKED before k and P_IDLE elsewhere; operations right in about half; pass@1 of 0.05 to 0.2."""
     problems = make_problems("dev", N_DEV)
     texts = [prompt(*problem[:3]) for problem in problems]
     chains, ks = [problem[2] for problem in problems], [f"{problem[2][2][-1]}" for problem in problems]
@@ -355,7 +359,7 @@ def report(model, tokenizer):
         groups = [[v for c, v in zip(chains, values, strict=True) if len(c[1]) == hops] for hops in HOPS]
         print(f"  {title:28}", *[f"{mean(group):8.3f}" for group in [*groups, values]])
 
-    def think_rates(texts):  # a body's line begins with a token of 3 spaces; the 4th belongs to the next token
+    def think_rates(texts):  # a line begins with a token of 3 spaces; the 4th belongs to the next token
         return next_probs(model, tokenizer, [text + "   " for text in texts])[:, opens].sum(1).tolist()
 
     def k_probs(texts):
@@ -370,8 +374,10 @@ def report(model, tokenizer):
     for name, greedy in [("greedy", True), ("sampled", False)]:
         found = complete(model, tokenizer, [text + "    #" for text in texts], 15, greedy)
         comments = ["#" + comment.split("\n")[0] for comment in found]
-        show(f"comment right, {name}", [a == worked_comment(c) for a, c in zip(comments, chains, strict=True)])
-        show("  p(right k) after it", k_probs([f"{t}    {c}\n" for t, c in zip(texts, comments, strict=True)]))
+        right = [a == worked_comment(c) for a, c in zip(comments, chains, strict=True)]
+        show(f"comment right, {name}", right)
+        worked = [f"{t}    {c}\n" for t, c in zip(texts, comments, strict=True)]
+        show("  p(right k) after it", k_probs(worked))
     for name, greedy in [("greedy", True), ("sampled", False)]:
         found = complete(model, tokenizer, texts, 96, greedy)
         lines = [[x for x in text.splitlines(keepends=True) if x.lstrip()[:1] != "#"] for text in found]
@@ -383,5 +389,6 @@ def report(model, tokenizer):
     losses = []
     for piece in random.Random(0).sample(real_code(heldout=True), 200):
         ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(piece)[:300]]])
-        losses.append(torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none"))
+        logits = model(ids[:, :-1]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     print(f"  held-out files of the standard library: {torch.cat(losses).mean():.3f} nats a token")
