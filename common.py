@@ -1011,8 +1011,7 @@ class Run:
             self.tracker.log({"curves": wandb.Image(str(self.path / "curves.png"))})
 
     def samples(self, title: str, legend: str, blocks: Sequence[str]) -> None:
-        """Append a section to samples.html (rank 0). title, legend: text; blocks: HTML, see SAMPLES for
-        classes."""
+        """Append a section to samples.html (rank 0). All three are HTML; SAMPLES has the classes of blocks."""
         path = self.path / "samples.html"
         if self.ranks.main and blocks:
             new = not path.exists()

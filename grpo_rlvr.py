@@ -549,6 +549,9 @@ def verify_lines():
         print(json.dumps([bool(right), reason]), flush=True)
 
 
+VERIFIER = f"{inspect.getsource(verify_lines)}\nverify_lines()"  # now: this file may be edited during a run
+
+
 class MathVerifier:
     """math-verify in a process that can be killed: some expressions take for ever, and its own time limit is
     an alarm, which needs a main thread and waits for the end of an operation on big numbers."""
@@ -560,12 +563,12 @@ class MathVerifier:
         """(whether the last \\boxed{} of the completion is the answer, why)."""
         with self.lock:
             if self.process is None:
-                command = [sys.executable, "-c", f"{inspect.getsource(verify_lines)}\nverify_lines()"]
+                command = [sys.executable, "-c", VERIFIER]
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
                 # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
                 self.process = subprocess.Popen(command, **pipes, encoding="utf-8", start_new_session=True)
                 if self.ask("1", "\\boxed{1}", 300.0) != (True, "right"):  # the first call is slow
-                    raise UserError("math-verify does not start: pip install 'math-verify[antlr4_13_2]'")
+                    raise UserError("math-verify does not start: pip install -r requirements.txt")
             return self.ask(gold, completion, timeout_s)
 
     def ask(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str]:
