@@ -50,7 +50,7 @@ import sys
 import time
 import tokenize
 import zlib
-from bisect import bisect
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -181,71 +181,46 @@ EVAL_TOKENS = 96  # longest completion of an evaluation problem
 # ---------------------------------------------------------------- data 1: where a thought may stand
 
 MAX_LINE = 10_000  # characters; `tokenize` takes quadratic time on longer lines in some versions
+# the indentation of a line, and what says that it continues the statement above
+INDENTED = re.compile(r"[ \t\f]*(?:(?:[)\]}]|(?:elif|else|except|finally)\b).*)?")
 
 
-def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, str | None, bool]]:
-    """A text in pieces of at most max_chars: (piece, opening, whether the text ends with it). Nothing is
+def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, list[tuple[int, str]] | None, bool]]:
+    """A text in pieces of at most max_chars: (piece, its actions, whether the text ends with it). Nothing is
     lost.
 
-    Cut before a statement, as far left as one begins in the second half of what fits. opening: lines that
-    open the blocks which the piece begins in, so that `tokenize` can read it; None: it begins inside a
-    statement.
+    Cut before the least indented action in the second half of what fits, else before any action, else after a
+    line. A text that needs no cut comes without its actions: see action_starts.
     """
-    begin, opening = 0, ""
-    places, openings = statement_starts(text) if len(text) > max_chars else ([], [])
+    if 0 < len(text) <= max_chars:
+        yield text, None, True
+        return
+    begin, starts = 0, action_starts(text)
+    offsets = [offset for offset, _ in starts]
     while begin < len(text):
-        end, following = min(len(text), begin + max_chars), None
+        end = begin + max_chars
         if end < len(text):
-            inside = range(bisect(places, begin), bisect(places, end))
-            late = [i for i in inside if places[i] >= begin + max_chars // 2] or inside[-1:]
-            if opening is None:  # inside a statement: up to its end
-                late = inside[:1]
-            if late:
-                best = min(late, key=lambda i: (len(openings[i]), -i))
-                end, following = places[best], openings[best]
-            else:
-                end = text.rfind("\n", begin, end) + 1 or end
-        yield text[begin:end], opening, end == len(text)
-        begin, opening = end, following
+            inside = offsets[bisect_right(offsets, begin) : bisect_right(offsets, end)]
+            late = inside[bisect_left(inside, begin + max_chars // 2) :] or inside[-1:]
+            after_line = text.rfind("\n", begin, end) + 1 or end
+            end = min(late, key=lambda offset: INDENTED.match(text, offset).end() - offset, default=after_line)
+        own = starts[bisect_left(offsets, begin) : bisect_left(offsets, end)]
+        yield text[begin:end], [(offset - begin, kind) for offset, kind in own], end >= len(text)
+        begin = end
 
 
-def statement_starts(text: str) -> tuple[list[int], list[str]]:
-    """Where statements of all blocks begin (offsets, ascending), comments before them included, and the lines
-    that open those blocks."""
-    lines, found = io.StringIO(text, newline="").readlines(), {}
-
-    def visit(body: list, opening: str, header: int) -> None:
-        before = header
-        for statement in body:
-            line = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", ()))])
-            if line > before:  # not on the line where the one before it ends
-                found[before if before > header else line - 1] = opening
-            before = statement.end_lineno
-            indent = re.match(r"[ \t\f]*", lines[line - 1])[0]
-            inner = [getattr(statement, name, None) for name in ("body", "orelse", "finalbody")]
-            inner += [part.body for name in ("handlers", "cases") for part in getattr(statement, name, ())]
-            for block in inner:
-                if isinstance(block, list) and block:
-                    visit(block, f"{opening}{indent}if 1:\n", line)
-
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        visit(ast.parse(text).body, "", 0)
-    offsets = [0, *accumulate(map(len, lines))]
-    return [offsets[line] for line in sorted(found)], [found[line] for line in sorted(found)]
-
-
-def legal_lines(text: str, opening: str | None = "") -> list[tuple[int, str, str]]:
+def legal_lines(text: str) -> list[tuple[int, str, str]]:
     """(offset, line, kind) of the lines before which a comment line is legal and changes nothing, in order.
 
     kind: `blank`, `comment`, `doc` (a string that is a statement of its own) or `code`. A comment is legal
     after every end of line that `tokenize` says is one: not inside a multi-line string, not after a
-    backslash, not after a place that `tokenize` cannot read. opening: see cut_text.
+    backslash, not after a place that `tokenize` cannot read.
     """
-    lines = io.StringIO((opening or "") + text, newline="").readlines()
-    if opening is None or any(line.endswith("\r") for line in lines):
+    lines = io.StringIO(text, newline="").readlines()
+    if any(line.endswith("\r") or len(line) > MAX_LINE for line in lines):
         return []  # a lone carriage return ends a line for the parser, but not for tokenize
     kinds = ["code" if line.strip(" \t\f\r\n") else "blank" for line in lines]
-    legal, fstrings = {opening.count("\n")}, 0  # Python 3.12 gives f-strings in parts, with ends of line among them
+    legal, fstrings = {0}, 0  # Python 3.12 gives f-strings in parts, with ends of line among them
     statement: list[tokenize.TokenInfo] = []
     with contextlib.suppress(tokenize.TokenError, SyntaxError):
         for token in tokenize.generate_tokens(iter(lines).__next__):
@@ -262,17 +237,16 @@ def legal_lines(text: str, opening: str | None = "") -> list[tuple[int, str, str
             elif name not in ("NL", "COMMENT", "INDENT", "DEDENT"):
                 statement.append(token)
     offsets = [0, *accumulate(map(len, lines))]
-    start = len(opening)
-    return [(offsets[i] - start, lines[i], kinds[i]) for i in sorted(legal) if start <= offsets[i] < offsets[-1]]
+    return [(offsets[i], lines[i], kinds[i]) for i in sorted(legal) if i < len(lines)]
 
 
-def action_starts(text: str, opening: str | None = "") -> list[tuple[int, str]]:
+def action_starts(text: str) -> list[tuple[int, str]]:
     """(offset, kind of its code line) of each action: a line of code with the comment, blank and docstring
-    lines before it; the offset is that of its first non-blank line. A piece's first action is a kind of its
+    lines before it; the offset is that of its first non-blank line. A text's first action is a kind of its
     own."""
     starts: list[tuple[int, str]] = []
     pending = None
-    for offset, line, kind in legal_lines(text, opening):
+    for offset, line, kind in legal_lines(text):
         if kind == "blank":
             continue
         pending = offset if pending is None else pending
@@ -425,18 +399,18 @@ def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str
     )  # fmt: skip
 
 
-def segment(piece: tuple[str, str | None, bool], source: str, v: Vocabulary, args: Args, context: int):
+def segment(piece: tuple[str, list | None, bool], source: str, v: Vocabulary, args: Args, context: int):
     """The snippets of a piece that cut_text made, [] if it cannot be used. Again nothing is lost.
 
     A snippet has at most max_snippet_tokens tokens, and at most `context` with the longest thoughts. What is
     longer is cut in two, before the action nearest to its middle, else after a line, else anywhere. Only a
     text's end has eos.
     """
-    text, opening, last = piece
+    text, actions, last = piece
     if not text.strip() or max(map(len, text.split("\n"))) > MAX_LINE:
         return []
     waiting, snippets = [(0, len(text))], []
-    actions = action_starts(text, opening)
+    actions = action_starts(text) if actions is None else actions
     while waiting:
         begin, end = waiting.pop()
         own = [(offset - begin, kind) for offset, kind in actions if begin <= offset < end]

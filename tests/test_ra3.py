@@ -67,13 +67,6 @@ def test_legal_lines(text):
     assert [n for n in found if n < text.count("\n") + (not text.endswith("\n"))] == CASES[text]
 
 
-def test_a_piece_from_the_middle_is_read_behind_the_lines_that_open_its_blocks():
-    piece = "        b = 2\n        c = 3\n    d = 4\n    e = 5\n"
-    assert [offset for offset, *_ in ra3.legal_lines(piece, "if 1:\n    if 1:\n")] == [0, 14, 28, 38]
-    assert ra3.legal_lines(piece, None) == []  # it begins inside a statement
-    assert len(ra3.legal_lines(piece)) < 4  # an indentation that no line before it has
-
-
 def test_a_line_of_code_takes_the_comments_blanks_and_docstrings_before_it():
     text = '# top\n\ndef f():\n    """doc\n    more"""\n    # why\n    return (1,\n            2)\n'
     starts = ra3.action_starts(text)
@@ -210,8 +203,8 @@ def test_odd_texts_do_not_break_segmentation(kind, text):
 
 def test_texts_without_code_and_with_endless_lines_are_unusable():
     v = vocabulary("qwen")
-    assert [segment((text, "", True), "x", v, ARGS, 10**9) for text in ("", " \n\n", "x = '" + "a" * ra3.MAX_LINE + "'\n")] == [[]] * 3
-    assert segment(("x = '<|end|>'\n", "", True), "x", v, ARGS, 10**9) == []  # it would spell the end
+    assert [segment((text, None, True), "x", v, ARGS, 10**9) for text in ("", " \n\n", "x = '" + "a" * ra3.MAX_LINE + "'\n")] == [[]] * 3
+    assert segment(("x = '<|end|>'\n", None, True), "x", v, ARGS, 10**9) == []  # it would spell the end
 
 
 def test_long_texts_are_cut_before_actions_and_fit_with_the_longest_thoughts():
@@ -230,13 +223,20 @@ def test_long_texts_are_cut_before_actions_and_fit_with_the_longest_thoughts():
 
 def test_cut_text_cuts_at_statements_of_all_blocks():
     text = "# head\nimport os\n\n\n@deco\ndef f():\n    return 1\n\n\nclass A:\n    x = 1\n\n    def f(self):\n        y = 1\n        z = 2\n\n# tail\nx = 1; y = 2\n"
-    pieces = list(cut_text(text, 40))
-    assert "".join(piece for piece, *_ in pieces) == text and len(pieces) == 4
-    for piece, opening, _ in pieces:  # whole lines, all of which `tokenize` can read
-        assert len(ra3.legal_lines(piece, opening)) == piece.count("\n")
-    assert {opening for _, opening, _ in pieces} == {"", "if 1:\n", "if 1:\n    if 1:\n"}
-    assert list(cut_text("not python (\n(\n", 12)) == [("not python (", "", False), ("\n(\n", None, True)]
-    assert list(cut_text(text, 1000)) == [(text, "", True)] and list(cut_text("", 9)) == []
+    pieces = list(cut_text(text, 36))
+    assert [piece.split("\n")[0] for piece, *_ in pieces] == ["# head", "@deco", "class A:", "    def f(self):", "        z = 2"]
+    assert [(piece[o:].split("\n")[0].strip(), kind) for piece, own, _ in pieces for o, kind in own] == [
+        (text[o:].split("\n")[0].strip(), kind) for o, kind in ra3.action_starts(text)
+    ]  # fmt: skip
+    assert list(cut_text(text, 1000)) == [(text, None, True)] and list(cut_text("", 9)) == []
+
+
+@pytest.mark.parametrize("text, first", [
+    ("not python (\n(\n", "(\n"), ("f(\n    1,\n)\na = 1\n", "a = 1\n"), ("if a:\n    b = 1\nelse:\n    c = 1\n", "    c = 1\n"),
+])  # fmt: skip
+def test_a_cut_does_not_separate_a_statement_from_what_continues_it(text, first):
+    *_, (piece, _, last) = cut_text(text, len(text) - 2)
+    assert piece == first and last
 
 
 # ---------------------------------------------------------------- the stream of snippets
@@ -526,7 +526,7 @@ def test_indentation_is_forced_again_after_a_thought(kind, tmp_path):
 def test_noise_belongs_to_a_snippet_not_to_a_batch_an_update_or_a_rank(small, path):
     model, v, snippet, args = small(max_latent_tokens=4, seed=4)
     args = dataclasses.replace(args, rollout=path)
-    longer = segment(("a\n" * 9, "", True), "x", v, args, 1024)[0]
+    longer = segment(("a\n" * 9, None, True), "x", v, args, 1024)[0]
     batches = [[snippet] * 12, [snippet, longer] * 4, [snippet] * 2]
     whole = ra3.sample(model, batches, "M", 7, v, args, RANKS)
     assert [len(rollouts) for rollouts in whole] == [12, 8, 2] and sum(len(r.thinks()) for r in sum(whole, []))
