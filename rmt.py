@@ -1,7 +1,7 @@
 """RMT, reinforcement mid-training: RL on a few uncertain tokens, next-token prediction on the rest.
 
 Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Without its three parts it is
-RPT, "Reinforcement Pre-Training", arXiv 2506.08007. What grpo_rlvr.py has, too, is here word for word.
+RPT, "Reinforcement Pre-Training", arXiv 2506.08007. What grpo_rlvr.py has, too, is the same word for word.
 
   0 prepare    entropy of every position under a proxy model, once: easy, medium, hard; the rest takes no RL
   1 sample     positions by the curriculum; G responses to each: think about B_t tokens, box the next token
@@ -18,9 +18,9 @@ Shapes: N positions, G responses to each, B rows, T completion tokens, P positio
 
 Deviations from the paper, and what it leaves open (docs/rmt.md has all):
   D1 eq. (9) as printed adds an objective to a loss, and would lower the reward. Here: -L_RL + lambda L_NTP.
-  D2 as printed, (7) sums over a response's tokens and (8) over a text's. An update takes the mean of the
-     first over its responses, of the second over its texts.
-  D3 a malformed response earns nothing, for its length neither.
+  D2 as printed, (7) is a sum over the tokens of one response and (8) over those of one text. Here: the mean
+     of (7) over an update's responses, and the mean of (8) over its texts.
+  D3 a malformed response has reward 0, whatever its length.
   D4 p^{t1}, p^{t2}, w, r_max, beta, the thresholds and the number of RL positions are not in the paper.
 
   python rmt.py --tiny                                                      # here: no network, no GPU
@@ -105,8 +105,6 @@ class Args:
     """off: no budget in the prompt and no length reward (table 4, w/o DTB)"""
     initial_budget: int = 800
     """B_0 (tokens)"""
-    min_budget: int = 1
-    """B_min (tokens)"""
     budget_decay: float = 0.2
     """gamma: the last budget is gamma x B_0"""
     length_weight: float = 0.2
@@ -169,7 +167,7 @@ def parse_args() -> Args:
 
 def check(args: Args) -> None:
     """UserError for values that do not fit together."""
-    positive = "temperature train_texts eval_texts max_text_tokens prompts_per_update rollout_rows min_budget"
+    positive = "temperature train_texts eval_texts max_text_tokens prompts_per_update rollout_rows"
     positive += " max_new_tokens max_grad_norm micro_batch_tokens eval_positions"
     more = "updates length_weight beta ntp_weight learning_rate weight_decay eval_every save_every"
     check_sizes(args, positive, more)
@@ -177,47 +175,46 @@ def check(args: Args) -> None:
         "--group-size must be at least 2: advantages compare responses to one prompt": args.group_size < 2,
         "--thresholds must rise": list(args.thresholds) != sorted(set(args.thresholds)),
         "--t1 and --t2 must be fractions of the run, 0 < t1 < t2 < 1": not 0 < args.t1 < args.t2 < 1,
+        "--p1 and --p2 must each be three probabilities that sum to 1":
+            any(min(p) < 0 or abs(sum(p) - 1) > 1e-6 for p in (args.p1, args.p2)),
         "--budget-decay must be between 0 and 1": not 0 < args.budget_decay < 1,
-        "a budget needs --min-budget <= --initial-budget < --max-new-tokens":
-            args.budget and not args.min_budget <= args.initial_budget < args.max_new_tokens,
+        "a budget needs 0 < --initial-budget < --max-new-tokens":
+            args.budget and not 0 < args.initial_budget < args.max_new_tokens,
     }  # fmt: skip
-    for name, probs in (("--p1", args.p1), ("--p2", args.p2)):
-        bad = min(probs) < 0 or abs(sum(probs) - 1) > 1e-6
-        wrong[f"{name} must be three probabilities that sum to 1"] = bad
-    for words in [words for words, found in wrong.items() if found]:
-        raise UserError(words)
+    for words, found in wrong.items():
+        if found:
+            raise UserError(words)
 
 
 # ---------------------------------------------------------------- prompts and texts
 
-# The format: how a prompt asks and how a response is written; all that reads a response follows from it
+# The format of prompts and responses. All that reads a response follows from the first two lines
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 BOX_OPEN, BOX_CLOSE, NOT_IN_BOX = "\\boxed{", "}", "{}"  # the last: characters that cannot be boxed
-THINK, THINK_BUDGET = "Think", "Think in exactly {budget} tokens"
 INSTRUCTION = (
-    f"Complete the given text by predicting the next token. @@THINK@@ within {THINK_OPEN}{THINK_CLOSE}, "
+    f"Complete the given text by predicting the next token. Think@@BUDGET@@ within {THINK_OPEN}{THINK_CLOSE}, "
     f"then put the next token in {BOX_OPEN}{BOX_CLOSE}.\n### Text\n@@TEXT@@\n### Prediction\n"
 )
-POOL = 20  # the texts used are a random choice of so many times more, read from the start of the source
+BUDGET = " in exactly {} tokens"
+POOL = 20  # so many times more texts are read than used, from the start of the source; the choice is random
 
 
 def bos_ids(tokenizer) -> list[int]:
-    """The token that every text begins with, if the tokenizer has one."""
+    """What every text begins with: the tokenizer's BOS, or nothing if it has none."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def prompt_frame(tokenizer, budget: int, args: Args, started: float) -> tuple[list[int], list[int], bool]:
-    """(ids before the prefix, ids after it, whether they open the thought, as some chat templates do).
+    """The prompt without the prefix of a text: (ids before it, ids after it, whether the thought is opened).
 
-    The prefix is put between them as ids, so that a text has one tokenisation. Budget 0 is not mentioned.
-    started: a template's today (seconds), the same in a resumed run.
+    Budget 0 is not mentioned. started: the time (seconds) of which a chat template may write the date.
     """
-    prompt = INSTRUCTION.replace("@@THINK@@", THINK_BUDGET.format(budget=budget) if budget else THINK)
+    prompt = INSTRUCTION.replace("@@BUDGET@@", BUDGET.format(budget) if budget else "")
     bos = bos_ids(tokenizer)
     if args.chat_template and tokenizer.chat_template:
         day, message = time.localtime(started), [{"role": "user", "content": prompt}]
         template, options = tokenizer.get_chat_template(), {"tokenize": False, "add_generation_prompt": True}
-        template = re.sub(  # transformers hands no function of ours to a template
+        template = re.sub(  # a resumed run has the same date
             r"strftime_now\((.*?)\)", lambda call: repr(time.strftime(call[1].strip("'\" "), day)), template
         )
         prompt, bos = tokenizer.apply_chat_template(message, chat_template=template, **options), []
@@ -226,24 +223,20 @@ def prompt_frame(tokenizer, budget: int, args: Args, started: float) -> tuple[li
 
 
 def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]], str]:
-    """(training texts, held-out texts, words about them); a text is token ids, with BOS if there is one.
-
-    Longer texts are cut. A row that lacks text in a column is skipped and counted. UserError if most rows
-    are, or if no text is left for one of the two.
-    """
-    texts, wanted, rows, unusable = [], args.train_texts + args.eval_texts, 0, []
+    """(training texts, held-out texts, words about them); a text is token ids, with BOS if there is one."""
+    texts, wanted, usable, unusable = [], args.train_texts + args.eval_texts, 0, []
     for row in read_rows(args.dataset, split="test" if "Omni-MATH" in args.dataset else "train"):  # no other
-        rows += 1
         values = [row.get(name) if isinstance(row, dict) else None for name in args.text_column]
         if not all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
             unusable.append(row)
             continue
+        usable += 1
         ids = tokenizer.encode("\n".join(map(str, values)), add_special_tokens=False, verbose=False)
         cuts = [ids[i : i + args.max_text_tokens] for i in range(0, len(ids), args.max_text_tokens)]
         texts += [bos_ids(tokenizer) + cut for cut in cuts if len(cut) > 1]
         if len(texts) >= POOL * wanted:
             break
-    if 2 * len(unusable) > rows:
+    if len(unusable) > usable:
         for name in args.text_column:
             column(unusable[0], name, args.dataset)  # says which columns there are
         raise UserError(f"{args.dataset}: most rows have no text in {' '.join(args.text_column)}")
@@ -259,12 +252,11 @@ def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]],
 # ---------------------------------------------------------------- 0 prepare
 
 LEVELS = ("easy", "medium", "hard")
-TOP_TOKENS = 16  # the entropy is that of the 16 most likely next tokens (RPT), renormalised
 
 
-def top_entropy(logits: torch.Tensor, k: int = TOP_TOKENS) -> torch.Tensor:
-    """Entropy (nats) of the k most likely next tokens, their probabilities renormalised. [..., V] -> [...]"""
-    logprobs = logits.topk(min(k, logits.shape[-1]), dim=-1).values.float().log_softmax(-1)
+def top_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy (nats) of the 16 most likely next tokens (RPT), renormalised. [..., V] -> [...]"""
+    logprobs = logits.topk(16, dim=-1).values.float().log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -281,12 +273,12 @@ def score_texts(model, texts: list[list[int]], max_tokens: int, ranks: Ranks) ->
             found = [torch.stack([top_entropy(part), part.argmax(-1).float()]) for part in logits]
             found = torch.cat(found, 1).cpu()  # [2, P]
             for i, values in zip(batch, found.split([len(w) for w in where], 1)):
-                scores[i] = np.pad(values.numpy(), ((0, 0), (1, 0)))  # nothing is before the first token
+                scores[i] = np.pad(values.numpy(), ((0, 0), (1, 0)))  # none for the first token
     return all_gather_list(scores, ranks)
 
 
 def load_proxy(model, tokenizer, texts: list[list[int]], args: Args, ranks: Ranks):
-    """The proxy, which may be `model`. UserError if it has another tokenizer."""
+    """The proxy; it may be `model` itself. UserError if it has another tokenizer."""
     if args.proxy_model == args.model:
         return model
     own, probe = load_tokenizer(args.proxy_model), [tokenizer.decode(text) for text in texts[:50]]
@@ -296,9 +288,9 @@ def load_proxy(model, tokenizer, texts: list[list[int]], args: Args, ranks: Rank
 
 
 def proxy_entropies(proxy, texts: list[list[int]], args: Args, run: Run) -> list[np.ndarray]:
-    """Entropies of every position of every text under the proxy; a resumed run has them on disk."""
+    """Entropies of every position of every text under the proxy. A resumed run reads them from its folder."""
     lengths, path = [len(text) for text in texts], run.path / "entropies.npy"
-    if run.state and all_sum(float(path.is_file()), run.ranks) == run.ranks.world_size:
+    if run.state and path.exists():
         return np.split(np.load(path), np.cumsum(lengths)[:-1])
     run.say(f"entropies of {sum(lengths)} positions under {args.proxy_model}, once ...")
     entropies = [scores[0] for scores in score_texts(proxy, texts, args.micro_batch_tokens, run.ranks)]
@@ -307,36 +299,32 @@ def proxy_entropies(proxy, texts: list[list[int]], args: Args, run: Run) -> list
     return entropies
 
 
-def base_model(args: Args) -> str:
-    """--proxy-model, else the initial model; for --eval-only the one that its run folder names."""
+def proxy_name(args: Args) -> str:
+    """Name of the proxy: --proxy-model, else --model; with --eval-only what the run folder of --model says."""
     if args.proxy_model or not args.eval_only:
         return args.proxy_model or args.model
     try:
         arguments = Path(args.model).resolve().parents[1] / "args.json"  # of RUN/checkpoints/final
         return json.loads(arguments.read_text(encoding="utf-8"))["proxy_model"]
-    except (OSError, KeyError, IndexError):  # by a trained model's own entropies, other positions are scored
+    except (OSError, KeyError, IndexError):  # a trained model's own entropies would choose other positions
         raise UserError("--eval-only needs --proxy-model: the model from which --model was trained") from None
 
 
 def boxable_tokens(tokenizer, texts: list[str]) -> np.ndarray:
-    """bool [V]: what may stand in a box: whole characters that the format allows, no tag, not special."""
-    no = re.compile(f"[{re.escape(NOT_IN_BOX)}\ufffd]|{re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)}")
-    special = set(tokenizer.all_special_ids)
-    good = [bool(text) and not no.search(text) for text in texts]
+    """bool [V]: the tokens that may stand in a box. A tag, a part of a character, a special token may not."""
+    never, special = (THINK_OPEN, THINK_CLOSE, "\ufffd", *NOT_IN_BOX), set(tokenizer.all_special_ids)
+    good = [bool(text) and not any(part in text for part in never) for text in texts]
     return np.array([fits and i not in special for i, fits in enumerate(good)])
 
 
 def difficulty(entropies: np.ndarray, text: list[int], first: int, boxable: np.ndarray, thresholds):
-    """Level of every position of a text: 0 easy, 1 medium, 2 hard, each up to the next threshold; -1: no RL.
-
-    Positions before `first` have no prefix, and what cannot stand in a box cannot be answered.
-    """
+    """Level of every position of a text: 0 easy, 1 medium, 2 hard; -1 no RL. first: the first with a prefix."""
     levels = np.digitize(entropies, thresholds) - 1
     return np.where(boxable[text] & (np.arange(len(text)) >= first), levels, -1)
 
 
 def heldout_positions(levels: list[np.ndarray], count: int) -> list[tuple[int, int, int]]:
-    """(text, position, level) to evaluate on, `count` per level; nested as in RPT: easy is at least easy."""
+    """(text, position, level) to evaluate on: `count` at each level or above it, as in RPT's evaluation."""
     chosen = []
     for level, name in enumerate(LEVELS):
         where = [(k, int(t), level) for k, row in enumerate(levels) for t in np.flatnonzero(row >= level)]
@@ -352,14 +340,15 @@ CHUNK = 16  # tokens after which the rows that have ended leave the batch
 
 
 def token_budget(step: int, total_steps: int, initial: int, minimum: int, decay: float) -> int:
-    """B_t: how many tokens the prompt asks the thought to have; `step` t of `total_steps` T."""
+    """B_t: the length (tokens) that the prompt asks of a thought; `step` t of `total_steps` T."""
     return max(minimum, math.floor(initial * decay ** (step / max(1, total_steps))))  # eq. (1)
 
 
 def budget_at(step: int, args: Args) -> int:
     """The budget of the update after `step` others; 0 without budgets."""
-    sizes = args.updates, args.initial_budget, args.min_budget, args.budget_decay
-    return token_budget(step, *sizes) if args.budget else 0
+    if not args.budget:
+        return 0
+    return token_budget(step, args.updates, args.initial_budget, minimum=1, decay=args.budget_decay)
 
 
 def curriculum_probs(step: float, t1: float, t2: float, p1: Sequence, p2: Sequence) -> list[float]:
@@ -369,10 +358,9 @@ def curriculum_probs(step: float, t1: float, t2: float, p1: Sequence, p2: Sequen
 
 
 def draw_positions(levels: np.ndarray, probs: Sequence[float], noise: torch.Tensor) -> list[int]:
-    """C: a position for each row of noise [K, 2], all different: d ~ Categorical(probs), uniform in d.
+    """C: a different position for each row of noise [K, 2]: its level from probs, then uniform in the level.
 
-    levels [P]. A level without candidates left gives its probability to the others, in proportion. Fewer than
-    K positions come back if no level that has any probability has candidates.
+    levels [P]. A level without candidates gives its probability to the others; fewer than K if none has any.
     """
     left, chosen = [np.flatnonzero(levels == d).tolist() for d in range(len(probs))], []
     for level_noise, position_noise in noise.tolist():
@@ -384,14 +372,14 @@ def draw_positions(levels: np.ndarray, probs: Sequence[float], noise: torch.Tens
     return chosen
 
 
-def choose_positions(levels: list[np.ndarray], update: int, args: Args) -> list[tuple[int, int]]:
-    """C among all positions of the update's texts: (which of the texts, position in it)."""
+def choose_positions(levels: list[np.ndarray], update: int, args: Args) -> list[tuple[int, int, int]]:
+    """C among all positions of the update's texts: (which of the texts, position in it, level)."""
     flat, probs = np.concatenate(levels), [1.0]
     if args.curriculum:
         probs = curriculum_probs((update - 1) / args.updates, args.t1, args.t2, args.p1, args.p2)
     else:
         flat = np.where(flat >= 0, 0, -1)  # a single level
-    where = [(k, t) for k, row in enumerate(levels) for t in range(len(row))]
+    where = [(k, t, int(level)) for k, row in enumerate(levels) for t, level in enumerate(row)]
     chosen = draw_positions(flat, probs, uniforms([len(levels), 2], args.seed, update, "positions"))
     if not chosen:
         raise UserError(f"update {update}: no candidate in its texts; raise --prompts-per-update")
@@ -409,8 +397,8 @@ class Sample:
     rollout_logprobs: list[float]  # noted while sampling
     ended: bool = False  # else truncated
     thought_tokens: int = -1  # -1: malformed
-    exact: float = 0.0  # whether it matches by either rule
-    prefix: float = 0.0
+    exact: bool = False  # the answer is right by the one rule
+    prefix: bool = False  # and by the other
     length_reward: float = 0.0
     reward: float = 0.0
     advantage: float = 0.0
@@ -420,16 +408,13 @@ class Sample:
 
 
 def is_end(table: tuple[list[str], set[int]], tokens: torch.Tensor) -> torch.Tensor:
-    """Which tokens end a response: bool [B, T] of tokens [B, 1 + T], whose first is the prompt's last.
-
-    Any eos, and the token in which the first box after a thought closes. table: all tokens' texts, and eos.
-    """
-    texts, eos = table
+    """Which tokens end a response: bool [B, T] of tokens [B, 1 + T], whose first is the prompt's last."""
+    texts, eos = table  # texts of all tokens; ids of those that end any text
     ends = torch.isin(tokens, torch.tensor(sorted(eos), device=tokens.device))[:, 1:]
     for row, ids in zip(ends, tokens[:, 1:].tolist()):
         pieces = [texts[token] for token in ids]
         if found := END.search("".join(pieces)):
-            row[bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), found.end())] = True
+            row[bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), found.end())] = True  # the box closes
     return ends
 
 
@@ -487,28 +472,21 @@ RESPONSE = re.compile(  # one thought, anything, one box
 
 
 def read_response(completion_ids: list[int], texts: Sequence[str], opened: bool) -> tuple[int, str] | None:
-    """(l, y): the thought's length in tokens, and what is in the box; None if the response is malformed.
-
-    opened: the prompt has opened the thought. A tag may be several tokens.
-    """
+    """(l, y): tokens of the thought, and what is in the box; None if malformed. opened: by the prompt."""
     pieces = [THINK_OPEN] * opened + [texts[token] for token in completion_ids]
     found = RESPONSE.match("".join(pieces))
     if found is None:
         return None
-    ends = np.cumsum([len(piece) for piece in pieces])
-    starts = np.concatenate([[0], ends[:-1]])
-    return int(((ends > found.start("thought")) & (starts < found.end("thought"))).sum()), found["answer"]
+    sizes = np.array([len(piece) for piece in pieces])
+    ends = sizes.cumsum()
+    thought = (ends > found.start("thought")) & (ends - sizes < found.end("thought"))
+    return int(thought.sum()), found["answer"]
 
 
-def matches(answer: str, truth: Sequence[str], rule: str) -> bool:
-    """Whether y is the next token (`exact`), or the text goes on with y up to the end of a token (`prefix`).
-
-    Equal text is equal bytes, but for parts of characters (U+FFFD), which match nothing.
-    """
-    whole = [truth[0]]
-    while rule == "prefix" and len(whole[-1]) < len(answer) and len(whole) < len(truth):
-        whole.append(whole[-1] + truth[len(whole)])
-    return answer in whole and "\ufffd" not in answer
+def matches(answer: str, truth: Sequence[str]) -> tuple[bool, bool]:
+    """(exact: y is the next token, prefix: y is one or several whole tokens with which the text goes on)."""
+    whole = "\ufffd" not in answer  # a part of a character matches nothing
+    return whole and answer == truth[0], whole and answer in itertools.accumulate(truth)
 
 
 def length_reward(length: int, budget: int, r_max: float) -> float:
@@ -527,19 +505,8 @@ class Rollouts:
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.table = self.texts, eos_ids(tokenizer, args.model)
 
-    def reward(self, sample: Sample, budget: int, opened: bool) -> None:
-        """Step 2. Both rules are noted, whichever is rewarded."""
-        if (response := read_response(sample.completion_ids, self.texts, opened)) is None:
-            return  # D3
-        sample.thought_tokens, answer = response
-        sample.exact = float(matches(answer, sample.truth, "exact"))
-        sample.prefix = float(matches(answer, sample.truth, "prefix"))
-        w = self.args.length_weight if budget else 0.0
-        sample.length_reward = length_reward(sample.thought_tokens, budget, 1.0) if budget else 0.0
-        sample.reward = (1 - w) * getattr(sample, self.args.match) + w * sample.length_reward  # eq. (5)
-
     def __call__(self, places: list[tuple], noise, budget: int, temperature: float, stop: Callable):
-        """(a Sample for each of the global list `places`, seconds). places: (text, position, level).
+        """(a Sample for each of the global list `places`: (text, position, level), seconds).
 
         stop: called between batches, by every rank equally often; it may raise Stop.
         """
@@ -555,12 +522,21 @@ class Rollouts:
                 rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table) if batch else []
                 for i, ids, row in zip(batch, prompt_ids, rows):
                     text, t, level = places[i]
-                    samples[i] = Sample(level, [self.texts[token] for token in text[t : t + 32]], ids, *row)
-        generated = time.time()
-        for sample in samples.values():
-            self.reward(sample, budget, opened)
-        everyone = all_gather_list([samples[i] for i in share], self.ranks)  # the slowest rank's time counts
-        return everyone, {"time/rollout_s": generated - start, "time/reward_s": time.time() - generated}
+                    truth = [self.texts[token] for token in text[t : t + 32]]
+                    samples[i] = Sample(level, truth, ids, *row)
+                    self.reward(samples[i], budget, opened)
+        everyone = all_gather_list([samples[i] for i in share], self.ranks)
+        return everyone, time.time() - start  # the slowest rank's time
+
+    def reward(self, sample: Sample, budget: int, opened: bool) -> None:
+        """Step 2. Both rules are noted, whichever is rewarded."""
+        if (response := read_response(sample.completion_ids, self.texts, opened)) is None:
+            return  # D3
+        sample.thought_tokens, answer = response
+        sample.exact, sample.prefix = matches(answer, sample.truth)
+        w = self.args.length_weight if budget else 0.0
+        sample.length_reward = length_reward(sample.thought_tokens, budget, 1.0) if budget else 0.0
+        sample.reward = (1 - w) * getattr(sample, self.args.match) + w * sample.length_reward  # eq. (5)
 
 
 # ---------------------------------------------------------------- 3 advantage
@@ -579,10 +555,10 @@ SUMS = ("rl_loss", "ntp_loss", "tokens", "kl", "entropy", "rollout_ratio")
 
 
 def rl_loss(logprobs, ref_logprobs, advantages, mask, beta: float, responses: int):
-    """This micro-batch's part of -L_RL, and the sum of the KL over its tokens (nats).
+    """A micro-batch's part of -L_RL over all `responses` of the update, and the sum of its KL (nats).
 
-    logprobs, ref_logprobs (None at beta 0) and mask [B, T], advantages [B]; `responses`: of the whole update.
-    There is one step per rollout, so the clipped ratio would have the same gradient.
+    logprobs, ref_logprobs (None at beta 0) and mask [B, T], advantages [B]. With one step per rollout, as
+    here, the clipped ratio has the same gradient.
     """
     kl = torch.zeros_like(logprobs)
     if beta:
@@ -593,10 +569,7 @@ def rl_loss(logprobs, ref_logprobs, advantages, mask, beta: float, responses: in
 
 
 def ntp_loss(model, texts: list[list[int]], kept: list[np.ndarray], total: int) -> torch.Tensor:
-    """This micro-batch's part of L_NTP: -log p (nats), summed over the positions of its texts.
-
-    kept: those of each text where m_pos = 1, int64; `total` counts the texts of the whole update.
-    """
+    """A micro-batch's part of L_NTP (nats) over all `total` texts of the update; kept: where m_pos = 1."""
     logprobs, _ = token_logprobs(model, texts, kept)  # [P]
     return -logprobs.sum() / total  # eq. (8), D2
 
@@ -624,10 +597,9 @@ def sample_batches(model, samples: list[Sample], max_tokens: int, ranks: Ranks |
 
 
 def train_batch(model, ref_model, optimizer, samples, texts, responses, total, args: Args, ranks, stop):
-    """One optimizer step on this rank's responses and texts: (sums over them, gradient norm).
+    """One optimizer step on this rank's samples and texts (ids, kept positions): (sums, gradient norm).
 
-    texts: (ids, kept positions) each. responses, total: the global denominators of rl_loss and ntp_loss.
-    stop: called before every micro-batch, see common.Interrupt.
+    responses, total: how many of them all ranks have. stop: called before each micro-batch; may raise Stop.
     """
     nothing, ref, sums = Sample(0, [], [0, 0], [0], [0.0]), None, Counter()
     for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
@@ -667,7 +639,6 @@ CURVES = (
         "rollout/malformed": "malformed responses", "reward/groups_without_spread": "groups of equal rewards",
     }, "update"),
     ("next-token loss of the texts (nats per token)", {"policy/ntp_ce": ""}, "update"),
-    ("reasoning at held-out positions, by time", {"eval/ntr": ""}, "time/wall_s"),
 )  # fmt: skip
 CONSOLE = (
     "match {reward/match:.3f}", "thought {rollout/thought_tokens:5.1f}", "budget {rollout/budget:3}",
@@ -688,7 +659,7 @@ def mean(values) -> float:
 
 
 def sample_metrics(samples: list[Sample], args: Args) -> dict:
-    """What the samples of an update tell by themselves."""
+    """Metrics of an update that its samples give."""
     rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
     metrics = {
         "reward/mean": rewards.mean().item(),
@@ -706,6 +677,7 @@ def sample_metrics(samples: list[Sample], args: Args) -> dict:
 
 
 def lengths(samples: list[Sample], group: str) -> dict:
+    """Metrics of training and of evaluation alike."""
     return {
         f"{group}/thought_tokens": mean(s.thought_tokens for s in samples if s.thought_tokens >= 0),
         f"{group}/completion_tokens": mean(len(s.completion_ids) for s in samples),
@@ -714,10 +686,9 @@ def lengths(samples: list[Sample], group: str) -> dict:
 
 
 def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int, stop):
-    """Tables 1 and 3 on held-out positions, with the budget of the moment and the same noise every time.
+    """Tables 1 and 3 on held-out positions: (metrics, sampled responses, each with the predicted token).
 
     Prediction (NTP): the most likely token. Reasoning (NTR): the box of a response, sampled and greedy.
-    Returns the metrics, and the sampled responses, each with the token predicted without a thought.
     """
     start, budget, metrics = time.time(), budget_at(update, args), {}
     scores = score_texts(rollouts.model, texts, args.micro_batch_tokens, run.ranks)
@@ -734,11 +705,11 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
         for level, name in enumerate(LEVELS):
             metrics[f"eval/{kind}_{name}"] = mean(v for v, place in zip(values, chosen) if place[2] == level)
         metrics[f"eval/{kind}"] = mean(metrics[f"eval/{kind}_{name}"] for name in LEVELS)  # the "Average"
-    metrics |= {"eval/budget": budget, "time/eval_rollout_s": seconds["time/rollout_s"]}
-    samples = [(s, rollouts.texts[token]) for s, token in zip(sampled, predicted)]
-    shown = samples[:: max(1, len(samples) // 6)]
-    run.samples(f"update {update}", LEGEND, [html_sample(*pair, rollouts.tokenizer) for pair in shown])
-    return metrics | lengths(sampled, "eval") | {"time/eval_s": time.time() - start}, samples
+    metrics |= {"eval/budget": budget, "time/eval_rollout_s": seconds}
+    answers = [(s, rollouts.texts[token]) for s, token in zip(sampled, predicted)]
+    blocks = [html_sample(*answer, rollouts.tokenizer) for answer in answers[:: max(1, len(answers) // 6)]]
+    run.samples(f"update {update}", LEGEND, blocks)
+    return metrics | lengths(sampled, "eval") | {"time/eval_s": time.time() - start}, answers
 
 
 def verdict(sample: Sample, predicted: str) -> str:
@@ -757,19 +728,17 @@ def html_sample(sample: Sample, predicted: str, tokenizer) -> str:
     return f"<pre>{prompt}{response}\n<span class={style}>{words}</span></pre>"
 
 
-def report(run: Run, stages: list[dict], samples: list, tokenizer) -> None:
-    """The end of a run: its evaluations side by side, two responses that make the point, and the files."""
+def report(run: Run, stages: list[dict], answers: list, tokenizer) -> None:
+    """The end of a run: the evaluations before and after, two responses, and where to look."""
     lines = ["", f"{'held-out':24}" + "".join(f"{name:>16}" for name in ("mean", *LEVELS))]
-    for kind in ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy"):
-        keys = [f"eval/{kind}"] + [f"eval/{kind}_{name}" for name in LEVELS]
-        cells = [" -> ".join(f"{stage[key]:.3f}" for stage in stages) for key in keys]
+    accuracies = ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy")
+    for kind in (*accuracies, "budget", "thought_tokens", "completion_tokens", "malformed"):
+        keys = [f"eval/{kind}", *(f"eval/{kind}_{name}" for name in LEVELS if kind in accuracies)]
+        cells = [" -> ".join(f"{stage[key]:#.3g}" for stage in stages) for key in keys]
         lines.append(f"{kind:24}" + "".join(f"{cell:>16}" for cell in cells))
-    for key in ("budget", "thought_tokens", "completion_tokens", "malformed"):
-        cell = " -> ".join(f"{stage.get(f'eval/{key}', math.nan):.3g}" for stage in stages)
-        lines.append(f"{key:24}{cell:>16}")
     for sign in (1, -1):  # right where prediction is wrong; wrong where prediction is right
-        order = [(sign * (s.exact - (word == s.truth[0])), s.level) for s, word in samples]
-        sample, predicted = samples[order.index(max(order))]
+        order = [(sign * (s.exact - (word == s.truth[0])), s.level) for s, word in answers]
+        sample, predicted = answers[order.index(max(order))]
         text = tokenizer.decode(sample.prompt_ids)[-200:] + tokenizer.decode(sample.completion_ids)
         lines += ["", verdict(sample, predicted), text]
     run.say("\n".join([*lines, "", f"{run.path}/: samples.html, curves.png, checkpoints/final"]))
@@ -793,14 +762,14 @@ def plan(args: Args, ranks: Ranks, train: list[list[int]], longest: int, tokeniz
 def main(args: Args) -> None:
     check(args)
     ranks = setup(args.seed)
-    args = replace(args, proxy_model=base_model(args))
+    args = replace(args, proxy_model=proxy_name(args))
     tokenizer = load_tokenizer(args.model)
     train, heldout, about = read_texts(args, tokenizer)
-    texts, frame = train + heldout, prompt_frame(tokenizer, budget_at(0, args), args, time.time())
-    longest = len(frame[0] + frame[1]) + max(map(len, texts)) + args.max_new_tokens
+    all_texts, frame = train + heldout, prompt_frame(tokenizer, budget_at(0, args), args, time.time())
+    longest = len(frame[0] + frame[1]) + max(map(len, all_texts)) + args.max_new_tokens
     learns, recompute = not args.eval_only, args.gradient_checkpointing
     model = load_model(args.model, tokenizer, ranks, longest, train=learns, recompute=recompute and learns)
-    proxy = load_proxy(model, tokenizer, texts, args, ranks)
+    proxy = load_proxy(model, tokenizer, all_texts, args, ranks)
     if ranks.main:
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"model {args.model}: {size:.1f}M parameters; proxy {args.proxy_model}\n{about}", flush=True)
@@ -815,18 +784,18 @@ def main(args: Args) -> None:
 
     # 0 prepare; before a restore, because the default proxy is the initial model
     boxable, first = boxable_tokens(tokenizer, rollouts.texts), 1 + len(bos_ids(tokenizer))
-    entropies = proxy_entropies(proxy, texts, args, run)
+    entropies = proxy_entropies(proxy, all_texts, args, run)
     del proxy
-    levels = [difficulty(e, text, first, boxable, args.thresholds) for e, text in zip(entropies, texts)]
+    levels = [difficulty(e, text, first, boxable, args.thresholds) for e, text in zip(entropies, all_texts)]
     counts = np.bincount(np.concatenate(levels) + 1, minlength=4)
     run.say("positions: " + ", ".join(f"{c} {name}" for c, name in zip(counts, ("without RL", *LEVELS))))
     to_evaluate = heldout_positions(levels[len(train) :], args.eval_positions)
 
     state = run.restore(models, optimizer) if run.state else {"update": 0, "cursor": 0, "before": None}
-    interrupt, hints, samples, after = Interrupt(ranks), dict(HINTS), [], None
+    interrupt, hints, answers, after = Interrupt(ranks), dict(HINTS), [], None
     try:
         if state["before"] is None:
-            metrics, samples = evaluate(rollouts, heldout, to_evaluate, args, run, 0, interrupt.check)
+            metrics, answers = evaluate(rollouts, heldout, to_evaluate, args, run, 0, interrupt.check)
             state["before"] = {key: value for key, value in metrics.items() if key.startswith("eval/")}
             run.log({"update": 0, **metrics}, HELDOUT, args.updates)
         for update in range(state["update"] + 1, args.updates + 1 if learns else 0):
@@ -834,10 +803,9 @@ def main(args: Args) -> None:
             drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
             texts, budget = [train[i] for i in drawn], budget_at(update - 1, args)
             chosen = choose_positions([levels[i] for i in drawn], update, args)  # C
-            places = [(texts[k], t, levels[drawn[k]][t]) for k, t in chosen]
-            places = [place for place in places for _ in range(args.group_size)]
+            places = [(texts[k], t, level) for k, t, level in chosen for _ in range(args.group_size)]
             noise = uniforms([len(places), args.max_new_tokens], args.seed, update, "rollout")
-            samples, seconds = rollouts(places, noise, budget, args.temperature, interrupt.check)
+            samples, rollout_s = rollouts(places, noise, budget, args.temperature, interrupt.check)
 
             # 3 advantage
             rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
@@ -847,15 +815,14 @@ def main(args: Args) -> None:
             # 4 update
             begin = time.time()
             groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
-            taken = set(chosen)
-            kept = [[t for t in range(1, len(text)) if (k, t) not in taken] for k, text in enumerate(texts)]
-            rows = [(text, np.array(cols, dtype=np.int64)) for text, cols in zip(texts, kept)]
-            rows = sorted(rows, key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
+            taken = [[t for j, t, _ in chosen if j == k] for k in range(len(texts))]
+            kept = [np.setdiff1d(np.arange(1, len(text)), cols) for text, cols in zip(texts, taken)]
+            rows = sorted(zip(texts, kept), key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
             sums, norm = train_batch(
                 model, ref_model, optimizer, rank_share(groups, ranks), rows, len(samples), len(texts),
                 args, ranks, interrupt.check,
             )  # fmt: skip
-            seconds["time/update_s"] = time.time() - begin
+            update_s = time.time() - begin
 
             # 5 log, evaluate, save
             state |= {"update": update, "cursor": state["cursor"] + len(drawn)}
@@ -873,17 +840,18 @@ def main(args: Args) -> None:
                 **{f"policy/{key}": value / tokens for key, value in sums.items()},
                 "optim/grad_norm": norm,
                 "data/epoch": state["cursor"] / len(train),
-                **seconds,
+                "time/rollout_s": rollout_s,
+                "time/update_s": update_s,
             }
             read = sum(map(len, samples)) + ntp_tokens * bool(args.ntp_weight)
-            metrics["perf/tokens_per_s"] = read / sum(seconds.values())
+            metrics["perf/tokens_per_s"] = read / (rollout_s + update_s)
             for key in [key for key in hints if metrics[key] == 1]:
                 run.say(f"note: {hints.pop(key)}")
             last, console = update == args.updates, CONSOLE
             try:
                 if last or (args.eval_every and update % args.eval_every == 0):
                     stop = (lambda: None) if last else interrupt.check  # the last evaluation is finished
-                    after, samples = evaluate(rollouts, heldout, to_evaluate, args, run, update, stop)
+                    after, answers = evaluate(rollouts, heldout, to_evaluate, args, run, update, stop)
                     metrics, console = metrics | after, CONSOLE[:2] + HELDOUT
             finally:
                 run.log(metrics, console, args.updates, not math.isfinite(norm))
@@ -894,7 +862,7 @@ def main(args: Args) -> None:
     except Stop:
         run.stopped(state, models, optimizer)
     if after or not learns:
-        report(run, [state["before"], *filter(None, [after])], samples, tokenizer)
+        report(run, [state["before"], *filter(None, [after])], answers, tokenizer)
 
 
 if __name__ == "__main__":

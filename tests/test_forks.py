@@ -34,7 +34,12 @@ def partial_credit(history):
         assert row.get("eval/pass@1", 0) * 8 % 1 == 0
 
 
-CHECKS = {"grpo_partial_credit": partial_credit}
+def answer_tags(history):
+    """The toy model boxes, so no response has the new format, and next-token prediction goes on."""
+    assert all(row["rollout/malformed"] == 1 and row["policy/ntp_ce"] > 0 for row in history[1:])
+
+
+CHECKS = {"grpo_partial_credit": partial_credit, "rmt_answer_tags": answer_tags}
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=lambda path: path.stem)
