@@ -6,8 +6,8 @@
 
 **Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base
 model writes `os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests
-and the owner of the machine are not. What a process prints, returns or exits with after success, a program
-inside that process can print, return or exit with too: program and test never share a process.
+and the owner of the machine are not. Whatever a process prints, returns or exits with after success, a program
+inside that process can produce too: program and test never share a process.
 
     caller --- limits, files ---> Z  zygote, one per worker: a fresh, confined Python. It forks per program
                                   |- T  tester: runs the trusted tests, writes the verdict
@@ -16,19 +16,19 @@ inside that process can print, return or exit with too: program and test never s
 
 - C holds stdin, stdout, stderr and a socket to T. No test is in its memory (it is a copy of Z, which reads
   neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process.
-  All it can do is to answer T's calls, rightly or wrongly.
+  All it can do is answer T's calls, rightly or wrongly.
 - T executes the tests. A name that a test does not define is asked from C. What travels is JSON that can only
   become plain data (`PLAIN`); there is no pickle. Other objects stay where they are, and the other side holds
   a number for them. In T such a `Handle` never equals or computes with plain data. The verdict goes to a
-  memory file that only T and the caller hold.
+  memory file that only T, Z and the caller hold.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
 - Nothing lasts from one program to the next: C and T are new each time, and Z runs neither code nor tests.
 
 **Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing
 else, and no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace,
-mount, chmod, memfd, shared memory and all sockets but a pair. For C also no fork (`candidate_filter`): a
-program is one process and SIGKILL ends all of it. No capabilities, hardly any environment, and limits on
-time, memory, output and threads, or the machine's own where they are smaller.
+mount, chmod, memfd, shared memory and all sockets but a pair. C cannot fork either (`candidate_filter`): a
+program is one process and SIGKILL ends all of it. There are no capabilities, hardly any environment, and
+limits on time, memory, output and threads, or the machine's own where they are smaller.
 
 **Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a
 worker dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each
@@ -46,8 +46,8 @@ stdout, monkeypatches).
 without computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal);
 a callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files.
 Without Landlock (Linux < 5.13, gVisor) a program can read what this user can, the caller's memory with the
-tests included; on a machine other than x86_64 it can do most of what this user can. Both are
-said once, on stderr: use a container then. Linux only.
+tests included; on a machine other than x86_64 it can do most of what this user can. Both are said once, on
+stderr: use a container then. Linux only.
 """
 
 import _thread
@@ -55,6 +55,9 @@ import builtins
 import collections
 import contextlib
 import ctypes
+import datetime
+import decimal
+import fractions
 import functools
 import gc
 import importlib
@@ -74,9 +77,8 @@ import sys
 import time
 import types
 
-if "zygote" not in sys._xoptions:  # only the caller needs these, and each module makes the fork dearer
+if "zygote" not in sys._xoptions:  # only the caller needs these
     import atexit
-    import decimal
     import subprocess
     import threading
     from concurrent.futures import ThreadPoolExecutor
@@ -87,8 +89,8 @@ MIB = 1 << 20
 OUTPUT_MB, THREADS, OPEN_FILES = 16, 64, 64  # what one program may write to stdout or stderr, start and open
 ANSWER_LIMIT, TESTER_MB = 16 * MIB, 2048  # of one answer of C as JSON; of T's address space
 TICK_S = 0.05  # how often the threads and the CPU time of a running program are looked at
-START_TIMEOUT_S, GRACE_S = 120, 20  # until a worker must be ready; until one must answer after a timeout
-BUSY = 10  # times timeout_s: wall time of a program that computes, but shares its core
+START_TIMEOUT_S, GRACE_S = 120, 20  # until a worker must be ready; for each program that it then runs first
+BUSY = 10  # seconds on the clock for a second of CPU time, on a core that others use too
 GONE = 3  # T's exit status when C did not answer any more
 
 
@@ -96,7 +98,7 @@ class SandboxError(RuntimeError):
     """The machine, not a program, is at fault. The message names its limits."""
 
 
-# ---- Messages: a length, then JSON of that length ----------------------------------------------------------
+# ---- Messages: a length, then JSON of that length -----------------------------------------------------------
 
 
 def send(sock, value):
@@ -124,25 +126,12 @@ def receive(sock, limit=math.inf):
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
 
 
-def later(module, name):
-    """A function of a module that is loaded when the first value arrives: Z is smaller without it."""
-    return lambda *parts: operator.attrgetter(name)(importlib.import_module(module))(*parts)
-
-
 def pairs(mapping):
     return [part for item in mapping.items() for part in item]
 
 
 def dict_of(*parts):
     return dict(zip(parts[::2], parts[1::2]))
-
-
-def iso(value):
-    return [value.isoformat()]  # a time zone becomes a fixed offset
-
-
-def span(value):
-    return [value.start, value.stop, value.step]
 
 
 def array(dtype, shape, content):
@@ -170,23 +159,23 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "frozenset": (list, lambda *parts: frozenset(parts)),
     "dict": (pairs, dict_of),
     "complex": (lambda value: [value.real, value.imag], complex),
-    "range": (span, range),
-    "slice": (span, slice),
+    "range": (lambda value: [value.start, value.stop, value.step], range),
+    "slice": (lambda value: [value.start, value.stop, value.step], slice),
     "collections.deque": (list, lambda *parts: collections.deque(parts)),
     "collections.Counter": (pairs, lambda *parts: collections.Counter(dict_of(*parts))),
-    "decimal.Decimal": (lambda value: [str(value)], later("decimal", "Decimal")),
+    "decimal.Decimal": (lambda value: [str(value)], decimal.Decimal),
     "fractions.Fraction": (lambda value: [value.numerator, value.denominator],  # ints, not "1e999999999"
-                           lambda *parts: later("fractions", "Fraction")(*map(operator.index, parts))),
-    "datetime.date": (iso, later("datetime", "date.fromisoformat")),
-    "datetime.time": (iso, later("datetime", "time.fromisoformat")),
-    "datetime.datetime": (iso, later("datetime", "datetime.fromisoformat")),
-    "datetime.timedelta": (lambda value: [value.days, value.seconds, value.microseconds],
-                           later("datetime", "timedelta")),
+                           lambda *parts: fractions.Fraction(*map(operator.index, parts))),
+    "datetime.date": (lambda value: [value.isoformat()], datetime.date.fromisoformat),
+    "datetime.time": (lambda value: [value.isoformat()], datetime.time.fromisoformat),
+    "datetime.datetime": (lambda value: [value.isoformat()], datetime.datetime.fromisoformat),
+    "datetime.timedelta": (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
     "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.tobytes()], array),
     "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value], namedtuple),
 }
 BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
 SCALARS = {type(None), bool, int, float, str}
+CHANGEABLE = {"list", "dict", "set", "collections.deque", "collections.Counter", "numpy.ndarray"}
 
 
 class Given:
@@ -196,8 +185,7 @@ class Given:
         self.values, self.numbers, self.open = [], {}, True
 
     def add(self, name, value):
-        if self.open and name in ("list", "dict", "set", "collections.deque", "collections.Counter",
-                                  "numpy.ndarray"):
+        if self.open and name in CHANGEABLE:
             self.numbers[id(value)] = len(self.values)
             self.values.append(value)
 
@@ -206,17 +194,11 @@ NOTHING = Given()
 NOTHING.open = False
 
 
-def fits_json(value):
-    return type(value) in SCALARS and (type(value) is not int or value.bit_length() < 10_000)
-
-
 def plain_name(value):
     """-> key of PLAIN or None"""
     kind = type(value)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    if name == "numpy.ndarray":
-        return name if value.dtype.kind in "biufcSU" else None
-    if name in PLAIN:
+    if name in PLAIN and (name != "numpy.ndarray" or value.dtype.kind in "biufcSU"):
         return name
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         NAMEDTUPLES.setdefault((kind.__name__, kind._fields), kind)
@@ -224,25 +206,19 @@ def plain_name(value):
     return next((base.__name__ for base in BASES if isinstance(value, base)), None)
 
 
-def pack(value, peer, given=NOTHING):
-    """`peer.outgoing` packs what is not plain data."""
-    if fits_json(value):
+def pack(value, peer, given=NOTHING, whole=False):
+    """`peer.outgoing` packs what is not plain data. whole: not by number, even if it is in `given`."""
+    kind = type(value)
+    if kind in SCALARS and (kind is not int or value.bit_length() < 10_000):
         return value
-    if id(value) in given.numbers:
+    if not whole and id(value) in given.numbers:
         return ["again", given.numbers[id(value)]]
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
+    if kind.__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return pack(value.item(), peer)
-    return pack_whole(value, peer, given)
-
-
-def pack_whole(value, peer, given):
-    """Also a value that is itself in `given`."""
     name = plain_name(value)
     if name is None:
         return peer.outgoing(value)
-    parts = PLAIN[name][0](value)
-    if not all(map(fits_json, parts)):
-        parts = [pack(part, peer, given) for part in parts]
+    parts = [pack(part, peer, given) for part in PLAIN[name][0](value)]
     given.add(name, value)
     return [name, *parts]
 
@@ -256,9 +232,7 @@ def unpack(message, peer, given=NOTHING):
         return given.values[parts[0]]
     if name not in PLAIN:
         return peer.incoming(name, *parts)
-    if list in set(map(type, parts)):
-        parts = [unpack(part, peer, given) for part in parts]
-    value = PLAIN[name][1](*parts)
+    value = PLAIN[name][1](*[unpack(part, peer, given) if type(part) is list else part for part in parts])
     given.add(name, value)
     return value
 
@@ -330,30 +304,30 @@ class Peer:
         try:
             args = deep(unpack, args, self, given)
             given.open = False
-            result = self.requests[request](*args)
+            result = self.perform(request, args)
             message = ["value", deep(pack, result, self)]
             if result is None:
-                message += [deep(pack_whole, value, self, given) for value in given.values]
+                message += [deep(pack, value, self, given, True) for value in given.values]
         except self.caught as error:
             message = ["raise", *self.describe(error)]
         send(self.channel, message)
 
 
-# ---- C, the candidate. This runs inside the hostile process: it serves honest programs, it guards nothing. -
+# ---- C, the candidate. This runs inside the hostile process: it serves honest programs, it guards nothing. ---
 
 
 def load(source, name):
     """-> the program's module, not yet run, and its code"""
     module = sys.modules["__main__"] = sys.modules[name] = types.ModuleType(name)
-    build = functools.partial(compile, filename=f"{name}.py", mode="exec", dont_inherit=True)
     try:
-        return module, build(source)
+        return module, compile(source, f"{name}.py", "exec", dont_inherit=True)
     except SyntaxError as error:
         if "__future__" not in str(error):
             raise
         imports = rb"^from __future__ import [^\n;()\\]*"  # behind a preamble: they belong at the beginning
         moved = b";".join(line.split(b"#")[0].strip() for line in re.findall(imports, source, re.M))
-        return module, build(moved + b";" + re.sub(imports, b"", source, flags=re.M))
+        source = moved + b";" + re.sub(imports, b"", source, flags=re.M)
+        return module, compile(source, f"{name}.py", "exec", dont_inherit=True)
 
 
 def run_script(source):
@@ -373,9 +347,9 @@ def run_script(source):
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # waits for the threads that are not daemons
     importlib.import_module("atexit")._run_exitfuncs()
-    writers = [thing for thing in gc.get_objects() if issubclass(type(thing), io.TextIOWrapper)]
-    raw = [thing for thing in gc.get_objects() if issubclass(type(thing), io.BufferedWriter)]
-    for stream in (sys.__stdout__, sys.stdout, *writers, *raw):  # all that Python would flush at its end
+    made, kinds = gc.get_objects(), (io.TextIOWrapper, io.BufferedWriter)  # what was there before is frozen
+    writers = [thing for kind in kinds for thing in made if issubclass(type(thing), kind)]
+    for stream in (sys.__stdout__, sys.stdout, *writers):  # all that Python would flush at its end
         with contextlib.suppress(ValueError, AttributeError, OSError):  # closed, or replaced by the program
             stream.flush()
     return status
@@ -389,7 +363,9 @@ class Candidate(Peer):
     def __init__(self, source, channel):
         super().__init__(channel)
         self.source, self.module = source, None
-        self.requests = {**REQUESTS, "load": self.load, "find": self.find}
+
+    def perform(self, request, args):
+        return (REQUESTS.get(request) or getattr(self, request))(*args)
 
     def load(self):
         self.module, code = load(self.source, "solution")
@@ -416,7 +392,7 @@ class Candidate(Peer):
             return self.shown[parts[0]]
         if tag == "named":
             module, name = parts
-            return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+            return operator.attrgetter(name)(importlib.import_module(module))
         number, request = parts
         if request == "next":
             return self.iterate(number)
@@ -437,11 +413,10 @@ class Candidate(Peer):
         return ["exception", self.number_of(kind), kind.__name__, *bases]
 
     def describe(self, error):
-        kind = self.exception_class(type(error))
-        name, text = type(error).__name__, str(error)[:500]
+        kind, text = self.exception_class(type(error)), str(error)[:500]
         with contextlib.suppress(BaseException):
-            return kind, name, text, pack(error.args, self), pack(dict(vars(error)), self)
-        return kind, name, text, ["tuple", text], ["dict"]
+            return kind, text, pack(error.args, self), pack(dict(vars(error)), self)
+        return kind, text, ["tuple", text], ["dict"]
 
     def exception(self, name, text):
         """What a function of the test has raised."""
@@ -455,15 +430,14 @@ class Candidate(Peer):
 COMPARISONS = ("lt", "le", "gt", "ge")
 OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift",
              "rshift")
-UNARY = ("neg", "pos", "abs", "invert")
+ITEMS_AND_SIGNS = ("getitem", "setitem", "delitem", "neg", "pos", "abs", "invert")
 REQUESTS = {"call": lambda function, args, named: function(*args, **dict(named)), "getattr": getattr,
-            "setattr": setattr, "getitem": operator.getitem, "setitem": operator.setitem,
-            "delitem": operator.delitem, "len": len, "bool": bool, "str": str, "repr": repr, "iter": iter,
-            "next": next, "isinstance": isinstance, "issubclass": issubclass, "eq": operator.eq}
-REQUESTS |= {name: getattr(operator, f"__{name}__") for name in COMPARISONS + OPERATORS + UNARY}
+            "setattr": setattr, "len": len, "bool": bool, "str": str, "repr": repr, "iter": iter, "next": next,
+            "isinstance": isinstance, "issubclass": issubclass, "eq": operator.eq}
+REQUESTS |= {name: getattr(operator, f"__{name}__") for name in COMPARISONS + OPERATORS + ITEMS_AND_SIGNS}
 
 
-# ---- T, the tester ---------------------------------------------------------------------------------------
+# ---- T, the tester ------------------------------------------------------------------------------------------
 
 
 class Gone(BaseException):
@@ -482,8 +456,14 @@ class Program(Peer):
     def __init__(self, channel):
         super().__init__(channel)
         self.handles, self.exceptions, self.gone, self.used = {}, {}, None, False
-        self.requests = {"call": lambda number, args, named: self.shown[number](*args, **dict(named)),
-                         "next": lambda number: next(self.shown[number])}
+
+    def perform(self, request, args):
+        if request == "next":
+            return next(self.shown[args[0]])
+        if request != "call":
+            raise ValueError(request)
+        number, args, named = args
+        return self.shown[number](*args, **dict(named))
 
     def ask(self, request, *args):
         self.used |= request not in ("load", "find")
@@ -511,7 +491,7 @@ class Program(Peer):
         name = getattr(value, "__qualname__", None)
         if name and home in sys.modules and home.partition(".")[0] in {*sys.stdlib_module_names, "numpy"}:
             with contextlib.suppress(AttributeError):
-                if functools.reduce(getattr, name.split("."), sys.modules[home]) == value:
+                if operator.attrgetter(name)(sys.modules[home]) == value:
                     return ["named", home, name]  # C uses its own: with T's `eval` it could forge
         if hasattr(type(value), "__next__"):
             return ["mine", self.number_of(value), "next"]
@@ -547,8 +527,8 @@ class Program(Peer):
             self.exceptions[number] = kind
         return self.exceptions[number]
 
-    def exception(self, kind, name, text, args, state):
-        kind = self.exception_class(kind)
+    def exception(self, message, text, args, state):
+        kind, name = self.exception_class(message), message if type(message) is str else message[2]
         try:
             error = kind(*deep(unpack, args, self))
         except Exception:  # some want other arguments
@@ -615,8 +595,7 @@ def request_method(name):
     return method
 
 
-for _name in ("getitem", "setitem", "delitem", "len", "bool", "str", "repr", "iter", "next", *UNARY,
-              *OPERATORS, *COMPARISONS):
+for _name in ("len", "bool", "str", "repr", "iter", "next", *ITEMS_AND_SIGNS, *OPERATORS, *COMPARISONS):
     setattr(Handle, f"__{_name}__", request_method(_name))
 
 
@@ -628,15 +607,16 @@ class TestNamespace(dict):
         self.program, self.called, self.under_test = program, called, under_test
 
     def __missing__(self, name):
+        built_in = hasattr(builtins, name)
         if name not in self.under_test:
-            if hasattr(builtins, name):
+            if built_in:
                 return getattr(builtins, name)
             if name in sys.stdlib_module_names and name not in self.called:
                 return importlib.import_module(name)  # `math.isclose` in a test is the true one
         try:
             return self.program.ask("find", name)
         except NameError:
-            if hasattr(builtins, name):
+            if built_in:
                 return getattr(builtins, name)
             raise
 
@@ -656,23 +636,19 @@ def run_asserts(program, job):
 
 def run_case(program, name, case):
     """-> why a call of the function has failed or None"""
-    function, args = program.ask("find", name), case["input"]
+    function, args, expected = program.ask("find", name), case["input"], case["output"]
     if lines := isinstance(args, str):
         args = [json.loads(line) for line in args.split("\n") if line.strip()]
+    if isinstance(expected, str):
+        with contextlib.suppress(ValueError):
+            expected = json.loads(expected)
     try:
         got = function(*args)
     except TypeError:
         if not (lines and len(args) == 1 and isinstance(args[0], list)):
             raise
         got = function(*args[0])  # some data sets write all arguments as one list
-    return None if same_value(got, from_json(case["output"])) else "wrong answer"
-
-
-def from_json(text):
-    try:
-        return json.loads(text) if isinstance(text, str) else text
-    except ValueError:
-        return text
+    return None if same_value(got, expected) else "wrong answer"
 
 
 def same_value(got, expected):
@@ -717,47 +693,43 @@ def judge(job, channel, next_case):
     return [passed, program.gone or reason]  # a C that is gone has failed, whatever the test thinks
 
 
-def tester(job, verdict, channel, for_candidate, lifeline):
-    """All of T's life."""
+def tester(job, verdict, channel, for_candidate):
+    """All of T's life. It writes a space for each case, which Z sees, and then the verdict as JSON."""
     for_candidate.close()  # so that the end of C can be seen
     lower_limit(resource.RLIMIT_AS, TESTER_MB * MIB)
     sys.setrecursionlimit(3000)
     job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
-    passed, reason = judge(job, channel, lambda: os.write(lifeline, b"."))
-    os.pwrite(verdict, json.dumps([passed, reason and reason[:300]]).encode(), 0)
+    passed, reason = judge(job, channel, lambda: os.write(verdict, b" "))
+    os.write(verdict, json.dumps([passed, reason and reason[:300]]).encode())
     os._exit(GONE if reason == "gone" else 0)
 
 
-# ---- Confinement -----------------------------------------------------------------------------------------
+# ---- Confinement --------------------------------------------------------------------------------------------
 
 libc = ctypes.CDLL(None)
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME = 1, 4, 15, 16
-PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
 CLONE_THREAD, ALL_BITS, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_TRUNC
 TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 
 # What Python and its libraries need: the name and the number on x86_64. Other machines have no filter.
 SYSCALLS = """
-    read 0, write 1, readv 19, writev 20, pread64 17, pwrite64 18, lseek 8, close 3, close_range 436,
-    dup 32, dup2 33, dup3 292, pipe 22, pipe2 293, openat 257, fstat 5, newfstatat 262, stat 4, lstat 6,
-    statx 332, access 21, faccessat 269, readlink 89, readlinkat 267, getdents64 217, getcwd 79, chdir 80,
-    fchdir 81, brk 12, mmap 9, munmap 11, mremap 25, mprotect 10, madvise 28, msync 26, clone 56, exit 60,
-    exit_group 231, futex 202, set_robust_list 273, rseq 334, set_tid_address 218, gettid 186,
-    sched_yield 24, sched_getaffinity 204, nanosleep 35, clock_nanosleep 230, clock_gettime 228,
-    clock_getres 229, gettimeofday 96, time 201, getitimer 36, setitimer 38, alarm 37, times 100,
-    getrusage 98, sysinfo 99, uname 63, getrandom 318, prlimit64 302, prctl 157, ioctl 16, fcntl 72,
-    wait4 61, rt_sigaction 13, rt_sigprocmask 14, rt_sigreturn 15, rt_sigtimedwait 128, rt_sigsuspend 130,
-    sigaltstack 131, pause 34, restart_syscall 219, kill 62, tgkill 234, getpid 39, getppid 110,
-    getuid 102, geteuid 107, getgid 104, getegid 108, poll 7, ppoll 271, select 23, pselect6 270,
-    epoll_create1 291, epoll_ctl 233, epoll_wait 232, epoll_pwait 281, eventfd2 290, socketpair 53,
-    sendto 44, recvfrom 45, sendmsg 46, recvmsg 47, shutdown 48, getsockopt 55, setsockopt 54,
-    getsockname 51, getpeername 52
+    read 0, write 1, readv 19, writev 20, pread64 17, pwrite64 18, lseek 8, close 3, close_range 436, dup 32, dup2 33,
+    dup3 292, pipe 22, pipe2 293, openat 257, fstat 5, newfstatat 262, stat 4, lstat 6, statx 332, access 21,
+    faccessat 269, readlink 89, readlinkat 267, getdents64 217, getcwd 79, chdir 80, fchdir 81, brk 12, mmap 9,
+    munmap 11, mremap 25, mprotect 10, madvise 28, msync 26, clone 56, exit 60, exit_group 231, futex 202,
+    set_robust_list 273, rseq 334, set_tid_address 218, gettid 186, sched_yield 24, sched_getaffinity 204, nanosleep 35,
+    clock_nanosleep 230, clock_gettime 228, clock_getres 229, gettimeofday 96, time 201, getitimer 36, setitimer 38,
+    alarm 37, times 100, getrusage 98, sysinfo 99, uname 63, getrandom 318, prlimit64 302, prctl 157, ioctl 16,
+    fcntl 72, wait4 61, rt_sigaction 13, rt_sigprocmask 14, rt_sigreturn 15, rt_sigtimedwait 128, rt_sigsuspend 130,
+    sigaltstack 131, pause 34, restart_syscall 219, kill 62, tgkill 234, getpid 39, getppid 110, getuid 102,
+    geteuid 107, getgid 104, getegid 108, poll 7, ppoll 271, select 23, pselect6 270, epoll_create1 291, epoll_ctl 233,
+    epoll_wait 232, epoll_pwait 281, eventfd2 290, socketpair 53, sendto 44, recvfrom 45, sendmsg 46, recvmsg 47,
+    shutdown 48, getsockopt 55, setsockopt 54, getsockname 51, getpeername 52
 """
 AUDIT_ARCH = 0xC000003E
 NUMBER = {name: int(number) for name, number in map(str.split, SYSCALLS.split(","))}
 HAS_FILTER = os.uname().machine == "x86_64"
 
-ALL_BUT = "all but"  # first of the values: these are forbidden, and others allowed
 # Calls that are allowed with some arguments only: {name: [(index of the argument, mask, values allowed)]}
 ARGUMENTS = {
     "prctl": [(0, ALL_BITS, {PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NAME, PR_GET_NAME})],
@@ -771,11 +743,11 @@ ARGUMENTS = {
     "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | O_TRUNC,
                                             os.O_RDWR | O_TRUNC})],
 }
-WITHOUT_LANDLOCK = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # nothing is written
+ONLY_TO_READ = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # where Landlock is missing
 
 
-def bpf_filter(arguments, otherwise):
-    """A seccomp program: calls in `arguments` pass if their arguments fit; all others get `otherwise`."""
+def bpf_filter(arguments, others_pass):
+    """A seccomp program: the calls in `arguments` pass if their arguments fit."""
     load, jump_if_equal, jump_if_at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # with EPERM, with ENOSYS
 
@@ -787,14 +759,10 @@ def bpf_filter(arguments, otherwise):
         block = []
         for argument, mask, values in conditions:
             block += [op(load, 16 + 8 * argument), op(mask_with, mask)]
-            if ALL_BUT in values:
-                block += [line for value in values - {ALL_BUT}
-                          for line in (op(jump_if_equal, value, 0, 1), op(give, deny))]
-                continue
             block += [op(jump_if_equal, value, len(values) - i) for i, value in enumerate(sorted(values))]
             block += [op(give, deny)]
         program += [op(jump_if_equal, NUMBER[name], 0, len(block) + 1), *block, op(give, allow)]
-    if otherwise == "allow":
+    if others_pass:
         return b"".join([*program, op(give, allow)])
     # Calls newer than Linux 5.2 are said to be missing, and libc uses older ones: clone instead of clone3.
     return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
@@ -811,12 +779,12 @@ def apply_filter(program):
 def candidate_filter(pid):
     """What C gives up beyond the zygote's filter: no process but its own threads, no signal but to itself. If
     SIGKILL ends it, that was the machine: it cannot send it to itself, nor by a limit on its CPU time."""
-    not_kill = {ALL_BUT, signal.SIGKILL}
+    signals, limits = set(range(32)) - {signal.SIGKILL}, set(range(16)) - {resource.RLIMIT_CPU}
     return bpf_filter({"clone": [(0, CLONE_THREAD, {CLONE_THREAD})],
-                       "kill": [(0, ALL_BITS, {pid}), (1, ALL_BITS, not_kill)],
-                       "tgkill": [(0, ALL_BITS, {pid}), (2, ALL_BITS, not_kill)],
-                       "prlimit64": [(1, ALL_BITS, {ALL_BUT, resource.RLIMIT_CPU})],
-                       "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})]}, "allow")
+                       "kill": [(0, ALL_BITS, {pid}), (1, ALL_BITS, signals)],
+                       "tgkill": [(0, ALL_BITS, {pid}), (2, ALL_BITS, signals)],
+                       "prlimit64": [(1, ALL_BITS, limits)],
+                       "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})]}, others_pass=True)
 
 
 def restrict_files(readable):
@@ -841,23 +809,35 @@ def restrict_files(readable):
     return done
 
 
+def lower_limit(kind, limit):
+    """Never above what this process has inherited."""
+    inherited = resource.getrlimit(kind)[1]
+    limit = limit if inherited == resource.RLIM_INFINITY else min(limit, inherited)
+    resource.setrlimit(kind, (limit, limit))
+
+
 def confine(readable, without):
     """Confines the zygote and all that it will fork. -> the names of the protections that are missing"""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("800")  # short of memory, the kernel ends the sandbox before the training
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lower_limit(resource.RLIMIT_CORE, 0)
+    lower_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    lower_limit(resource.RLIMIT_FSIZE, OUTPUT_MB * MIB)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
     landlock = "Landlock" not in without and restrict_files(readable)
-    arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else WITHOUT_LANDLOCK)
-    seccomp = "seccomp" not in without and HAS_FILTER and apply_filter(bpf_filter(arguments, "deny"))
+    arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else ONLY_TO_READ)
+    seccomp = "seccomp" not in without and HAS_FILTER and apply_filter(bpf_filter(arguments, others_pass=False))
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
-# ---- Z, the zygote ---------------------------------------------------------------------------------------
+# ---- Z, the zygote ------------------------------------------------------------------------------------------
 
 ANY_PID = 0x7FFFFFFF  # stands for C's pid in a filter that is made before C is
+# Programs often import these. They are imported once, not in each program; `threading` or `random` would do
+# work at each fork.
+PRELOADED = ("array", "atexit", "bisect", "copy", "heapq", "itertools", "string", "typing")
 
 
 def fork(role, *args):
@@ -873,24 +853,14 @@ def fork(role, *args):
         os._exit(1)
 
 
-def lower_limit(kind, limit, grace=0):
-    """Never above what this process has inherited."""
-    inherited = resource.getrlimit(kind)[1]
-    hard = int(limit + grace) if inherited == resource.RLIM_INFINITY else min(int(limit + grace), inherited)
-    resource.setrlimit(kind, (max(1, hard - grace), hard))
-
-
-def candidate(fds, timeout_s, memory_mb, filter_template):
-    """All of C's life. fds: the code, then either a socket to T or stdin, stdout, stderr, lifeline."""
+def candidate(fds, memory_mb, filter_template):
+    """All of C's life. fds: the code, then either a socket to T or stdin, stdout and stderr."""
     source = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
     # Received descriptors are the lowest free ones, ascending: none is overwritten before its turn.
-    for fd, place in zip(fds[1:], (0, 1, 2, 3) if len(fds) > 2 else (3,)):
+    for fd, place in zip(fds[1:], (0, 1, 2) if len(fds) > 2 else (3,)):
         os.dup2(fd, place)
-    os.closerange(4, 256)
-    lower_limit(resource.RLIMIT_AS, memory_mb * MIB)
-    lower_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
-    lower_limit(resource.RLIMIT_FSIZE, OUTPUT_MB * MIB)
-    lower_limit(resource.RLIMIT_CPU, 3 * timeout_s + 2, 1)  # should Z ever fail
+    os.closerange(3 if len(fds) > 2 else 4, 256)
+    lower_limit(resource.RLIMIT_AS, int(memory_mb * MIB))
     own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
     if own_filter and not apply_filter(own_filter):
         return
@@ -903,81 +873,74 @@ def cpu_seconds(pid):
     return time.clock_gettime((~pid << 3) | 2)  # the number of another process's CPU clock
 
 
-def watch(events, lifeline, pids, timeout_s):
-    """Waits for the end of the process with the other end of `lifeline`. -> why it must be ended, or ''
-
-    A program has timeout_s of CPU time, and of wall time if it sleeps; while it computes on a core that
-    others use, too, BUSY times as much wall time. Each byte in `lifeline` begins a new case.
-    """
-    look_s = max(TICK_S, min(1.0, timeout_s / 4))
-    start = looked = time.monotonic()
-    spent = before = {pid: cpu_seconds(pid) for pid in pids}
+def ended(pid, wait_s):
+    """-> exit status of a process, or None if it still runs after so long"""
+    deadline = time.monotonic() + wait_s
     while True:
-        ready, now = dict(events.poll(1000 * TICK_S)), time.monotonic()
-        used = {pid: cpu_seconds(pid) for pid in pids}
-        if ready.get(lifeline) == select.POLLIN:
-            os.read(lifeline, 4096)
-            start, before = now, used
-        elif ready:
-            return ""
-        computes = sum(used.values()) - sum(spent.values()) > 0.02 * (now - looked)
-        allowed_s = timeout_s * (BUSY if computes or now - looked < look_s else 1)
-        if now - start >= allowed_s or any(used[pid] - before[pid] >= timeout_s for pid in pids):
-            return "timeout"
-        if now - looked >= look_s:
-            looked, spent = now, used
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if (left_s := deadline - time.monotonic()) <= 0:
+            return None
+        signal.sigtimedwait([signal.SIGCHLD], left_s)
+
+
+def end(pid, wait_s):
+    """-> exit status of a process, or None if it still ran after so long and was killed"""
+    status = ended(pid, wait_s)
+    if status is None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return status
+
+
+def watch(events, pids, verdict, timeout_s):
+    """Waits for the end of the first process. -> (its exit status or None, why it must be ended or "")
+
+    A program has timeout_s of CPU time; and of time on the clock beyond BUSY times the CPU time that it has
+    used, so that a program ends soon that sleeps, and one that shares its core is not cut short. A case that T
+    begins, which lets the file `verdict` grow, begins anew.
+    """
+    start, before, cases = time.monotonic(), [cpu_seconds(pid) for pid in pids], 0
+    while (status := ended(pids[0], TICK_S)) is None:
+        used = [cpu_seconds(pid) - spent for pid, spent in zip(pids, before)]
+        if verdict and os.fstat(verdict).st_size > cases:
+            start, before = time.monotonic(), [cpu_seconds(pid) for pid in pids]
+            cases = os.fstat(verdict).st_size
+        elif max(used) >= timeout_s or time.monotonic() - start - BUSY * sum(used) >= timeout_s:
+            return None, "timeout"
         with contextlib.suppress(OSError):  # no /proc here
             if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
-                return "threads"
-
-
-def reap(pid, wait_s):
-    """Ends a process that does not end by itself in time. -> its exit status, or None then"""
-    deadline = time.monotonic() + wait_s
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0 or not signal.sigtimedwait([signal.SIGCHLD], left_s):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
-    return os.waitstatus_to_exitcode(ended[1])
+                return None, "threads"
+        if events.poll(0):
+            return None, "the caller has gone"
+    return status, ""
 
 
 def run_program(events, timeout_s, memory_mb, fds, filter_template):
     """fds: the code, then the job and the verdict of T, or stdin, stdout and stderr. -> (why it had to be
     ended, exit status of C, of T), a status of None for a process that was killed here"""
-    pids, why, status, tester_status = [], "", None, None
-    lifeline, far_end = os.pipe()
-    channel, for_candidate = socket.socketpair()
     judged = len(fds) == 3
-    try:
-        if judged:
-            pids.append(fork(tester, *fds[1:], channel, for_candidate, far_end))
-        ends = (for_candidate.fileno(),) if judged else (*fds[1:], far_end)
-        pids.append(fork(candidate, (fds[0], *ends), timeout_s, memory_mb, filter_template))
-    except OSError as error:
-        why = f"fault: {error.strerror}"
-    for end in (channel, for_candidate):
-        end.close()
-    for fd in (far_end, *fds):
+    channel, for_candidate = socket.socketpair()
+    pids = [fork(tester, *fds[1:], channel, for_candidate)] if judged else []
+    ends = [for_candidate.fileno()] if judged else fds[1:]
+    pids.append(fork(candidate, [fds[0], *ends], memory_mb, filter_template))
+    channel.close()
+    for_candidate.close()
+    first, why = watch(events, pids, fds[2] if judged else None, timeout_s)
+    for fd in fds:
         os.close(fd)
-    if not why:
-        events.register(lifeline, select.POLLIN if judged else 0)
-        why = watch(events, lifeline, pids, timeout_s)
-        events.unregister(lifeline)
-    os.close(lifeline)
-    if why and len(pids) > judged:
-        reap(pids.pop(), 0)  # first, so that T can say how many cases have passed
-    if judged and pids:
-        tester_status = reap(pids[0], 1)
-    if len(pids) > judged:
-        status = reap(pids[-1], 1 if not judged or tester_status == GONE else 0)
-    return why, status, tester_status
+    if not judged:
+        return why, end(pids[0], 0) if why else first, None
+    if why:
+        end(pids[1], 0)  # first, so that T can say how many cases have passed
+        return why, None, end(pids[0], 1)
+    return why, end(pids[1], 1 if first == GONE else 0), first
 
 
 def warm_up():
-    """Plays C, then T, against a fork that plays the other. What Python prepares at first use (specialised
-    bytecode, caches) is then there before C and T are forked, or each of them would do it again."""
+    """Plays C and T. What Python prepares at first use (specialised bytecode, caches) is then there before C
+    and T are forked, or each of them would do it again."""
     main, code = sys.modules["__main__"], b"import math\ndef f(a: int, b=()): return a, {x: b for x in ()}"
     tests, setup = (compile(text, "", "exec") for text in ("assert f(1, b=[2.5, 'a']) == (1, {})\n" * 20, ""))
     job = {"tests": tests, "setup": setup, "entry_point": None, "called": set(), "cases": []}
@@ -1006,9 +969,10 @@ def zygote(config):
         caller = os.pidfd_open(config["caller"])  # and not if a fork of it lives on and holds its sockets
     sys.argv, sys.path = [""], sys.path + config["packages"]
     builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
-    if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(0)
+    sys.set_int_max_str_digits(0)
     _thread.stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
+    for name in PRELOADED:
+        importlib.import_module(name)
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["cpu"]})
     missing = confine(config["readable"], config["without"])
@@ -1019,10 +983,10 @@ def zygote(config):
     events = select.poll()
     events.register(control, select.POLLIN)
     events.register(caller, select.POLLIN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `reap`
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `ended`
     gc.collect()
     gc.freeze()  # what a program makes itself can then be told from what was there: `run_script`
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # no process can be forked, the caller has gone: the caller is told
         while caller not in dict(events.poll()):
             # Not JSON: every page that Z writes to is copied once per program, and JSON writes to many.
             message, fds, *_ = socket.recv_fds(control, 256, 4)
@@ -1037,7 +1001,7 @@ def zygote(config):
             control.send(f"{status}|{tester_status}|{why}".encode())
 
 
-# ---- The caller ------------------------------------------------------------------------------------------
+# ---- The caller ---------------------------------------------------------------------------------------------
 
 LIBRARIES = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib",
              "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
@@ -1048,6 +1012,8 @@ from sandbox import zygote; sys.path.pop(); zygote(config)"""
 # 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
 SHELL = 'ulimit -S -s 524288 2>/dev/null || ulimit -S -s $(ulimit -H -s); exec "$@"'
 WITHOUT = []  # protections to do without, for tests: "Landlock", "seccomp"
+PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None,
+           "all_cases": False, "timeout_s": GRACE_S}
 KNOWN_GOOD = [  # what each new worker has to run first
     {"code": "import _thread\n_thread.start_new_thread(print, ())\nprint(sum(map(int, input().split())))",
      "cases": [{"input": "1 2", "output": "3"}]},
@@ -1062,8 +1028,11 @@ class Worker:
     def __init__(self):
         self.owner, self.stopped, self.process = os.getpid(), False, None
         self.control, zygote_end = socket.socketpair()
-        with CHOOSING:
-            self.cpu = next_cpu()
+        cpus = sorted(os.sched_getaffinity(0))
+        first = len(cpus) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        with CHOOSING:  # the core that the fewest workers are on; the ranks of a torchrun begin at different ones
+            taken = [worker.cpu for worker in Worker.live]
+            self.cpu = min(cpus[first:] + cpus[:first], key=taken.count)
             Worker.live.add(self)
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         config = {"caller": self.owner, "control": zygote_end.fileno(), "packages": packages,
@@ -1081,7 +1050,7 @@ class Worker:
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[zygote_end.fileno()],
                     start_new_session=True)  # Ctrl-C is for the caller to handle
             self.control.settimeout(START_TIMEOUT_S)
-            self.missing = missing = receive(self.control)
+            self.missing = receive(self.control)
             for program in KNOWN_GOOD:
                 verdict = self.run(PROGRAM | program, 1024)
                 if not verdict["passed"]:
@@ -1091,9 +1060,9 @@ class Worker:
             if isinstance(error, (OSError, EOFError, SandboxError)):
                 raise SandboxError(f"the sandbox does not start: {error!r}") from error
             raise
-        if missing and not Worker.warned:
+        if self.missing and not Worker.warned:
             Worker.warned = True
-            print(f"sandbox: no {' and no '.join(missing)} here; see 'Not covered' in sandbox.py and use a "
+            print(f"sandbox: no {' and no '.join(self.missing)} here; see 'Not covered' in sandbox.py and use a "
                   "container", file=sys.stderr, flush=True)
 
     @classmethod
@@ -1129,19 +1098,17 @@ class Worker:
     def run(self, program, memory_mb):
         """-> verdict"""
         script = program["cases"] and not program["fn_name"]
-        with memory_file(program["code"].encode("utf-8", "surrogatepass")) as code:
-            run = self.run_script if script else self.run_judged
-            passed, reason = run(code, program, program["timeout_s"], memory_mb)
-        verdict = {"passed": not reason, "reason": printable(reason or "passed")}
+        passed, reason = (self.run_script if script else self.run_judged)(program, memory_mb)
+        reason = "".join(letter if letter.isprintable() else " " for letter in (reason or "passed")[:300])
+        verdict = {"passed": reason == "passed", "reason": reason}
         if program["all_cases"]:
             verdict |= {"passed_cases": passed, "total_cases": len(program["cases"]) or 1}
         return verdict
 
-    def job(self, timeout_s, memory_mb, numpy, *files):
+    def job(self, program, memory_mb, numpy, fds):
         """-> (why Z has ended the program, exit status of C, of T)"""
         try:
-            message = struct.pack("3d", timeout_s, memory_mb, numpy)
-            socket.send_fds(self.control, [message], [file.fileno() for file in files])
+            socket.send_fds(self.control, [struct.pack("3d", program["timeout_s"], memory_mb, numpy)], fds)
             self.control.settimeout(None)
             answer = self.control.recv(256).decode()
         except OSError as error:
@@ -1149,22 +1116,19 @@ class Worker:
         if not answer:
             raise SandboxError("the worker died")
         *statuses, why = answer.split("|", 2)
-        if why.startswith("fault"):
-            raise SandboxError(why)
         if "seccomp" not in self.missing and f"{-signal.SIGKILL}" in statuses:
             raise SandboxError("a process was killed from outside, perhaps for want of memory")
         return why, *(None if status == "None" else int(status) for status in statuses)
 
-    def run_script(self, code, program, timeout_s, memory_mb):
+    def run_script(self, program, memory_mb):
         """A stdin program: one run per case."""
         passed, reason = 0, None
         for case in program["cases"]:
-            stdin = memory_file(as_text(case["input"]).encode("utf-8", "surrogatepass"))
-            with stdin as stdin, memory_file() as stdout, memory_file() as stderr:
-                why, status, _ = self.job(timeout_s, memory_mb, False, code, stdin, stdout, stderr)
-                size, said_size = (os.fstat(file.fileno()).st_size for file in (stdout, stderr))
-                output = os.pread(stdout.fileno(), size, 0).decode(errors="replace")
-                said = os.pread(stderr.fileno(), 4096, max(0, said_size - 4096)).decode(errors="replace")
+            with memory_files(program["code"], as_text(case["input"]), "", "") as fds:
+                why, status, _ = self.job(program, memory_mb, False, fds)
+                size, said_size = (os.fstat(fd).st_size for fd in fds[2:])
+                output = os.pread(fds[2], size, 0).decode(errors="replace")
+                said = os.pread(fds[3], 4096, max(0, said_size - 4096)).decode(errors="replace")
             if not why and max(size, said_size) >= OUTPUT_MB * MIB:
                 why = "output limit"
             failure = why or (status != 0 and died(status, said))
@@ -1176,7 +1140,7 @@ class Worker:
                 break
         return passed, reason
 
-    def run_judged(self, code, program, timeout_s, memory_mb):
+    def run_judged(self, program, memory_mb):
         """Asserts and calls: C and T talk to each other; the caller waits for T's verdict."""
         try:
             tests, setup = compile_tests(program["tests"]), compile_tests(program["setup"])
@@ -1184,15 +1148,15 @@ class Worker:
             return 0, f"exception: {type(error).__name__}: {error} (in the tests)"
         called = set(re.findall(r"(?<![\w.])(\w+) *\(", program["tests"]))
         numpy = bool(re.search(r"\b(import|from) +numpy\b", program["setup"] + program["tests"]))
-        job = {**program, "code": None, "tests": tests, "setup": setup, "called": called}
-        with memory_file(marshal.dumps(job)) as file, memory_file() as verdict:
-            why, status, tester_status = self.job(timeout_s, memory_mb, numpy, code, file, verdict)
-            text = os.pread(verdict.fileno(), 1 << 16, 0)
+        job = marshal.dumps({**program, "code": None, "tests": tests, "setup": setup, "called": called})
+        with memory_files(program["code"], job, "") as fds:
+            why, status, tester_status = self.job(program, memory_mb, numpy, fds)
+            text = os.pread(fds[2], os.fstat(fds[2]).st_size, 0).strip()
         passed, reason = json.loads(text) if text else (0, None)
         if why:
             return passed, why
         if not text:
-            return 0, died(tester_status, "\nMemoryError" * (tester_status == 1))
+            return 0, died(tester_status, "MemoryError" * (tester_status == 1))
         return passed, died(status) if reason == "gone" else reason
 
 
@@ -1206,36 +1170,30 @@ def as_text(value):
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def next_cpu():
-    """The core that the fewest workers are on; the ranks of a torchrun begin at different ones."""
-    cpus, taken = sorted(os.sched_getaffinity(0)), [worker.cpu for worker in list(Worker.live)]
-    first = len(cpus) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(cpus[first:] + cpus[:first], key=taken.count)
-
-
 @contextlib.contextmanager
-def memory_file(content=b""):
-    with open(os.memfd_create("sandbox"), "w+b", buffering=0) as file:
-        os.pwrite(file.fileno(), content, 0)
-        yield file
+def memory_files(*contents):
+    """-> descriptors of files that hold them"""
+    fds = []
+    try:
+        for content in contents:
+            fds.append(os.memfd_create("sandbox"))
+            os.pwrite(fds[-1], content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"), 0)
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def died(status, said=""):
-    """Why C ended by itself; `said`: the end of its stderr."""
+    """Why a process ended by itself; `said`: the end of its stderr."""
     last_line = said.strip().rpartition("\n")[2]
     if status is None:
         return "hung up"
-    if status == -signal.SIGXCPU:
-        return "timeout"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     if not last_line:
         return f"exited with status {status}"
     return "memory" if last_line.startswith("MemoryError") else f"exception: {last_line}"
-
-
-def printable(text):
-    return "".join(letter if letter.isprintable() else " " for letter in text[:300])
 
 
 FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
@@ -1262,7 +1220,7 @@ def same_token(got, want):
     return decimal.Decimal(got) == decimal.Decimal(want)
 
 
-# ---- The machine -----------------------------------------------------------------------------------------
+# ---- The machine --------------------------------------------------------------------------------------------
 
 
 def cgroup_values(name):
@@ -1285,26 +1243,15 @@ def usable_cores():
     return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-ULIMITS = {"-v": (resource.RLIMIT_AS, TESTER_MB * MIB), "-f": (resource.RLIMIT_FSIZE, OUTPUT_MB * MIB),
-           "-n": (resource.RLIMIT_NOFILE, OPEN_FILES), "-t": (resource.RLIMIT_CPU, 3600),
-           "-u": (resource.RLIMIT_NPROC, 4096)}
-
-
 def machine_limits():
     """The limits of this machine that may have ended an honest program, in words."""
-    found = [f"ulimit {flag}: {hard} (of {enough})" for flag, (kind, enough) in ULIMITS.items()
-             if 0 <= (hard := resource.getrlimit(kind)[1]) < enough]
+    limits = {"ulimit -v": "AS", "ulimit -f": "FSIZE", "ulimit -n": "NOFILE", "ulimit -t": "CPU", "ulimit -u": "NPROC"}
+    found = [f"{name}: {resource.getrlimit(getattr(resource, f'RLIMIT_{kind}'))[1]}" for name, kind in limits.items()]
     for name in ("pids.max", "memory.max", "memory.limit_in_bytes"):
-        found += [f"cgroup {name}: {value}" for value, in cgroup_values(name) if value != "max"]
-    if not os.path.exists("/proc/self"):
-        found.append("no /proc")
+        found += [f"cgroup {name}: {value}" for value, in cgroup_values(name)]
     with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
         found += [" ".join(line.split()) for line in lines if line.startswith("MemAvailable")]
-    return "limits of this machine: " + "; ".join(dict.fromkeys(found))
-
-
-PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None,
-           "all_cases": False, "timeout_s": GRACE_S}
+    return "limits of this machine (-1 and max: none): " + "; ".join(found)
 
 
 def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=False):
@@ -1318,12 +1265,12 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
           arguments or a text with a JSON value per line, an output is a value or its JSON text.
     Optional: "timeout_s", "all_cases" of its own. Other keys are ignored.
 
-    timeout_s: of the whole of "tests", or of one case: CPU time, and wall time unless the machine is busy.
+    timeout_s: of the whole of "tests", or of one case: CPU time, and time on the clock unless the machine is busy.
     memory_mb: address space. workers: 0 or None for one per core (`usable_cores`).
     all_cases: go on after a failed case, but not after a timeout; results have "passed_cases", "total_cases".
     reason: "passed", "wrong answer", "timeout", "memory", "threads", "output limit", "exception: ...",
-    "exited with status ...", "killed by ...", "hung up" (its descriptors closed, it went on) or "no tests"
-    (they asked nothing of the program).
+    "exited with status ...", "killed by ...", "hung up" (it closed its socket and went on) or "no tests" (they
+    asked nothing of the program).
     Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError
     when the machine, not a program, is at fault.
     """
