@@ -7,10 +7,11 @@ import json
 import math
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,13 +27,13 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(rmt.__file__).parent
 PIECES = ["<think>", "</think>", "\\boxed{", "}", "{", " the", " cat", "s", "\ufffd", "</", "think", ">", "}.\n", "", "<eos>",
           " box", "boxed", "\\"]  # fmt: skip
-EOS = PIECES.index("<eos>")
 SHARED = ("rollout", "group_advantages", "completion_logprobs", "sample_batches")
 torch.set_num_threads(1)
 
 
-def ids(*pieces):
-    return [PIECES.index(piece) for piece in pieces]
+def ids(text):
+    """Tokens of a text that has a bar after each: those of PIECES."""
+    return [PIECES.index(piece) for piece in text.split("|")[:-1]]
 
 
 def never():
@@ -60,16 +61,12 @@ def llama(tmp_path_factory, tokenizer):
     return lambda: load_model(folder, tokenizer, ONE, 64)
 
 
-# ---------------------------------------------------------------- equations 1-4
+# ---------------------------------------------------------------- budget and positions
 
 
-def test_budget_length_reward_and_curriculum_by_hand():
-    assert [rmt.token_budget(t, 10, 800, 1, 0.2) for t in (0, 1, 5, 10)] == [800, 681, 357, 160]  # 800 * 0.2^(t/10)
-    assert rmt.token_budget(10, 10, 800, 300, 0.2) == 300  # the minimum
-    assert [rmt.length_reward(n, 8, 2.0) for n in (0, 4, 8, 12, 16, 17, 400)] == [0, 1.0, 2.0, 1.0, 0, 0, 0]
-    p1, p2, middle = (0.6, 0.3, 0.1), (0.1, 0.3, 0.6), (0.475, 0.3, 0.225)
-    for step, expected in ((0, p1), (30, p1), (40, middle), (50, (0.35, 0.3, 0.35)), (70, p2), (99, p2)):
-        assert rmt.curriculum_probs(step, 30, 70, p1, p2) == pytest.approx(expected)
+def test_token_budget_by_hand():
+    """800 * 0.2^(t/10), rounded down; test_theory.py has the other equations."""
+    assert [rmt.token_budget(t, 10, 800, 1, 0.2) for t in (0, 1, 5, 10)] == [800, 681, 357, 160]
 
 
 def test_draw_positions_has_the_curriculum_s_distribution():
@@ -94,7 +91,7 @@ def test_draw_positions_without_replacement_and_with_empty_levels():
 
 
 def test_difficulty_levels():
-    text = ids(" the", " cat", "s", "{", "\ufffd", " the", " cat", " the")
+    text = ids(" the| cat|s|{|\ufffd| the| cat| the|")
     boxable = np.array([piece in (" the", " cat", "s") for piece in PIECES])
     entropy = np.array([3.0, 0.49, 0.5, 3.0, 3.0, 1.0, 1.5, 0.99])
     for first, expected in ((1, [-1, -1, 0, -1, -1, 1, 2, 0]), (3, [-1, -1, -1, -1, -1, 1, 2, 0])):
@@ -104,34 +101,43 @@ def test_difficulty_levels():
 # ---------------------------------------------------------------- responses and rewards
 
 
-@pytest.mark.parametrize(
-    ("pieces", "expected"),
-    [
-        (("<think>", " the", " cat", "</think>", "\\boxed{", " the", "}"), (2, " the")),
-        (("<think>", "</think>", "\\boxed{", " the", "s", "}"), (0, " thes")),  # empty thought
-        (("<think>", "{", "}", "</think>", " the", "\\boxed{", "s", "}.\n"), (2, "s")),  # words before, after
-        (("<think>", "\\boxed{", "s", "}", "</think>", "\\boxed{", " cat", "}"), (3, " cat")),  # a box in it
-        (("<think>", "s", "</", "think", ">", "\\boxed{", "s", "}"), (1, "s")),  # a tag of several tokens
-        (("<think>", "s", "</think>", "\\boxed{", "}"), (1, "")),
-        ((" the", "</think>", "\\boxed{", "s", "}"), None),  # not opened
-        (("<think>", " the", "\\boxed{", "s", "}"), None),  # not closed
-        (("<think>", "<think>", "</think>", "\\boxed{", "s", "}"), None),  # nested
-        (("<think>", "s", "</think>", "</think>", "\\boxed{", "s", "}"), None),
-        (("<think>", "s", "</think>", "\\boxed{", "{", "s", "}", "}"), None),  # a brace in the box
-        (("<think>", "s", "</think>", "\\boxed{", "s"), None),  # cut off
-        (("<think>", "s", "</think>", "s"), None),
-        (("s", "<think>", "s", "</think>", "\\boxed{", "s", "}"), None),  # text before the thought
-        ((), None),
-    ],
-)
-def test_read_response(pieces, expected):
-    assert rmt.read_response(ids(*pieces), PIECES, opened=False) == expected
+RESPONSES = {  # tokens -> what is read, and after how many of them the response ends
+    "<think>| the| cat|</think>|\\boxed{| the|}|": ((2, " the"), 7),
+    "<think>|</think>|\\boxed{| the|s|}|}|": ((0, " thes"), 6),  # an empty thought; the first closing brace ends it
+    "<think>|{|}|</think>| the|\\boxed{|s|}.\n|": ((2, "s"), 8),  # words before and after the box
+    "<think>|\\boxed{|s|}|</think>|\\boxed{| cat|}|": ((3, " cat"), 8),  # a box in the thought
+    "<think>|{|}|\\boxed{|s|}|</think>|}|\\boxed{|s|}.\n|": ((5, "s"), 11),
+    "<think>|s|</|think|>|\\boxed{|s|}|": ((1, "s"), 8),  # a tag of several tokens
+    "<think>|s|</think>|\\boxed{|}|": ((1, ""), 5),
+    "<think>|s|</think>| box|{|s|}|\\|boxed|{|s|}|": ((1, "s"), 12),  # the first is no box
+    " the|</think>|\\boxed{|s|}|": (None, 5),  # not opened; it may be that the prompt has
+    "s|</|think|>|\\boxed{|}|": (None, 6),
+    "<think>| the|\\boxed{|s|}|": (None, None),  # not closed
+    "<think>|s|think|\\boxed{|}|<eos>|": (None, 6),
+    "<think>|<think>|</think>|\\boxed{|s|}|": (None, 6),  # nested
+    "<think>|s|</think>|</think>|\\boxed{|s|}|": (None, 7),
+    "<think>|s|</think>|\\boxed{|{|s|}|}|": (None, 7),  # a brace in the box
+    "<think>|s|</think>|\\boxed{|s|": (None, None),  # cut off
+    "<think>|s|</think>|s|": (None, None),
+    "s|<think>|s|</think>|\\boxed{|s|}|": (None, 7),  # text before the thought
+    "}|<eos>|<eos>|": (None, 2),
+    "": (None, None),
+}
+
+
+@pytest.mark.parametrize("text", RESPONSES)
+def test_how_a_response_is_read_and_where_it_ends(text):
+    right, length = RESPONSES[text]
+    assert rmt.read_response(ids(text)[:length], PIECES, opened=False) == right
+    tokens = torch.tensor([ids(" the|" + text)])  # the prompt's last token comes first
+    ends = rmt.is_end((PIECES, {PIECES.index("<eos>")}), tokens)[0].tolist()
+    assert (ends.index(True) + 1 if True in ends else None) == length
 
 
 def test_read_response_after_a_prompt_that_opened_the_thought():
-    completion = ids(" the", " cat", "</think>", "\\boxed{", "s", "}")
-    assert rmt.read_response(completion, PIECES, opened=True) == (2, "s")
-    assert rmt.read_response(ids("<think>") + completion, PIECES, opened=True) is None
+    completion = " the| cat|</think>|\\boxed{|s|}|"
+    assert rmt.read_response(ids(completion), PIECES, opened=True) == (2, "s")
+    assert rmt.read_response(ids("<think>|" + completion), PIECES, opened=True) is None
 
 
 def test_matches():
@@ -149,6 +155,21 @@ def test_matches():
     }.items():
         assert rmt.matches(answer, truth) == right, answer
     assert rmt.matches("s\ufffd", ["s", "\ufffd"]) == (False, False)  # a part of a character is no text
+
+
+def test_composite_reward_by_hand():
+    """Eq. (5) with w = 0.2; the thought has 3 tokens of the 4 that are asked."""
+    thought = "<think>|s|s|s|</think>|\\boxed{|"
+    for text, match, budget, right in (
+        (f"{thought} the|}}|", "exact", 4, 0.8 + 0.2 * 0.75),
+        (f"{thought} the| cat|}}|", "exact", 4, 0.2 * 0.75),
+        (f"{thought} the| cat|}}|", "prefix", 4, 0.8 + 0.2 * 0.75),
+        (f"{thought} the|}}|", "exact", 0, 1.0),  # without budgets
+        ("<think>|s|s|s|\\boxed{| the|}|", "exact", 4, 0.0),  # malformed
+    ):
+        sample = rmt.Sample(0, [" the", " cat"], [], ids(text), [])
+        rmt.Rollouts.reward(SimpleNamespace(texts=PIECES, args=rmt.Args(match=match)), sample, budget, opened=False)
+        assert sample.reward == pytest.approx(right), text
 
 
 def test_boxable_tokens(tokenizer):
@@ -199,24 +220,7 @@ def test_score_texts_position_by_position(llama, monkeypatch):
             assert predictions[t] == logits.argmax()
 
 
-# ---------------------------------------------------------------- where a response ends
-
-
-@pytest.mark.parametrize(
-    ("pieces", "end"),
-    [
-        (("}", "<eos>", "<eos>"), 1),
-        (("<think>", "s", "</think>", "\\boxed{", "s", "}", "}"), 5),  # the first closing brace, not the second
-        (("<think>", "{", "}", "\\boxed{", "s", "}", "</think>", "}", "\\boxed{", "s", "}.\n"), 10),  # not in it
-        (("s", "</", "think", ">", "\\boxed{", "}"), 5),  # the prompt opened the thought; a tag of several tokens
-        (("<think>", "s", "think", "\\boxed{", "}", "<eos>"), 5),
-        (("<think>", "s", "\\boxed{", "}"), None),
-        (("<think>", "s", "</think>", " box", "{", "s", "}", "\\", "boxed", "{", "s", "}"), 11),  # no \\box
-    ],
-)
-def test_a_response_ends_at_the_closing_brace(pieces, end):
-    ends = rmt.is_end((PIECES, {EOS}), torch.tensor([ids(" the", *pieces)]))[0].tolist()
-    assert [k for k, ended in enumerate(ends) if ended][:1] == ([] if end is None else [end])
+# ---------------------------------------------------------------- rollout
 
 
 def test_rollout_stops_there_and_nowhere_else(tokenizer, monkeypatch):
@@ -436,10 +440,6 @@ def without_times(row):
     return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
 
 
-def weights(folder):
-    return load_model(str(folder / "checkpoints" / "final"), load_tokenizer(f"{TINY}/model"), ONE, 0).state_dict()
-
-
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Curves take longer than all the rest of such a run; the fixture `whole` has them."""
@@ -484,27 +484,12 @@ def test_console(whole, capfd, tmp_path):
     assert lines[-1].startswith(str(tmp_path / "run")) and "samples.html" in lines[-1]
 
 
-def test_stop_and_resume_is_the_same_run(whole, tmp_path, monkeypatch):
-    """A signal inside an update ends it at once: the state saved is that of the update before."""
-    folder, rl_loss = tmp_path / "run", rmt.rl_loss
-
-    def signalled(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return rl_loss(*args)
-
-    with pytest.raises(common.Stop), monkeypatch.context() as patch:
-        patch.setattr(rmt, "rl_loss", signalled)
-        small(folder)
-    assert [row["update"] for row in run_metrics(folder)] == [0]
-    with pytest.raises(UserError, match="ntp-weight"):
-        small(folder, ntp_weight=0.5, resume=str(folder))
-    score_texts = rmt.score_texts
-    with monkeypatch.context() as patch:  # the entropies of all texts are on disk: only the 8 held-out ones are read
-        patch.setattr(rmt, "score_texts", lambda model, texts, *args: score_texts(model, texts, *args) if len(texts) == 8 else 1 / 0)
-        small(folder, resume=str(folder))
-    assert list(map(without_times, run_metrics(whole))) == list(map(without_times, run_metrics(folder)))
-    first, second = weights(whole), weights(folder)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+def test_a_resumed_run_reads_the_entropies_from_disk(whole, tmp_path, monkeypatch):
+    """test_robust.py resumes runs that were stopped and killed."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(rmt, "score_texts", lambda *args: 1 / 0)
+    small(folder, resume=str(folder))
+    assert run_metrics(folder) == run_metrics(whole)
 
 
 def test_eval_only_scores_the_positions_of_the_run(whole, tmp_path):
@@ -528,9 +513,6 @@ def test_the_proxy_is_checked_before_its_pass(tokenizer, llama, tmp_path, monkey
     scaled = save_llama(tmp_path / "scaled", kind=GraniteForCausalLM, config=GraniteConfig, logits_scaling=8.0)
     with pytest.raises(UserError, match="scaled is not supported: its logits are not its output layer's"):
         small(tmp_path / "run", proxy_model=scaled)
-    short = save_llama(tmp_path / "short", max_position_embeddings=16)
-    with pytest.raises(UserError, match="the longest rows of this run have 32 tokens"):
-        small(tmp_path / "run", proxy_model=short)
     other = save_llama(tmp_path / "other")
     file = json.loads((tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8"))
     file["model"]["merges"] = file["model"]["merges"][:100]
@@ -554,9 +536,7 @@ def test_dry_run(capfd, tmp_path):
     assert "0.5 epochs; budget 6 to 2 tokens" in out and "Think in exactly 6 tokens" in out and not (tmp_path / "run").exists()
 
 
-def test_levels_without_a_position(tmp_path):
-    with pytest.raises(UserError, match="no held-out position is easy: raise --eval-texts or lower --thresholds"):
-        small(tmp_path / "easy", thresholds=(7, 8, 9))
+def test_levels_without_a_position():
     levels = [np.array([-1, 0, 1]), np.array([-1, 1])]
     with pytest.raises(UserError, match="no held-out position is hard"):
         rmt.heldout_positions(levels, 4)
@@ -568,8 +548,7 @@ def test_levels_without_a_position(tmp_path):
 
 def test_a_run_of_no_updates_evaluates(whole, tmp_path):
     small(tmp_path / "none", updates=0)
-    found, right = run_metrics(tmp_path / "none")[0], run_metrics(whole)[0]
-    assert {**found, "eval/budget": 6} == pytest.approx({**right}, rel=1) and found["eval/ntp"] == right["eval/ntp"]
+    assert list(map(without_times, run_metrics(tmp_path / "none"))) == [without_times(run_metrics(whole)[0])]
 
 
 def test_two_ranks_have_the_metrics_of_one(whole, tmp_path):
@@ -603,13 +582,3 @@ def test_arguments_that_do_not_fit_together(changes, message):
 def test_functions_that_both_scripts_need_are_the_same():
     for name in SHARED:
         assert inspect.getsource(getattr(rmt, name)) == inspect.getsource(getattr(grpo_rlvr, name)), name
-
-
-def test_grpo_starts_from_the_checkpoint(whole, tmp_path):
-    """RMT's continual post-training: grpo_rlvr.py --task math from what this script wrote."""
-    files = {"dataset": f"{TINY}/math_train.jsonl", "eval_dataset": f"{TINY}/math_heldout.jsonl"}
-    sizes = {"updates": 1, "prompts_per_update": 4, "group_size": 2, "eval_problems": 4, "max_new_tokens": 8}
-    model = {"model": str(whole / "checkpoints" / "final"), "output_dir": str(tmp_path / "grpo")}
-    grpo_rlvr.main(grpo_rlvr.Args(**grpo_rlvr.MATH | grpo_rlvr.TINY_RUN | files | sizes | model))
-    assert (tmp_path / "grpo" / "checkpoints" / "final" / "config.json").exists()
-    assert [row["update"] for row in run_metrics(tmp_path / "grpo")] == [0, 1]
