@@ -28,6 +28,8 @@ Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all,
 """
 
 import ast
+import builtins
+import contextlib
 import html
 import inspect
 import itertools
@@ -40,6 +42,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -109,8 +112,6 @@ class Args:
     """completions that one rank generates at once; memory and speed only"""
     reward_timeout_s: float = 6.0
     """limit for one test of a program, or for one comparison of answers (seconds)"""
-    workers: int = 0
-    """completions that each rank scores at once; 0: one per core, shared by the machine's ranks"""
     # ---- algorithm
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
     """denominator of the loss, with TRL's names: see grpo_loss"""
@@ -185,12 +186,8 @@ def check(args: Args) -> None:
         raise UserError("--temperature must be positive: greedy completions of one prompt are all the same")
     positive = "eval_problems prompts_per_update max_prompt_tokens max_new_tokens rollout_rows minibatches"
     positive += " reward_timeout_s max_grad_norm micro_batch_tokens"
-    not_negative = "train_problems updates workers dynamic_sampling eps_low eps_high beta learning_rate"
+    not_negative = "train_problems updates dynamic_sampling eps_low eps_high beta learning_rate"
     check_sizes(args, positive, f"{not_negative} weight_decay eval_every save_every")
-    if args.prompts_per_update % args.minibatches:
-        divisors = [m for m in range(1, args.prompts_per_update + 1) if args.prompts_per_update % m == 0]
-        nearest = min(divisors, key=lambda m: abs(m - args.minibatches))
-        raise UserError(f"--minibatches must divide --prompts-per-update; the nearest that does is {nearest}")
     if args.chat_template and args.task == "code":
         raise UserError("--chat-template is for --task math; a code problem is completed from its signature")
 
@@ -203,6 +200,7 @@ STDIN_SIGNATURE = "def main():"  # D4
 MATH_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n"
 PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, sys\nfrom typing import *\n"
 PREAMBLE += "sys.setrecursionlimit(50000)\n"  # before every program
+NAMES = {*dir(builtins), *typing.__all__, *re.findall(r"\w+", PREAMBLE)}  # that a signature may use
 MAX_TESTS = 15  # of a problem: those with the longest inputs, DeepCoder's rule
 LEVELS = range(1, 14)  # of Skywork's model_difficulty (RMT, 5.1)
 
@@ -213,10 +211,7 @@ class Problem:
     prompt: str
     prompt_ids: list[int]
     checks: dict  # code: signature, and cases and fn_name, or tests and entry_point; math: answer
-
-
-class BadRow(Exception):
-    """Why a row cannot be used. Reasons are counted and shown."""
+    level: int = 0  # Skywork's difficulty
 
 
 def first(row: dict, *names: str):
@@ -225,8 +220,9 @@ def first(row: dict, *names: str):
 
 
 def need(value, what: str):
-    if value in (None, "", []):
-        raise BadRow(f"no {what}")
+    """The value; ValueError if it is empty."""
+    if value in (None, "", [], {}):
+        raise ValueError(f"no {what}")
     return value
 
 
@@ -236,175 +232,123 @@ def parsed(value):
 
 
 def math_problem(row: dict) -> tuple[str, dict]:
-    """(question, {"answer"}) of a row with Skywork-OR1's columns, whose answers may be JSON lists."""
+    """(prompt, checks) of a row with Skywork-OR1's columns, whose answers may be JSON lists."""
     message = need(first(row, "prompt"), "prompt")
     question = message if isinstance(message, str) else message[-1]["content"]
     answer = need(first(first(row, "reward_model") or {}, "ground_truth"), "answer")
     answer = json.loads(answer)[0] if str(answer).startswith('["') else answer
-    return str(need(question, "question")), {"answer": str(need(answer, "answer"))}
+    return MATH_PROMPT.format(question=need(question, "question")), {"answer": str(need(answer, "answer"))}
 
 
 def code_problem(row: dict) -> tuple[str, dict]:
-    """(question, checks) of a row of AReaL-boba-2 or DeepCoder, of HumanEval(+) or of MBPP(+).
-
-    Without fn_name the program reads stdin; else a case's input is a JSON argument per line, or their list.
-    """
+    """(prompt, checks) of a row of HumanEval(+), of MBPP(+), or of AReaL-boba-2 and DeepCoder."""
     if first(row, "entry_point") and first(row, "test"):  # HumanEval: the prompt is code
         tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-        prompt = need(first(row, "prompt"), "prompt").rstrip()
-        return "", {"tests": tests, "entry_point": row["entry_point"], "signature": prompt}
+        signature = need(first(row, "prompt"), "prompt").rstrip()
+        return f"{signature}\n", {"signature": signature, "tests": tests, "entry_point": row["entry_point"]}
     if first(row, "code") and first(row, "test_list"):  # MBPP: the description, two examples, the signature
         examples, question = row["test_list"], need(first(row, "text", "prompt"), "question")
-        name = next((n for n in re.findall(r"\w+", examples[0]) if signature_of(row["code"], n)), None)
+        called = [(signature_of(row["code"], name), name) for name in re.findall(r"\w+", examples[0])]
+        signature, name = need([pair for pair in called if pair[0]], "function in the tests and in `code`")[0]
         tests = first(row, "test") or "\n".join([first(row, "test_setup_code") or "", *examples])
-        signature = need(name and signature_of(row["code"], name), "function in the tests and in `code`")
-        return "\n".join([question, *examples[:2]]), {"tests": tests, "entry_point": name, "signature": signature}
-    question = str(need(first(row, "question", "problem"), "question"))
-    tests = need(parsed(first(row, "input_output", "tests")) or None, "tests")
-    if isinstance(tests, dict):  # boba-2, TACO
-        about, inputs, outputs = tests, tests["inputs"], tests["outputs"]
-    else:  # PrimeIntellect, LiveCodeBench, Codeforces
+        prompt = CODE_PROMPT.format(question="\n".join([question, *examples[:2]]), signature=signature)
+        return prompt, {"signature": signature, "tests": tests, "entry_point": name}
+
+    question = need(first(row, "question", "problem"), "question")
+    about = tests = need(parsed(first(row, "input_output", "tests")), "tests")
+    if isinstance(tests, list):  # PrimeIntellect, LiveCodeBench, Codeforces; else boba-2, TACO
         about = tests[0] | parsed(tests[0].get("metadata"))
-        inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]
-    if len(inputs) != len(outputs):
-        raise BadRow("not as many outputs as inputs")
-    pairs = list(zip(need(inputs, "tests"), outputs))
-    if any(None in pair for pair in pairs):
-        raise BadRow("a test without input or output")
-    about = {k: v for d in (parsed(row.get("metadata")), about) for k, v in d.items() if v is not None}
-    fn_name = None if about.get("testtype") == "stdin" else first(about, "fn_name", "func_name")
+        tests = {"inputs": [test["input"] for test in tests], "outputs": [test["output"] for test in tests]}
+    cases = zip(need(tests["inputs"], "tests"), tests["outputs"], strict=True)
+    cases = [{"input": given, "output": wanted} for given, wanted in cases]
+    if any(None in case.values() for case in cases):
+        raise ValueError("a test without input or output")
+    fn_name = first(about, "fn_name", "func_name") or first(parsed(row.get("metadata")), "fn_name", "func_name")
+    fn_name = None if about.get("testtype") == "stdin" else fn_name
     if "testtype" not in about:  # LiveCodeBench's tests all stay
-        pairs = sorted(pairs, key=lambda pair: len(str(pair[0])), reverse=True)[:MAX_TESTS]
-    if not fn_name:  # TACO has lists of lines
-        pairs = [["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair] for pair in pairs]
-    else:
-        pairs = [(x if isinstance(x, (str, list)) else json.dumps(x), wanted) for x, wanted in pairs]
-    checks = {"cases": [{"input": given, "output": wanted} for given, wanted in pairs], "fn_name": fn_name}
-    solutions = row.get("solutions") or []
-    if isinstance(solutions, str):
-        solutions = parsed(solutions) if solutions.startswith("[") else [solutions]
-    checks["solutions"] = [s for s in solutions if isinstance(s, str)][:1] if fn_name else []
-    given = first(row, "signature", "starter_code") or (STDIN_SIGNATURE if not fn_name else None)
-    found = (signature_of(solution, fn_name) for solution in solutions if isinstance(solution, str))
-    checks["signature"] = (given or next(filter(None, found), None) or made_up(checks)).rstrip()
-    return question, checks
+        cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:MAX_TESTS]
+    if fn_name and all(isinstance(case["output"], list) and len(case["output"]) == 1 for case in cases):
+        cases = [{**case, "output": case["output"][0]} for case in cases]  # TACO puts a result into a list
+    signature = first(row, "signature", "starter_code") or signature_for(fn_name, row.get("solutions"), cases[0])
+    checks = {"signature": signature.rstrip(), "cases": cases, "fn_name": fn_name}
+    return CODE_PROMPT.format(question=question, **checks), checks
+
+
+def signature_for(fn_name: str | None, solutions: str | list | None, case: dict) -> str:
+    """The signature in the solutions, or one with arg1, arg2 ...; without fn_name the program reads stdin."""
+    if not fn_name:
+        return STDIN_SIGNATURE
+    solutions = [solutions] if isinstance(solutions, str) else solutions or []
+    count = len(case["input"].splitlines() if isinstance(case["input"], str) else case["input"])
+    numbered = f"def {fn_name}({', '.join(f'arg{i + 1}' for i in range(count))}):"
+    return next(filter(None, (signature_of(solution, fn_name) for solution in solutions)), numbered)
 
 
 def signature_of(source: str, name: str) -> str | None:
-    """`def name(...):` in one line as the source has it, without self; None if it has no such function."""
+    """`def name(...):` in one line as the source has it, without self.
+
+    None if the source has no such function, or if its arguments use names that are not in NAMES.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a `\d` in a solution
-            nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         return None
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             arguments = node.args.posonlyargs or node.args.args
             if arguments and arguments[0].arg == "self":
                 del arguments[0]
-            return f"def {name}({ast.unparse(node.args)}):"
+            used = {part.id for part in ast.walk(node.args) if isinstance(part, ast.Name)}
+            return f"def {name}({ast.unparse(node.args)}):" if used <= NAMES else None
     return None
 
 
-def made_up(checks: dict) -> str:
-    """The signature for a function of which only the number of arguments is known."""
-    given = checks["cases"][0]["input"]
-    count = len(given.splitlines() if isinstance(given, str) else given)
-    return f"def {checks['fn_name']}({', '.join(f'arg{i + 1}' for i in range(count))}):"
-
-
-def settle(checks: list[dict], args: Args, ranks: Ranks) -> int:
-    """Decide by running them what rows leave open; the number of signatures that had to be replaced.
-
-    A signature with annotations or defaults must run behind PREAMBLE, else it becomes arg1, arg2 ... And where
-    all results are lists of one element, these are the results only if the reference solution returns them.
-    """
-    programs, doubts = [], []
-    for check in checks:
-        cases, signature = check.get("cases", []), check["signature"]
-        if check.get("fn_name") and not re.fullmatch(r"def \w+\([\w, ]*\):", signature):
-            indent = " " * (4 + len(re.search(r"^( *).*\Z", signature, re.MULTILINE)[1]))
-            code = f"{PREAMBLE}{signature}\n{indent}pass\nprint('runs')\n"
-            programs.append({"code": code, "cases": [{"input": "", "output": "runs"}]})
-            doubts.append((check, "signature"))
-        solutions = check.pop("solutions", [])
-        if check.get("fn_name") and all(isinstance(c["output"], list) and len(c["output"]) == 1 for c in cases):
-            code = PREAMBLE + (solutions or ["raise NotImplementedError"])[0]
-            programs.append({"code": code, "cases": cases[:3], "fn_name": check["fn_name"]})
-            doubts.append((check, "lists"))
-    verdicts = run_tests(programs, timeout_s=args.reward_timeout_s) if programs and ranks.main else []
-    replaced = 0
-    for (check, what), verdict in zip(doubts, all_gather_list(verdicts, ranks)):
-        if what == "signature" and not verdict["passed"]:
-            check["signature"], replaced = made_up(check), replaced + 1
-        if what == "lists" and not verdict["passed"]:
-            check["cases"] = [{**case, "output": case["output"][0]} for case in check["cases"]]
-    return replaced
-
-
-def read_problems(source: str, args: Args, tokenizer, ranks: Ranks, started: float) -> tuple[list[Problem], str]:
-    """All problems of `source` that can be used, in an order fixed by the seed, and what was left out and why.
-
-    Rows are read in a stream, and of their tests only those that are used are kept. started: the run's first
-    start, for chat templates with today's date. UserError if more than half of the rows cannot be used.
-    """
-    split = "math" if "Skywork" in source else "test" if re.search("humaneval|mbpp", source, re.I) else "train"
-    drafts, bad, left_out, row, count = [], Counter(), Counter(), {}, 0
-    for count, row in enumerate(read_rows(source, split), start=1):
-        try:
-            question, checks = code_problem(row) if args.task == "code" else math_problem(row)
-            info = row.get("extra_info") or {}
-            name = first({**row, "index": info.get("index"), "number": count}, "query_id", "task_id", "index", "number")
-            level = (info.get("model_difficulty") or {}).get(args.difficulty_key)
-            if args.difficulty_key and int(need(level, f"difficulty `{args.difficulty_key}`")) not in LEVELS:
-                left_out[f"difficulty outside {LEVELS[0]}-{LEVELS[-1]}"] += 1
-            else:
-                drafts.append((str(name), question, checks, int(level or 0)))
-        except BadRow as reason:
-            bad[str(reason)] += 1
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            bad[f"malformed ({type(error).__name__})"] += 1
-    reasons = ", ".join(f"{n} {reason}" for reason, n in bad.most_common(6))
-    if 2 * bad.total() > count or not count:
-        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{source}: {bad.total()} of {count} rows cannot be used ({reasons}); columns: {columns}")
-    replaced = settle([draft[2] for draft in drafts], args, ranks) if args.task == "code" else 0
-    drafts = [drafts[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(drafts))]
-    if args.difficulty_key:  # one problem of each level in turn: the first n are even over the levels
-        levels = [[draft for draft in drafts if draft[3] == level] for level in LEVELS]
-        drafts = [draft for turn in itertools.zip_longest(*levels) for draft in turn if draft]
-    problems = []
-    for name, question, checks, _ in drafts:
-        prompt, prompt_ids = render(question, checks, args, tokenizer, started)
-        if len(prompt_ids) <= args.max_prompt_tokens:
-            problems.append(Problem(name, prompt, prompt_ids, {**checks, "timeout_s": args.reward_timeout_s}))
-    left_out["over --max-prompt-tokens"] = len(drafts) - len(problems)
-    if not problems:
-        raise UserError(f"{source}: all prompts are longer than --max-prompt-tokens {args.max_prompt_tokens}")
-    reasons = ", ".join(f"{n} {reason}" for reason, n in (bad + left_out).most_common(6))
-    note = f"; left out: {reasons}" * bool(reasons) + f"; {replaced} signatures replaced" * bool(replaced)
-    return problems, note
-
-
-def render(question: str, checks: dict, args: Args, tokenizer, started: float) -> tuple[str, list[int]]:
-    """The prompt of a problem and its tokens."""
-    if args.task == "math":
-        prompt = MATH_PROMPT.format(question=question)
-    else:  # of HumanEval the signature is the whole prompt
-        prompt = CODE_PROMPT.format(question=question, **checks) if question else f"{checks['signature']}\n"
+def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
+    """The problem of a row, with its prompt as tokens. ValueError and the like if it lacks something."""
+    prompt, checks = code_problem(row) if args.task == "code" else math_problem(row)
+    info = row.get("extra_info") or {}
+    level = (info.get("model_difficulty") or {}).get(args.difficulty_key)
+    level = int(need(level, f"difficulty `{args.difficulty_key}`")) if args.difficulty_key else 0
     if args.chat_template:
-        day, message = time.localtime(started), [{"role": "user", "content": prompt.strip()}]
-        template = re.sub(  # transformers hands no function of ours to a template
-            r"strftime_now\((.*?)\)", lambda call: repr(time.strftime(call[1].strip("'\" "), day)),
-            tokenizer.get_chat_template(),
-        )  # fmt: skip
-        options = {"tokenize": False, "add_generation_prompt": True}
-        prompt = tokenizer.apply_chat_template(message, chat_template=template, **options)
+        message = [{"role": "user", "content": prompt.strip()}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
     if ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-        ids = ids[:-1]  # a tokenizer that appends it: nothing comes after a text that has ended
-    return prompt, ids
+        ids = ids[:-1]  # some tokenizers append it, but the completion goes on from here
+    name = first({**row, "index": info.get("index"), "row": number}, "query_id", "task_id", "index", "row")
+    return Problem(str(name), prompt, ids, {**checks, "timeout_s": args.reward_timeout_s}, level)
+
+
+def read_problems(source: str, args: Args, tokenizer) -> tuple[list[Problem], str]:
+    """The problems of `source` in an order fixed by the seed, and a note that counts the rows left out.
+
+    UserError if no problem is left, or if more than half of the rows cannot be used.
+    """
+    warnings.simplefilter("ignore", SyntaxWarning)  # a `\d` in a solution
+    split = "math" if "Skywork" in source else "test" if re.search("humaneval|mbpp", source, re.I) else "train"
+    problems, bad, unwanted, row, count = [], Counter(), Counter(), {}, 0
+    for count, row in enumerate(read_rows(source, split), start=1):
+        try:
+            problem = read_problem(row, count, args, tokenizer)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            bad[str(error) if type(error) is ValueError else f"malformed ({type(error).__name__})"] += 1
+            continue
+        if args.difficulty_key and problem.level not in LEVELS:
+            unwanted[f"difficulty outside {LEVELS[0]}-{LEVELS[-1]}"] += 1
+        elif len(problem.prompt_ids) > args.max_prompt_tokens:
+            unwanted[f"longer than --max-prompt-tokens {args.max_prompt_tokens}"] += 1
+        else:
+            problems.append(problem)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in (bad + unwanted).most_common(6))
+    if not problems or 2 * bad.total() > count:
+        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        words = f"{count - len(problems)} of {count} rows cannot be used ({reasons})"
+        raise UserError(f"{source}: {words}; columns: {columns}")
+    problems = [problems[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(problems))]
+    if args.difficulty_key:  # one problem of each level in turn: the first n are even over the levels
+        levels = [[problem for problem in problems if problem.level == level] for level in LEVELS]
+        problems = [problem for turn in itertools.zip_longest(*levels) for problem in turn if problem]
+    return problems, f"; left out: {reasons}" * bool(reasons)
 
 
 # ---------------------------------------------------------------- 1 sample
@@ -416,7 +360,6 @@ CHUNK = 16  # tokens of one call of generate; then the rows that have ended leav
 class Sample:
     """One completion and all that the steps find out about it. Every rank holds all samples of an update."""
 
-    problem: str
     prompt_ids: list[int]
     completion_ids: list[int]
     rollout_logprobs: list[float]  # noted while sampling
@@ -428,7 +371,6 @@ class Sample:
     advantage: float = 0.0
     in_loss: bool = False
     old_logprobs: list[float] | None = None  # by the training forward, before the first minibatch
-    ref_logprobs: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -562,27 +504,33 @@ class MathVerifier:
     def __call__(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str]:
         """(whether the last \\boxed{} of the completion is the answer, why)."""
         with self.lock:
-            if self.process is None:
-                command = [sys.executable, "-c", VERIFIER]
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-                # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
-                self.process = subprocess.Popen(command, **pipes, encoding="utf-8", start_new_session=True)
-                if self.ask("1", "\\boxed{1}", 300.0) != (True, "right"):  # the first call is slow
-                    raise UserError("math-verify does not start: pip install -r requirements.txt")
-            return self.ask(gold, completion, timeout_s)
+            for _ in range(2):  # a process that ends may not be the completion's fault: once more
+                if self.process is None:
+                    self.start()
+                if verdict := self.ask(gold, completion, timeout_s):
+                    return verdict
+        return False, "error: the verifier ended"
 
-    def ask(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str]:
-        try:
+    def start(self) -> None:
+        command = [sys.executable, "-c", VERIFIER]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
+        self.process = subprocess.Popen(command, **pipes, encoding="utf-8", start_new_session=True)
+        if self.ask("1", "\\boxed{1}", 300.0) != (True, "right"):  # the first call is slow
+            raise UserError("math-verify does not start: pip install -r requirements.txt")
+
+    def ask(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str] | None:
+        """The verdict of the process; None if it has ended."""
+        verdict = None
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, an empty line
             self.process.stdin.write(json.dumps([gold, completion]) + "\n")
             self.process.stdin.flush()
             if select.select([self.process.stdout], [], [], timeout_s)[0]:
                 return tuple(json.loads(self.process.stdout.readline()))
-            reason = "timeout"
-        except (OSError, ValueError):
-            reason = "error: the verifier ended"
+            verdict = False, "timeout"
         self.process.kill()
         self.process = None
-        return False, reason
+        return verdict
 
 
 verify = MathVerifier()
@@ -594,7 +542,7 @@ class Rollouts:
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.pool = ThreadPoolExecutor(args.workers or max(1, cores))
+        self.pool = ThreadPoolExecutor(max(1, cores))  # what scores completions
         vocab_size, ends = model.config.get_text_config().vocab_size, eos_ids(tokenizer, args.model)
         self.table = end_table(tokenizer, ends, vocab_size, args.task == "code").to(model.device)
 
@@ -614,7 +562,7 @@ class Rollouts:
                 prompt_ids = [problems[i].prompt_ids for i in batch]
                 rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table) if batch else []
                 for i, (ids, logprobs, ended) in zip(batch, rows):
-                    samples[i] = s = Sample(problems[i].name, problems[i].prompt_ids, ids, logprobs, ended)
+                    samples[i] = s = Sample(problems[i].prompt_ids, ids, logprobs, ended)
                     s.text, s.in_loss = self.text(ids, s.prompt_ids[-1:]), ended or not self.args.filter_overlong
                     key = id(problems[i]), s.text  # equal ones once, and while the next batch generates
                     scores[key] = scores.get(key) or self.pool.submit(reward, problems[i], s.text)
@@ -721,23 +669,24 @@ def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
     return scores
 
 
-def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, stop: Callable):
+def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, stop, ref_model=None):
     """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm).
 
     stop: called before each micro-batch; it may raise Stop.
     """
-    nothing = Sample("", [0, 0], [0], [0.0], old_logprobs=[0.0], ref_logprobs=[0.0])
-    sums = Counter()
+    nothing, ref, sums = Sample([0, 0], [0], [0.0], old_logprobs=[0.0]), None, Counter()
     for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
         stop()
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
+        if args.beta:
+            with torch.no_grad():
+                ref, _, _ = completion_logprobs(ref_model, micro, args.temperature)
         device = mask.device
         mask = mask & torch.tensor([s.in_loss for s in micro], device=device).unsqueeze(1)
         advantages = torch.tensor([s.advantage for s in micro], device=device)
         # with one minibatch the policy is still the one that sampled, and the ratio is exactly 1
         old = padded([s.old_logprobs for s in micro], device) if args.minibatches > 1 else logprobs.detach()
-        ref = padded([s.ref_logprobs for s in micro], device) if args.beta else None
         loss, micro_sums = grpo_loss(
             logprobs, old, ref, advantages, mask,
             args.eps_low, args.eps_high, args.beta, args.loss_type, args.max_new_tokens, normalizer,
@@ -749,20 +698,46 @@ def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ra
     return sums, optimizer_step(model, optimizer, float(sums["loss"]), args.max_grad_norm, ranks)
 
 
+def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks, stop: Callable):
+    """Step 4: the metrics of the optimizer steps on the groups, one step for each minibatch of them."""
+    size = max(1, -(-len(groups) // args.minibatches))
+    minibatches = [groups[i : i + size] for i in range(0, len(groups), size)]
+    shares = [rank_share(minibatch, ranks) for minibatch in minibatches]
+    if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
+        mine = [sample for share in shares for sample in share]
+        for sample, logprobs in zip(mine, score(model, mine, args)):
+            sample.old_logprobs = logprobs
+    sums, norms = Counter(), []
+    for minibatch, share in zip(minibatches, shares):
+        # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
+        counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (minibatch, 1)
+        lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
+        normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
+        may_stop = (lambda: None) if norms else stop  # after the first step, the update is finished
+        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, may_stop, ref_model)
+        sums.update(share_sums)
+        norms.append(norm)
+    sums = all_sum({key: float(sums[key]) for key in SUMS if key != "kl" or args.beta}, ranks)
+    loss, tokens = sums.pop("loss"), sums.pop("tokens")
+    return {
+        "policy/loss": loss / max(1, len(norms)),
+        **{f"policy/{key}": value / tokens for key, value in sums.items() if tokens},
+        "optim/grad_norm": sum(norms) / max(1, len(norms)),
+    }
+
+
 # ---------------------------------------------------------------- 5 log, evaluate, save
 
 PANELS = (  # title, metrics, x axis
     ("Reward, mean of an update", {"reward/mean": ""}, "update"),
     ("Reward against time", {"reward/mean": ""}, "time/wall_s"),
     ("Held-out pass@1", {"eval/pass@1": "greedy", "eval/pass@1_sampled": "sampled"}, "update"),
-    ("Groups without spread, truncated completions", {
-        "reward/groups_without_spread": "share of groups", "rollout/truncated": "share of completions"}, "update"),
+    ("Share of groups without spread", {"reward/groups_without_spread": ""}, "update"),
     ("Tokens of a completion", {"rollout/completion_tokens": ""}, "update"),
+    ("Share of truncated completions", {"rollout/truncated": ""}, "update"),
     ("Entropy per token (nats)", {"policy/entropy": ""}, "update"),
     ("Gradient norm before clipping", {"optim/grad_norm": ""}, "update"),
-    ("Seconds of an update", {
-        "time/rollout_s": "rollout", "time/reward_s": "reward", "time/update_s": "update"}, "update"),
-)  # fmt: skip
+)
 CONSOLE = (
     "reward {reward/mean:.3f}", "{rollout/completion_tokens:4.0f} tokens, {rollout/truncated:4.0%} cut",
     "entropy {policy/entropy:.2f} grad {optim/grad_norm:5.2f}",
@@ -774,10 +749,6 @@ HINTS = {  # said once, if the metric is 1
     "hard (metrics reward/fail_* say why) or too easy; see also --dynamic-sampling",
     "rollout/truncated": "no completion has ended: raise --max-new-tokens, or the model does not know when to stop",
 }
-TABLE = {
-    "pass@1, greedy": "eval/pass@1", "pass@1, sampled": "eval/pass@1_sampled",
-    "tokens, greedy": "eval/completion_tokens",
-}  # fmt: skip
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
@@ -829,23 +800,23 @@ def block(problem: Problem, sample: Sample) -> str:
 
 
 def report(run: Run, problems: list[Problem], before: dict, metrics: dict, after: list[Sample]) -> str:
-    """The end of a run: pass@1 before and after, two problems, and where to look."""
+    """The end of a run: pass@1 before and after, a problem that was gained, one that fails, where to look."""
     lines = [f"\n{'held-out problems: ' + str(len(problems)):24} {'before':>8} {'after':>8}"]
-    lines += [f"{name:24} {before['metrics'][key]:8.3f} {metrics[key]:8.3f}" for name, key in TABLE.items()]
+    for name in ("pass@1", "pass@1_sampled", "completion_tokens"):
+        lines.append(f"{name:24} {before['metrics'][f'eval/{name}']:8.3f} {metrics[f'eval/{name}']:8.3f}")
     was = before["samples"]  # [passed, reason, text] of each problem
     order = sorted(range(len(after)), key=lambda i: (was[i][0], not after[i].passed))
-    gained, failing = order[0], next((i for i in order if not after[i].passed), order[-1])
-    for i in dict.fromkeys((gained, failing)):
-        said = [(f"before ({was[i][1]})", was[i][2]), (f"after ({after[i].reason})", after[i].text)]
+    failing = next((i for i in order if not after[i].passed), order[-1])
+    for i in dict.fromkeys((order[0], failing)):
         lines += [f"\nproblem {problems[i].name}", shortened(problems[i].prompt)]
-        lines += [part for title, text in said for part in (f"  {title}:", shortened(text))]
+        lines += [f"  before ({was[i][1]}):", shortened(was[i][2])]
+        lines += [f"  after ({after[i].reason}):", shortened(after[i].text)]
     return "\n".join([*lines, f"\nsamples {run.path}/samples.html, curves {run.path}/curves.png"])
 
 
-def shortened(text: str, lines: int = 8) -> str:
-    """The first lines of a text, indented, each of at most 100 columns."""
-    kept = [f"    {line[:100]}" for line in text.strip("\n").splitlines()]
-    return "\n".join(kept[:lines] + ["    ..."] * (len(kept) > lines))
+def shortened(text: str) -> str:
+    """The first eight lines of a text, indented, each of at most 100 columns."""
+    return "\n".join(f"    {line[:100]}" for line in text.strip("\n").splitlines()[:8])
 
 
 # ---------------------------------------------------------------- main
@@ -863,11 +834,11 @@ def plan(args: Args, ranks: Ranks, train: list[Problem], longest: int) -> str:
     )
 
 
-def load_problems(args: Args, tokenizer, ranks: Ranks, started: float) -> tuple[list[Problem], list[Problem], str]:
+def load_problems(args: Args, tokenizer) -> tuple[list[Problem], list[Problem], str]:
     """(training problems, held-out problems, a line about them)."""
-    train, note = read_problems(args.dataset, args, tokenizer, ranks, started)
+    train, note = read_problems(args.dataset, args, tokenizer)
     if args.eval_dataset:
-        heldout, more = read_problems(args.eval_dataset, args, tokenizer, ranks, started)
+        heldout, more = read_problems(args.eval_dataset, args, tokenizer)
         note += f"\nheld-out problems{more}" * bool(more)
         heldout = heldout[: args.eval_problems]
     else:
@@ -878,110 +849,67 @@ def load_problems(args: Args, tokenizer, ranks: Ranks, started: float) -> tuple[
     return train, heldout, f"data {args.dataset}: {len(train)} training, {len(heldout)} held-out problems{note}"
 
 
-def draw(rollouts: Rollouts, train: list[Problem], args: Args, update: int, cursor: int, stop: Callable):
-    """Steps 1 to 3 of an update: (groups that enter it, all samples, the cursor after them, seconds)."""
-    samples, groups, seconds, size = [], [], Counter(), args.group_size
-    for attempt in range(max(1, args.dynamic_sampling)):
-        # 1 sample, 2 score
-        drawn = draw_problems(cursor, args.prompts_per_update, len(train), args.seed)
-        cursor += len(drawn)
-        problems = [train[i] for i in drawn for _ in range(size)]  # groups: G rows
-        noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
-        new, new_seconds = rollouts(problems, noise, args.temperature, stop)
-        seconds.update(new_seconds)
-        samples += new
-
-        # 3 advantage
-        rewards = torch.tensor([s.reward for s in new]).view(-1, size)  # [N, G]
-        advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
-        for sample, advantage in zip(new, advantages.flatten().tolist()):
-            sample.advantage = advantage
-        new = [new[i : i + size] for i in range(0, len(new), size)]
-        groups += [g for g, r in zip(new, rewards) if not args.dynamic_sampling or r.min() < r.max()]
-        if len(groups) >= args.prompts_per_update:
-            break
-    return groups[: args.prompts_per_update], samples, cursor, seconds
-
-
-def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks, stop: Callable):
-    """Step 4: the metrics of `minibatches` optimizer steps on the groups, and whether one was skipped."""
-    begin = time.time()
-    parts = [p for p in np.array_split(np.arange(len(groups)), args.minibatches) if len(p)]
-    minibatches = [[groups[g] for g in part] for part in parts]
-    shares = [rank_share(part, ranks) for part in minibatches]
-    mine = [sample for share in shares for sample in share]
-    if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
-        for sample, logprobs in zip(mine, score(model, mine, args)):
-            sample.old_logprobs = logprobs
-    if ref_model is not None:
-        for sample, logprobs in zip(mine, score(ref_model, mine, args)):
-            sample.ref_logprobs = logprobs
-    sums, norms = Counter(), []
-    for part, share in zip(minibatches, shares):
-        # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
-        counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (part, 1)
-        lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
-        normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
-        may_stop = (lambda: None) if norms else stop  # after the first step, the update is finished
-        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, may_stop)
-        sums.update(share_sums)
-        norms.append(norm)
-    sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
-    loss, tokens = sums.pop("loss"), sums.pop("tokens")
-    if not args.beta:
-        del sums["kl"]  # not measured
-    metrics = {
-        "policy/loss": loss / max(1, len(norms)),
-        **{f"policy/{key}": value / tokens for key, value in sums.items() if tokens},
-        "optim/grad_norm": sum(norms) / max(1, len(norms)),
-        "time/update_s": time.time() - begin,
-    }
-    return metrics, not all(map(math.isfinite, norms))
-
-
 def main(args: Args) -> None:
     check(args)
     ranks = setup(args.seed)
     tokenizer = load_tokenizer(args.model)
-    train, heldout, about = load_problems(args, tokenizer, ranks, time.time())
+    train, heldout, about = load_problems(args, tokenizer)
     reward(heldout[0], "")  # refuses here if the verifier does not start
     longest = max(len(problem.prompt_ids) for problem in train + heldout) + args.max_new_tokens
     model = load_model(args.model, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
     if ranks.main:
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"model {args.model}: {size:.1f}M parameters\n{about}", flush=True)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"model {args.model}: {millions:.1f}M parameters\n{about}", flush=True)
     if args.dry_run:
         if ranks.main:
             print(plan(args, ranks, train, longest), flush=True)
         return
     run = Run(args, __file__, ranks, data=list(filter(None, (args.dataset, args.eval_dataset))))
-    if args.chat_template and args.resume:  # with the date of the first start
-        train, heldout, _ = load_problems(args, tokenizer, ranks, run.started)
     ref_model = load_model(args.model, tokenizer, ranks, longest, train=False) if args.beta else None
     optimizer = new_optimizer(model, args.learning_rate, args.weight_decay)
     rollouts, models = Rollouts(model, tokenizer, args, ranks), {"policy": model}
     state = run.restore(models, optimizer) if run.state else {"update": 0, "cursor": 0, "before": None}
-    interrupt, hints, after = Interrupt(ranks), dict(HINTS), None
-
+    interrupt, hints, after, size = Interrupt(ranks), dict(HINTS), None, args.group_size
     try:
         if state["before"] is None:
             metrics, samples = evaluate(rollouts, heldout, args, run, 0, interrupt.check)
             state["before"] = {"metrics": metrics, "samples": [[s.passed, s.reason, s.text] for s in samples]}
             run.log({"update": 0, **metrics}, CONSOLE, args.updates)
         for update in range(state["update"] + 1, args.updates + 1):
-            # 1 sample, 2 score, 3 advantage
-            cursor = state["cursor"]
-            groups, samples, cursor, seconds = draw(rollouts, train, args, update, cursor, interrupt.check)
+            samples, groups, seconds, cursor = [], [], Counter(), state["cursor"]
+            for attempt in range(max(1, args.dynamic_sampling)):
+                # 1 sample, 2 score
+                drawn = draw_problems(cursor, args.prompts_per_update, len(train), args.seed)
+                cursor += len(drawn)
+                problems = [train[i] for i in drawn for _ in range(size)]  # groups: G rows
+                noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
+                new, new_seconds = rollouts(problems, noise, args.temperature, interrupt.check)
+                samples += new
+                seconds.update(new_seconds)
+
+                # 3 advantage
+                rewards = torch.tensor([s.reward for s in new]).view(-1, size)  # [N, G]
+                advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
+                for sample, advantage in zip(new, advantages.flatten().tolist()):
+                    sample.advantage = advantage
+                spread = (rewards.amax(1) > rewards.amin(1)).tolist()  # without it a group teaches nothing
+                new = [new[i : i + size] for i in range(0, len(new), size)]
+                groups += [group for group, good in zip(new, spread) if good or not args.dynamic_sampling]
+                if len(groups) >= args.prompts_per_update:
+                    break
 
             # 4 update
-            learnt, skipped = learn(model, ref_model, optimizer, groups, args, ranks, interrupt.check)
-            seconds["time/update_s"] = learnt["time/update_s"]
+            begin, groups = time.time(), groups[: args.prompts_per_update]
+            learnt = learn(model, ref_model, optimizer, groups, args, ranks, interrupt.check)
+            seconds["time/update_s"] = time.time() - begin
 
             # 5 log, evaluate, save
-            metrics = {"update": update, **sample_metrics(samples, args.group_size), **learnt, **seconds}
-            metrics["rollout/groups"], metrics["data/epoch"] = len(groups), cursor / len(train)
-            metrics["perf/tokens_per_s"] = sum(map(len, samples)) / sum(seconds.values())
             state |= {"update": update, "cursor": cursor}
+            metrics = {
+                "update": update, **sample_metrics(samples, size), **learnt, **seconds,
+                "rollout/groups": len(groups), "data/epoch": cursor / len(train),
+                "perf/tokens_per_s": sum(map(len, samples)) / sum(seconds.values()),
+            }  # fmt: skip
             for key in [key for key in hints if metrics[key] == 1]:
                 run.say(f"note: {hints.pop(key)}")
             last = update == args.updates
@@ -991,7 +919,7 @@ def main(args: Args) -> None:
                     evaluated, after = evaluate(rollouts, heldout, args, run, update, stop)
                     metrics |= evaluated
             finally:
-                run.log(metrics, CONSOLE, args.updates, skipped)
+                run.log(metrics, CONSOLE, args.updates, not math.isfinite(learnt["optim/grad_norm"]))
             if last or (args.save_every and update % args.save_every == 0):
                 run.export(model, "final" if last else f"update_{update:06d}")
                 run.save(state, models, optimizer)

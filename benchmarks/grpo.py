@@ -119,7 +119,7 @@ def theirs(model, tokenizer, problems, given):
 def measure(given):
     tokenizer = load_tokenizer(given.model)
     args = grpo_rlvr.Args(task="math", model=given.model)
-    problems, _ = grpo_rlvr.read_problems(f"{TINY}/math_train.jsonl", args, tokenizer, setup(SEED), 0.0)
+    problems, _ = grpo_rlvr.read_problems(f"{TINY}/math_train.jsonl", args, tokenizer)
     problems = problems[: given.prompts]
     mine = given.one == "ours"
     if mine:

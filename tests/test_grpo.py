@@ -5,7 +5,6 @@ The runs use a random model of 86 thousand parameters and a toy reward; the last
 """
 
 import ast
-import dataclasses
 import inspect
 import json
 import math
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,8 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import common
 import grpo_rlvr
-from common import TINY, Ranks, Stop, UserError, launch, load_model, load_tokenizer, uniforms
+from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, uniforms
 from grpo_rlvr import Args, Problem, Sample, group_advantages, grpo_loss, loss_normalizer, signature_of
 
 REPO = Path(__file__).parent.parent
@@ -126,21 +125,26 @@ def test_advantages_by_hand():
 @pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda c: f"{c['loss_type']}-{c['beta']}-{c['old_given']}")
 def test_loss_and_gradient_equal_trl(case):
     """The fixture was made by calling TRL's own GRPOTrainer._compute_loss on these tensors, with a stand-in
-    for the trainer whose model returns `logprobs`; epsilon 0.2 and 0.28, use_bias_correction_kl off."""
-    logprobs, old, ref = (torch.tensor(FIXTURE[k]) for k in ("logprobs", "old_logprobs", "ref_logprobs"))
-    logprobs.requires_grad_()
-    mask = torch.arange(logprobs.shape[1]) < torch.tensor(FIXTURE["lengths"]).unsqueeze(1)
-    loss, sums = grpo_loss(
-        logprobs, old if case["old_given"] else logprobs.detach(), ref,
-        torch.tensor(FIXTURE["advantages"]), mask,
-        0.2, 0.28, case["beta"], case["loss_type"], FIXTURE["max_length"],
-    )  # fmt: skip
-    loss.backward()
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-5, abs=1e-7)
-    torch.testing.assert_close(logprobs.grad, torch.tensor(case["grad"]), rtol=1e-4, atol=1e-7)
-    assert sums["clip_frac"] / sums["tokens"] == pytest.approx(case["clip_frac"], abs=1e-6)
-    if case["beta"]:
-        assert sums["kl"] / sums["tokens"] == pytest.approx(case["kl"], rel=1e-5)
+    for the trainer whose model returns `logprobs`; epsilon 0.2 and 0.28, use_bias_correction_kl off.
+    Here at once, and in parts whose losses and gradients add up."""
+    lengths, loss_type, longest = torch.tensor(FIXTURE["lengths"]), case["loss_type"], FIXTURE["max_length"]
+    for parts in ([[0, 1, 2, 3, 4, 5]], [[0], [1, 2, 3], [4, 5]]):
+        logprobs, old, ref = (torch.tensor(FIXTURE[k]) for k in ("logprobs", "old_logprobs", "ref_logprobs"))
+        logprobs.requires_grad_()
+        old, advantages = old if case["old_given"] else logprobs.detach(), torch.tensor(FIXTURE["advantages"])
+        mask = torch.arange(logprobs.shape[1]) < lengths.unsqueeze(1)
+        normalizer = loss_normalizer(lengths, loss_type, longest) if len(parts) > 1 else None
+        total, sums = 0.0, Counter()
+        for rows in parts:
+            tensors = logprobs[rows], old[rows], ref[rows], advantages[rows], mask[rows]
+            loss, part = grpo_loss(*tensors, 0.2, 0.28, case["beta"], loss_type, longest, normalizer)
+            loss.backward()
+            total, sums = total + loss.item(), sums + Counter(part)
+        assert total == pytest.approx(case["loss"], rel=1e-5, abs=1e-7)
+        torch.testing.assert_close(logprobs.grad, torch.tensor(case["grad"]), rtol=1e-4, atol=1e-7)
+        assert sums["clip_frac"] / sums["tokens"] == pytest.approx(case["clip_frac"], abs=1e-6)
+        if case["beta"]:
+            assert sums["kl"] / sums["tokens"] == pytest.approx(case["kl"], rel=1e-5)
 
 
 def test_loss_is_the_equation():
@@ -163,21 +167,6 @@ def test_loss_is_the_equation():
     (actual,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(actual, expected)
     assert loss.item() == pytest.approx(-objective.item())
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_parts_add_up_to_the_whole(loss_type):
-    logprobs, old = torch.tensor(FIXTURE["logprobs"]), torch.tensor(FIXTURE["old_logprobs"])
-    advantages, lengths = torch.tensor(FIXTURE["advantages"]), torch.tensor(FIXTURE["lengths"])
-    mask = torch.arange(logprobs.shape[1]) < lengths.unsqueeze(1)
-
-    def loss(rows, normalizer=None):
-        tensors = logprobs[rows], old[rows], None, advantages[rows], mask[rows]
-        return grpo_loss(*tensors, 0.2, 0.28, 0.0, loss_type, 9, normalizer)[0].item()
-
-    normalizer = loss_normalizer(lengths, loss_type, 9)
-    parts = [loss([0], normalizer), loss([1, 2, 3], normalizer), loss([4, 5], normalizer)]
-    assert sum(parts) == pytest.approx(loss(list(range(6))), rel=1e-5)
 
 
 # ---------------------------------------------------------------- rollout
@@ -232,7 +221,7 @@ def test_rollout_equals_the_plain_forward(model_dir, monkeypatch):
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
         plain = logits.log_softmax(-1).gather(-1, torch.tensor(ids).unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(torch.tensor(logprobs), plain.detach(), rtol=1e-4, atol=1e-5)
-        samples.append(Sample("", prompt, ids, logprobs, ended))
+        samples.append(Sample(prompt, ids, logprobs, ended))
     for shares in (True, False):  # completions on their prompt's cache, and plain rows
         model.shares_prompts = shares
         training = grpo_rlvr.score(model, samples, Args(temperature=0.7, micro_batch_tokens=40))
@@ -240,14 +229,10 @@ def test_rollout_equals_the_plain_forward(model_dir, monkeypatch):
             assert row == pytest.approx(sample.rollout_logprobs, rel=1e-4, abs=1e-5)
 
 
-def test_prompts_of_one_token(model_dir):
+def test_prompts_of_one_token_and_greedy_ones(model_dir):
     model, table = load(model_dir), torch.zeros(3, V, dtype=torch.bool)
-    rows = grpo_rlvr.rollout(model, [[5], [6], [5]], torch.tensor([[0.5] * 3, [0.5] * 3, [0.5] * 3]), 1.0, table)
+    rows = grpo_rlvr.rollout(model, [[5], [6], [5]], torch.full((3, 3), 0.5), 1.0, table)
     assert rows[0] == rows[2] and [len(ids) for ids, _, _ in rows] == [3] * 3
-
-
-def test_greedy_is_temperature_zero(model_dir):
-    model, table = load(model_dir), torch.zeros(3, V, dtype=torch.bool)
     ((ids, _, ended),) = grpo_rlvr.rollout(model, [[5, 6, 7]], torch.rand(1, 8), 0.0, table)
     plain = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)
     assert ids == plain[0, 3:].tolist() and not ended
@@ -284,16 +269,18 @@ def random_samples(model, count=8) -> list[Sample]:
     for index in range(count):
         prompt, ids = (generator.integers(0, V, n).tolist() for n in (2 + index % 3, 1 + 3 * index % 10))
         ids[-1] = 0  # eos, which is also pad
-        samples.append(Sample("p", prompt, ids, [0.0] * len(ids), True, advantage=generator.normal(), in_loss=True))
+        samples.append(Sample(prompt, ids, [0.0] * len(ids), True, advantage=generator.normal(), in_loss=True))
     for sample, logprobs in zip(samples, grpo_rlvr.score(model, samples, Args())):
         sample.old_logprobs = [x + generator.normal() * 0.2 for x in logprobs]
-        sample.ref_logprobs = [x + generator.normal() * 0.2 for x in logprobs]
     return samples
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches_change_nothing(model_dir, loss_type):
-    weights = []
+    weights, reference = [], load(model_dir)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight *= 1.1  # so that the KL is not 0
     for micro_batch_tokens, shares in ((1, True), (60, True), (60, False), (10_000, True)):
         args = Args(
             loss_type=loss_type, micro_batch_tokens=micro_batch_tokens, beta=0.1, max_grad_norm=1e9, minibatches=2
@@ -303,9 +290,9 @@ def test_micro_batches_change_nothing(model_dir, loss_type):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         samples = random_samples(model)
         normalizer = loss_normalizer(torch.tensor([len(s.completion_ids) for s in samples]), loss_type, 1024)
-        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE, nothing)
+        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE, nothing, reference)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        assert sums["tokens"] == sum(len(s.completion_ids) for s in samples) and norm > 0
+        assert sums["tokens"] == sum(len(s.completion_ids) for s in samples) and norm > 0 and sums["kl"] > 1e-3
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], rtol=1e-4, atol=1e-6)
 
@@ -313,7 +300,7 @@ def test_micro_batches_change_nothing(model_dir, loss_type):
 def test_stop_token_is_trained_and_truncation_can_be_masked(model_dir):
     """The completion [0] is one eos, equal to pad: its probability must rise with a positive advantage."""
     model, args = load(model_dir), Args(minibatches=1, temperature=1.0)
-    sample = Sample("p", [4, 9, 5], [0], [0.0], ended=True, advantage=1.0, in_loss=True)
+    sample = Sample([4, 9, 5], [0], [0.0], ended=True, advantage=1.0, in_loss=True)
     (before,) = grpo_rlvr.score(model, [sample], args)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rest = 1.0, args, ONE, nothing
@@ -345,53 +332,6 @@ def test_reward_rises(toy, monkeypatch):
     assert sum(row["reward/mean"] for row in history[-3:]) / 3 > 0.8
 
 
-def test_resume_is_bit_exact(toy, tmp_path, monkeypatch):
-    settings = {"minibatches": 2, "beta": 0.01, "eval_every": 2}
-    whole, parts = toy(**settings), toy(**settings, output_dir=str(tmp_path / "parts"))
-    grpo_rlvr.main(whole)
-    left = iter([False] * 19 + [True])
-
-    def check(interrupt):  # a signal arrives inside an update
-        if next(left):
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo_rlvr.Interrupt, "check", check)
-        with pytest.raises(Stop):
-            grpo_rlvr.main(parts)
-    assert 1 < len(metrics_of(parts)) < 5
-    with pytest.raises(UserError, match="eps-high"):
-        grpo_rlvr.main(dataclasses.replace(parts, resume=parts.output_dir, eps_high=0.5))
-    grpo_rlvr.main(dataclasses.replace(parts, resume=parts.output_dir))
-    assert metrics_of(parts) == metrics_of(whole)
-    for key, weight in weights_of(whole).items():
-        assert torch.equal(weight, weights_of(parts)[key]), key
-
-
-def test_two_ranks_equal_one(toy, tmp_path, model_dir):
-    """The same global batches, so the same update to rounding; Adam amplifies it, hence the sums."""
-    args = toy(updates=2, minibatches=2, beta=0.01, dynamic_sampling=2, learning_rate=1e-3)
-    grpo_rlvr.main(args)
-    fields = dataclasses.asdict(args) | {"output_dir": str(tmp_path / "two")}
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\n"
-        "import grpo_rlvr, test_grpo\n"
-        "grpo_rlvr.reward = test_grpo.toy_reward\n"
-        f"grpo_rlvr.launch(grpo_rlvr.main, grpo_rlvr.Args(**{fields!r}))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(driver)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = dataclasses.replace(args, output_dir=fields["output_dir"])
-    for mine, other in zip(metrics_of(args), metrics_of(two), strict=True):
-        assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
-    start, one, two = load_file(Path(model_dir) / "model.safetensors"), weights_of(args), weights_of(two)
-    moved = sum((one[k] - start[k]).abs().sum() for k in one)
-    assert sum((one[k] - two[k]).abs().sum() for k in one) < 1e-2 * moved
-
-
 def test_several_minibatches_have_true_old_logprobs(toy, monkeypatch):
     gaps, real = [], grpo_rlvr.grpo_loss
 
@@ -419,7 +359,7 @@ def test_dynamic_sampling_and_overlong_filter(toy, monkeypatch):
     monkeypatch.setattr(grpo_rlvr, "train_minibatch", spy)
     args = toy(updates=2, dynamic_sampling=3, filter_overlong=True)
     grpo_rlvr.main(args)
-    assert seen and all(int(s.problem) % 2 == 0 for s in seen)
+    assert seen and all(any(s.advantage for s in seen[i : i + 4]) for i in range(0, len(seen), 4))
     assert any(not s.ended for s in seen) and all(s.in_loss == s.ended for s in seen)
     assert all(row["rollout/groups"] > 0 for row in metrics_of(args)[1:])
 
@@ -434,39 +374,21 @@ def test_metrics_count_what_passed_and_the_run_says_what_cannot_be_learnt(toy, m
         assert row["reward/fail_half"] == 1 and row["reward/groups_without_spread"] == 1
     assert metrics_of(args)[-1]["eval/pass@1"] == 0
     out, error = capfd.readouterr()
-    assert out.count("note: no group has different rewards") == 1 and "pass@1, greedy" in out and not error
+    assert out.count("note: no group has different rewards") == 1 and "pass@1_sampled" in out and not error
     assert all(len(line) <= 120 for line in out.splitlines() if re.match(r" *\d/2 ", line))
     page = (Path(args.output_dir) / "samples.html").read_text()
     assert "wrong</span> (half: &lt;b&gt;, reward 0.5" in page and "<b>" not in page
 
 
-def test_bad_gradients_are_skipped_then_stop_the_run(toy, monkeypatch):
-    real = grpo_rlvr.grpo_loss
-
-    def nan(*tensors):
-        loss, sums = real(*tensors)
-        return loss * math.nan, sums
-
-    monkeypatch.setattr(grpo_rlvr, "grpo_loss", nan)
-    monkeypatch.setattr(common, "MAX_SKIPPED", 2)
-    args = toy(save_every=1)
-    with pytest.raises(UserError, match="2 updates in a row"):
-        grpo_rlvr.main(args)
-    assert [row.get("optim/skipped") for row in metrics_of(args)] == [0, 1, 2]
-    start, after = load_file(Path(args.model) / "model.safetensors"), weights_of(args, "update_000001")
-    assert all(torch.equal(start[key], after[key]) for key in start)
-
-
 # ---------------------------------------------------------------- data
 
 
-def read(tmp_path, rows, tokenizer=TOKENIZER, started=0.0, **changes) -> tuple[dict[str, Problem], str]:
-    """(problems by the question's first word, what was left out), with a row of each task that is fine."""
-    path, math_task = tmp_path / "rows.jsonl", changes.get("task") == "math"
+def read(tmp_path, rows, tokenizer=TOKENIZER, **changes) -> tuple[dict[str, Problem], str]:
+    """(problems by the question's first word, what was left out)."""
+    path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = Args(**{"reward_timeout_s": 2.0} | changes)
-    problems, note = grpo_rlvr.read_problems(str(path), args, tokenizer, ONE, started)
-    return {p.prompt.removeprefix('"""\n').split()[0] if not math_task else p.prompt.split()[0]: p for p in problems}, note
+    problems, note = grpo_rlvr.read_problems(str(path), Args(**{"reward_timeout_s": 2.0} | changes), tokenizer)
+    return {p.prompt.removeprefix('"""\n').split()[0]: p for p in problems}, note
 
 
 def io(inputs, outputs, **more) -> str:
@@ -502,9 +424,10 @@ def test_code_schemas(tmp_path):
     assert prompts["lcb"].endswith("class Solution:\n    def plus(self, a: List[int], b):\n")
     assert len(checks["lcb"]["cases"]) == 20 and checks["lcb"]["fn_name"] == "plus"
     assert prompts["prime"].endswith("def total(a, *, b: int=3):\n")
+    assert checks["prime"]["cases"] == [{"input": [2, 3], "output": 5}]
     assert prompts["taco"].endswith("def main():\n") and checks["taco"]["fn_name"] is None
     assert len(checks["taco"]["cases"]) == grpo_rlvr.MAX_TESTS  # those with the longest inputs
-    assert checks["taco"]["cases"][0] == {"input": "1 2\n3", "output": "6"}
+    assert checks["taco"]["cases"][0] == {"input": ["1 2", "3"], "output": ["6"]}
     assert checks["codeforces"]["cases"] == [{"input": "1\n", "output": "2\n"}]
     assert prompts["humaneval"] == 'humaneval = 1\ndef f(n):\n    """Doubles.\n    """\n'
     assert prompts["mbpp"] == '"""\nmbpp\nassert g(1) == 1\nassert g(2) == 2\n"""\ndef g(a, b=set()):\n'
@@ -517,20 +440,6 @@ def test_code_schemas(tmp_path):
         assert grpo_rlvr.reward(found[name], wrong)[:2] == (0.0, False), name
 
 
-def test_lists_of_one_result(tmp_path):
-    """The reference solution says whether a list of one element is the result; without one, it is not."""
-    tests = io(["1", "2"], [[1], [2]], fn_name="f")
-    rows = [
-        {"question": "value", "input_output": tests, "solutions": ["def f(x):\n    return x"]},
-        {"question": "list", "input_output": tests, "solutions": ["def f(x):\n    return [x]"]},
-        {"question": "unknown", "input_output": tests},
-        {"question": "several", "input_output": io(["1", "2"], [[1], []], fn_name="f")},
-    ]
-    found, _ = read(tmp_path, rows)
-    outputs = {k: [case["output"] for case in p.checks["cases"]] for k, p in found.items()}
-    assert outputs == {"value": [1, 2], "list": [[1], [2]], "unknown": [1, 2], "several": [[1], []]}
-
-
 def f_with(solution):
     return {"question": "Id.", "input_output": io(["3"], ["3"], fn_name="f"), "solutions": [solution]}
 
@@ -540,11 +449,10 @@ CODE_ROWS = [  # row, the signature of its problem or the reason why there is no
       "tests": '[{"type": "stdin_stdout", "input": "1 2", "output": "3"}]'}, "def main():"),
     ({"question": None, "input_output": io(["1"], ["1"])}, "1 no question"),
     ({"question": "Add.", "input_output": io([], [])}, "1 no tests"),
-    ({"question": "Add.", "input_output": io(["1", "2", "3"], ["1"])}, "1 not as many outputs as inputs"),
+    ({"question": "Add.", "input_output": io(["1", "2", "3"], ["1"])}, "1 zip() argument 2 is shorter than argument 1"),
     ({"question": "Add.", "input_output": io(["1"], [None])}, "1 a test without input or output"),
     ({"question": "Add.", "input_output": "{"}, "1 malformed (JSONDecodeError)"),
     ({"question": "Add.", "input_output": "3"}, "1 malformed (TypeError)"),
-    ({"question": "Echo.", "input_output": io([1], [1])}, "def main():"),
     ({"question": "Add.", "input_output": io(["1\n2"], ["3"], fn_name=None), "metadata": {"fn_name": "add"}},
      "def add(arg1, arg2):"),
     (f_with("def f(x, seen=set()):\n    return x"), "def f(x, seen=set()):"),
@@ -564,14 +472,13 @@ def test_code_rows_as_users_have_them(tmp_path, row, expected):
     if expected.startswith("def"):
         (problem,) = found.values()
         assert problem.prompt.endswith(f'\n"""\n{expected}\n') and "None" not in problem.prompt
-        assert all(isinstance(x, str) for case in problem.checks["cases"] for x in case.values())
-        assert ("1 signatures replaced" in note) == ("MOD" in str(row))
     else:
         assert not found and note == f"; left out: {expected}"
         with pytest.raises(UserError, match=r"rows.jsonl: 1 of 1 rows cannot be used.*columns: question"):
             read(tmp_path, [row])
 
 
+MATH_ROW = {"prompt": "Fine.", "reward_model": {"ground_truth": "1"}, "extra_info": {"model_difficulty": {"K": 1}}}
 MATH_ROWS = [
     ({"extra_info": None}, "", "2"),
     ({"extra_info": {"model_difficulty": {"K": None}}}, "K", "1 no difficulty `K`"),
@@ -588,29 +495,29 @@ MATH_ROWS = [
 @pytest.mark.parametrize("change, key, expected", MATH_ROWS)
 def test_math_rows_as_users_have_them(tmp_path, change, key, expected):
     row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": '["2"]'}} | change
-    fine = {"prompt": "Fine.", "reward_model": {"ground_truth": "1"}, "extra_info": {"model_difficulty": {"K": 1}}}
-    found, note = read(tmp_path, [fine, row], task="math", difficulty_key=key)
+    found, note = read(tmp_path, [MATH_ROW, row], task="math", difficulty_key=key)
     assert found.pop("Fine.").checks["answer"] == "1"
     assert [p.checks["answer"] for p in found.values()] == ([expected] if expected.isdigit() else [])
     assert note == ("" if expected.isdigit() else f"; left out: {expected}")
 
 
 def test_signatures_of_the_standard_library():
-    """By `ast`: no parenthesis, comment or string misleads it. Each is one line that compiles."""
-    count = 0
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::8]:
-        source = path.read_text(encoding="utf-8")
+    """By `ast`: no parenthesis, comment or string misleads it. Each is one line that runs after the preamble."""
+    signatures, modules = [], sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    for source in [path.read_text(encoding="utf-8") for path in modules[::4]]:
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and (node.args.defaults or node.returns):
-                signature, count = signature_of(source, node.name), count + 1
-                compile(f"{signature}\n    pass", "", "exec", dont_inherit=True)
-                assert "\n" not in signature.replace("\\n", "")
-    assert count > 50
+                signatures.append(signature_of(ast.get_source_segment(source, node), node.name))
+    found = list(filter(None, signatures))
+    assert len(found) > 50 and len(found) > 0.7 * len(signatures)
+    assert not any("\n" in signature.replace("\\n", "") for signature in found)
+    imports = grpo_rlvr.PREAMBLE.replace("sys.setrecursionlimit", "#")
+    exec(imports + "".join(f"{signature}\n    pass\n" for signature in found), {})
 
 
 def test_math_schema_and_stratification(problems_file):
     args = Args(task="math", difficulty_key="M")
-    found, note = grpo_rlvr.read_problems(problems_file, args, TOKENIZER, ONE, 0.0)
+    found, note = grpo_rlvr.read_problems(problems_file, args, TOKENIZER)
     levels = [int(problem.name) % 17 for problem in found]
     assert sorted(levels[:13]) == list(range(1, 14)) and sorted(levels[13:26]) == list(range(1, 14))
     assert set(levels) == set(range(1, 14)) and "9 difficulty outside 1-13" in note
@@ -630,12 +537,13 @@ def test_prompts_do_not_end_with_an_appended_eos(tmp_path):
     assert found["Fine."].prompt_ids == [tokenizer.eos_token_id, *plain]
 
 
-def test_a_chat_templates_date_is_that_of_the_first_start(tmp_path):
+def test_chat_template(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER.name_or_path)
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}: {{ messages[0]['content'] }} A:"
-    row = {"prompt": "Fine.", "reward_model": {"ground_truth": "1"}}
-    found, _ = read(tmp_path, [row], tokenizer, started=86400 * 366.0, task="math", chat_template=True)
-    assert found["1971:"].prompt.startswith("1971: Fine.\nPlease") and found["1971:"].prompt.endswith(". A:")
+    tokenizer.chat_template = "User: {{ messages[0]['content'] }} A:"
+    found, _ = read(tmp_path, [MATH_ROW], tokenizer, task="math", chat_template=True)
+    assert found["User:"].prompt.startswith("User: Fine.\nPlease") and found["User:"].prompt.endswith(". A:")
+    with pytest.raises(UserError, match="chat_template is not set"):
+        read(tmp_path, [MATH_ROW], task="math", chat_template=True)
 
 
 # ---------------------------------------------------------------- reward
@@ -692,9 +600,9 @@ def test_math_rewards(capfd):
     assert verify("13", "\\boxed{9^{9^{9^9}}}", 0.5) == (False, "timeout")
     assert time.time() - begin < 3
     assert verify("13", "\\boxed{13}", 20.0) == (True, "right")  # a new process
-    verify.process.kill()
+    verify.process.kill()  # the machine's fault, not the completion's
     verify.process.wait()
-    assert not verify("13", "\\boxed{13}", 20.0)[0] and verify("13", "\\boxed{13}", 20.0)[0]
+    assert verify("13", "\\boxed{13}", 20.0) == (True, "right")
     assert capfd.readouterr() == ("", "")  # no warning of math-verify
 
 
@@ -711,13 +619,9 @@ def test_defaults_follow_task_and_tiny(monkeypatch):
 
 
 BAD_INPUT = [
-    (["--dataset", "missing.jsonl"], "no such data file or folder: missing.jsonl"),
-    (["--model", "./nowhere"], "nowhere"),
     (["--eval-problems", "0"], "--eval-problems"),
     (["--max-prompt-tokens", "3"], "--max-prompt-tokens 3"),
     (["--max-new-tokens", "100000"], "the longest rows"),
-    (["--minibatches", "5"], "the nearest that does is 4"),
-    (["--group-size", "1"], "--group-size"),
     (["--temperature", "0"], "--temperature"),
     (["--chat-template"], "--chat-template"),
     (["--task", "math", "--difficulty-key", "K"], "no difficulty `K`"),
