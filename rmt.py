@@ -310,17 +310,17 @@ def proxy_name(args: Args) -> str:
         raise UserError("--eval-only needs --proxy-model: the model from which --model was trained") from None
 
 
-def boxable_tokens(tokenizer, texts: list[str]) -> np.ndarray:
-    """bool [V]: the tokens that may stand in a box. A tag, a part of a character, a special token may not."""
-    never, special = (THINK_OPEN, THINK_CLOSE, "\ufffd", *NOT_IN_BOX), set(tokenizer.all_special_ids)
-    good = [bool(text) and not any(part in text for part in never) for text in texts]
-    return np.array([fits and i not in special for i, fits in enumerate(good)])
+def difficulty(entropies: list, texts: list[list[int]], tokenizer, words: list[str], thresholds: tuple) -> list:
+    """Level of every position of every text: 0 easy, 1 medium, 2 hard; -1 takes no RL. words: of all tokens.
 
-
-def difficulty(entropies: np.ndarray, text: list[int], first: int, boxable: np.ndarray, thresholds):
-    """Level of every position of a text: 0 easy, 1 medium, 2 hard; -1 no RL. first: the first with a prefix."""
-    levels = np.digitize(entropies, thresholds) - 1
-    return np.where(boxable[text] & (np.arange(len(text)) >= first), levels, -1)
+    What has no text before it, and what cannot be boxed, takes no RL whatever its entropy.
+    """
+    never = (THINK_OPEN, THINK_CLOSE, "\ufffd", *NOT_IN_BOX, *tokenizer.all_special_tokens)
+    boxable = np.array([bool(word) and not any(part in word for part in never) for word in words])  # [V]
+    levels = [np.where(boxable[text], np.digitize(row, thresholds) - 1, -1) for row, text in zip(entropies, texts)]
+    for row in levels:
+        row[: 1 + len(bos_ids(tokenizer))] = -1
+    return levels
 
 
 def heldout_positions(levels: list[np.ndarray], count: int) -> list[tuple[int, int, int]]:
@@ -357,33 +357,24 @@ def curriculum_probs(step: float, t1: float, t2: float, p1: Sequence, p2: Sequen
     return [(1 - tau) * early + tau * late for early, late in zip(p1, p2)]  # eq. (3), (4)
 
 
-def draw_positions(levels: np.ndarray, probs: Sequence[float], noise: torch.Tensor) -> list[int]:
-    """C: a different position for each row of noise [K, 2]: its level from probs, then uniform in the level.
-
-    levels [P]. A level without candidates gives its probability to the others; fewer than K if none has any.
-    """
-    left, chosen = [np.flatnonzero(levels == d).tolist() for d in range(len(probs))], []
-    for level_noise, position_noise in noise.tolist():
-        sums = list(itertools.accumulate(p * bool(candidates) for p, candidates in zip(probs, left)))
-        if sums[-1] == 0:
-            break
-        candidates = left[bisect.bisect(sums, level_noise * sums[-1])]
-        chosen.append(candidates.pop(int(position_noise * len(candidates))))
-    return chosen
-
-
 def choose_positions(levels: list[np.ndarray], update: int, args: Args) -> list[tuple[int, int, int]]:
-    """C among all positions of the update's texts: (which of the texts, position in it, level)."""
-    flat, probs = np.concatenate(levels), [1.0]
+    """C: as many different (text, position, level) as texts: the level by p^t, then uniformly in that level.
+
+    A level without candidates gives its probability to the others; fewer come back if none has any.
+    """
+    everything = [(k, t, int(d)) for k, row in enumerate(levels) for t, d in enumerate(row) if d >= 0]
+    probs, left, chosen = [1.0], [everything], []
     if args.curriculum:
         probs = curriculum_probs((update - 1) / args.updates, args.t1, args.t2, args.p1, args.p2)
-    else:
-        flat = np.where(flat >= 0, 0, -1)  # a single level
-    where = [(k, t, int(level)) for k, row in enumerate(levels) for t, level in enumerate(row)]
-    chosen = draw_positions(flat, probs, uniforms([len(levels), 2], args.seed, update, "positions"))
+        left = [[place for place in everything if place[2] == level] for level in range(len(LEVELS))]
+    for level_noise, position_noise in uniforms([len(levels), 2], args.seed, update, "positions").tolist():
+        sums = list(itertools.accumulate(p * bool(candidates) for p, candidates in zip(probs, left)))
+        if sums[-1] > 0:
+            candidates = left[bisect.bisect(sums, level_noise * sums[-1])]
+            chosen.append(candidates.pop(int(position_noise * len(candidates))))
     if not chosen:
         raise UserError(f"update {update}: no candidate in its texts; raise --prompts-per-update")
-    return [where[p] for p in chosen]
+    return chosen
 
 
 @dataclass
@@ -402,6 +393,7 @@ class Sample:
     length_reward: float = 0.0
     reward: float = 0.0
     advantage: float = 0.0
+    predicted: str = ""  # in an evaluation: the most likely token without a thought
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -686,7 +678,7 @@ def lengths(samples: list[Sample], group: str) -> dict:
 
 
 def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int, stop):
-    """Tables 1 and 3 on held-out positions: (metrics, sampled responses, each with the predicted token).
+    """Tables 1 and 3 on held-out positions: (metrics, the sampled responses).
 
     Prediction (NTP): the most likely token. Reasoning (NTR): the box of a response, sampled and greedy.
     """
@@ -706,29 +698,30 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
             metrics[f"eval/{kind}_{name}"] = mean(v for v, place in zip(values, chosen) if place[2] == level)
         metrics[f"eval/{kind}"] = mean(metrics[f"eval/{kind}_{name}"] for name in LEVELS)  # the "Average"
     metrics |= {"eval/budget": budget, "time/eval_rollout_s": seconds}
-    answers = [(s, rollouts.texts[token]) for s, token in zip(sampled, predicted)]
-    blocks = [html_sample(*answer, rollouts.tokenizer) for answer in answers[:: max(1, len(answers) // 6)]]
+    for sample, token in zip(sampled, predicted):
+        sample.predicted = rollouts.texts[token]
+    blocks = [html_sample(sample, rollouts.tokenizer) for sample in sampled[:: max(1, len(sampled) // 6)]]
     run.samples(f"update {update}", LEGEND, blocks)
-    return metrics | lengths(sampled, "eval") | {"time/eval_s": time.time() - start}, answers
+    return metrics | lengths(sampled, "eval") | {"time/eval_s": time.time() - start}, sampled
 
 
-def verdict(sample: Sample, predicted: str) -> str:
+def verdict(sample: Sample) -> str:
     word = "malformed" if sample.thought_tokens < 0 else "right" if sample.exact else "wrong"
     level, truth = LEVELS[sample.level], sample.truth[0]
-    return f"{word}: {level}, the text has {truth!r}, without a thought {predicted!r}"
+    return f"{word}: {level}, the text has {truth!r}, without a thought {sample.predicted!r}"
 
 
-def html_sample(sample: Sample, predicted: str, tokenizer) -> str:
+def html_sample(sample: Sample, tokenizer) -> str:
     """A block of samples.html."""
     prompt, response = tokenizer.decode(sample.prompt_ids)[-300:], tokenizer.decode(sample.completion_ids)
     thought, close, rest = html.escape(response).rpartition(html.escape(THINK_CLOSE))
     response = f"<span class=thought>{thought}</span>{close}{rest}"
-    style, words = "good" if sample.exact else "bad", html.escape(verdict(sample, predicted))
+    style, words = "good" if sample.exact else "bad", html.escape(verdict(sample))
     prompt = f"<span class=note>{html.escape(prompt)}</span>"
     return f"<pre>{prompt}{response}\n<span class={style}>{words}</span></pre>"
 
 
-def report(run: Run, stages: list[dict], answers: list, tokenizer) -> None:
+def report(run: Run, stages: list[dict], answers: list[Sample], tokenizer) -> None:
     """The end of a run: the evaluations before and after, two responses, and where to look."""
     lines = ["", f"{'held-out':24}" + "".join(f"{name:>16}" for name in ("mean", *LEVELS))]
     accuracies = ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy")
@@ -737,10 +730,9 @@ def report(run: Run, stages: list[dict], answers: list, tokenizer) -> None:
         cells = [" -> ".join(f"{stage[key]:#.3g}" for stage in stages) for key in keys]
         lines.append(f"{kind:24}" + "".join(f"{cell:>16}" for cell in cells))
     for sign in (1, -1):  # right where prediction is wrong; wrong where prediction is right
-        order = [(sign * (s.exact - (word == s.truth[0])), s.level) for s, word in answers]
-        sample, predicted = answers[order.index(max(order))]
+        sample = max(answers, key=lambda s: (sign * (s.exact - (s.predicted == s.truth[0])), s.level))
         text = tokenizer.decode(sample.prompt_ids)[-200:] + tokenizer.decode(sample.completion_ids)
-        lines += ["", verdict(sample, predicted), text]
+        lines += ["", verdict(sample), text]
     run.say("\n".join([*lines, "", f"{run.path}/: samples.html, curves.png, checkpoints/final"]))
 
 
@@ -783,10 +775,9 @@ def main(args: Args) -> None:
     rollouts, models = Rollouts(model, tokenizer, args, ranks, run.started), {"policy": model}
 
     # 0 prepare; before a restore, because the default proxy is the initial model
-    boxable, first = boxable_tokens(tokenizer, rollouts.texts), 1 + len(bos_ids(tokenizer))
     entropies = proxy_entropies(proxy, all_texts, args, run)
     del proxy
-    levels = [difficulty(e, text, first, boxable, args.thresholds) for e, text in zip(entropies, all_texts)]
+    levels = difficulty(entropies, all_texts, tokenizer, rollouts.texts, args.thresholds)
     counts = np.bincount(np.concatenate(levels) + 1, minlength=4)
     run.say("positions: " + ", ".join(f"{c} {name}" for c, name in zip(counts, ("without RL", *LEVELS))))
     to_evaluate = heldout_positions(levels[len(train) :], args.eval_positions)

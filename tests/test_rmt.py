@@ -69,33 +69,49 @@ def test_token_budget_by_hand():
     assert [rmt.token_budget(t, 10, 800, 1, 0.2) for t in (0, 1, 5, 10)] == [800, 681, 357, 160]
 
 
-def test_draw_positions_has_the_curriculum_s_distribution():
+def choose(levels, update=1, probs=(0.5, 0.3, 0.2), **changes):
+    return rmt.choose_positions(levels, update, rmt.Args(updates=10**6, p1=probs, **changes))
+
+
+def test_positions_have_the_curriculum_s_distribution():
     levels = np.array([-1, 0, 0, 1, -1, 2, 2, 2])  # two easy, one medium, three hard
-    probs, n = (0.5, 0.3, 0.2), 6000
-    counts = np.zeros(8)
-    for noise in uniforms((n, 1, 2), "one"):
-        counts[rmt.draw_positions(levels, probs, noise)] += 1
-    expected = np.array([0, 0.25, 0.25, 0.3, 0, 0.2 / 3, 0.2 / 3, 0.2 / 3])
-    assert np.abs(counts / n - expected).max() < 4 * math.sqrt(0.25 / n)
-    assert (counts[expected == 0] == 0).all()
+    expected = {True: [0, 0.25, 0.25, 0.3, 0, *[0.2 / 3] * 3], False: [0, *[1 / 6] * 3, 0, *[1 / 6] * 3]}
+    for curriculum, right in expected.items():
+        counts = np.zeros(8)
+        for update in range(1, 6001):
+            ((text, t, level),) = choose([levels], update, curriculum=curriculum)
+            assert text == 0 and level == levels[t]
+            counts[t] += 1
+        assert np.abs(counts / 6000 - right).max() < 4 * math.sqrt(0.25 / 6000)
 
 
-def test_draw_positions_without_replacement_and_with_empty_levels():
-    levels = np.array([0, 1, 1, -1, 0])
-    for noise in uniforms((200, 4, 2), "all"):
-        assert sorted(rmt.draw_positions(levels, (0.5, 0.1, 0.4), noise)) == [0, 1, 2, 4]  # all, each once
-    first = [rmt.draw_positions(levels, (0.1, 0.3, 0.6), noise)[0] for noise in uniforms((2000, 1, 2), "no hard")]
-    assert np.isin(first, [0, 4]).mean() == pytest.approx(0.25, abs=0.05)  # hard's 0.6 shared out as 1 : 3
-    assert rmt.draw_positions(levels, (0.0, 0.0, 1.0), uniforms((3, 2), "none")) == []
-    assert len(rmt.draw_positions(levels, (1.0, 0.0, 0.0), uniforms((3, 2), "few"))) == 2
+def test_positions_are_different_and_levels_may_be_empty():
+    levels = [np.array([0, 1]), np.array([1]), np.array([-1]), np.array([0])]
+    found = [(0, 0, 0), (0, 1, 1), (1, 0, 1), (3, 0, 0)]
+    for update in range(1, 200):
+        assert sorted(choose(levels, update)) == found  # all, each once
+    easy = [choose([levels[0]], update, (0.1, 0.3, 0.6))[0][2] == 0 for update in range(1, 2001)]
+    assert np.mean(easy) == pytest.approx(0.25, abs=0.05)  # hard's 0.6 shared out as 1 : 3
+    assert sorted(choose(levels, probs=(1.0, 0.0, 0.0))) == [found[0], found[3]]
+    with pytest.raises(UserError, match="no candidate in its texts"):
+        choose(levels, probs=(0.0, 0.0, 1.0))
 
 
-def test_difficulty_levels():
-    text = ids(" the| cat|s|{|\ufffd| the| cat| the|")
-    boxable = np.array([piece in (" the", " cat", "s") for piece in PIECES])
-    entropy = np.array([3.0, 0.49, 0.5, 3.0, 3.0, 1.0, 1.5, 0.99])
-    for first, expected in ((1, [-1, -1, 0, -1, -1, 1, 2, 0]), (3, [-1, -1, -1, -1, -1, 1, 2, 0])):
-        assert rmt.difficulty(entropy, text, first, boxable, (0.5, 1.0, 1.5)).tolist() == expected
+def test_difficulty_levels(tokenizer):
+    words = token_texts(tokenizer, len(tokenizer) + 2)
+    everything = list(range(len(words)))
+    (levels,) = rmt.difficulty([np.full(len(words), 9.0)], [everything], tokenizer, words, (0.5, 1.0, 1.5))
+    boxable = [i for i in everything if levels[i] == 2]
+    assert set(levels.tolist()) == {-1, 2} and tokenizer.eos_token_id not in boxable and max(boxable) < len(tokenizer)
+    assert all(not {*words[i]} & {*"{}\ufffd"} and words[i] == tokenizer.decode([i]) for i in boxable)
+    assert 0.5 < len(boxable) / len(words) < 1
+    entropies = np.array([3.0, 0.49, 0.5, 3.0, 1.0, 1.5, 0.99])
+    text = [*boxable[:3], words.index("{"), *boxable[3:6]]
+    assert rmt.difficulty([entropies], [text], tokenizer, words, (0.5, 1.0, 1.5))[0].tolist() == [-1, -1, 0, -1, 1, 2, 0]
+    tokenizer.bos_token, before = tokenizer.eos_token, tokenizer.bos_token
+    levels = rmt.difficulty([entropies + 1], [text], tokenizer, words, (0.5, 1.0, 1.5))[0].tolist()
+    tokenizer.bos_token = before
+    assert levels == [-1, -1, 2, -1, 2, 2, 2]  # after BOS there is no text before the second
 
 
 # ---------------------------------------------------------------- responses and rewards
@@ -170,16 +186,6 @@ def test_composite_reward_by_hand():
         sample = rmt.Sample(0, [" the", " cat"], [], ids(text), [])
         rmt.Rollouts.reward(SimpleNamespace(texts=PIECES, args=rmt.Args(match=match)), sample, budget, opened=False)
         assert sample.reward == pytest.approx(right), text
-
-
-def test_boxable_tokens(tokenizer):
-    texts = token_texts(tokenizer, len(tokenizer) + 2)
-    boxable = rmt.boxable_tokens(tokenizer, texts)
-    assert len(boxable) == len(texts) and not boxable[tokenizer.eos_token_id] and not boxable[-2:].any()
-    for i in np.flatnonzero(boxable):
-        assert not {*texts[i]} & {*"{}\ufffd"} and texts[i] == tokenizer.decode([i])
-    assert 0.5 < boxable.mean() < 1
-    assert rmt.boxable_tokens(tokenizer, PIECES[:9])[5:8].all()
 
 
 def test_another_format_is_an_edit_of_its_constants(tmp_path):
@@ -297,8 +303,7 @@ def test_both_losses_of_equation_9_are_on_one_footing(tokenizer):
     texts, model = texts[:16], load_model(args.model, tokenizer, ONE, 256)
     entropies = [scores[0] for scores in rmt.score_texts(model, texts, 2048, ONE)]
     rollouts = rmt.Rollouts(model, tokenizer, args, ONE, 0.0)
-    boxable = rmt.boxable_tokens(tokenizer, rollouts.texts)
-    levels = [rmt.difficulty(e, text, 1, boxable, args.thresholds) for e, text in zip(entropies, texts)]
+    levels = rmt.difficulty(entropies, texts, tokenizer, rollouts.texts, args.thresholds)
     chosen = rmt.choose_positions(levels, 1, args)
     places = [(texts[k], t, level) for k, t, level in chosen for _ in range(8)]
     samples, _ = rollouts(places, uniforms([len(places), 64], "noise"), 24, 0.8, never)
@@ -542,8 +547,6 @@ def test_levels_without_a_position():
         rmt.heldout_positions(levels, 4)
     found = rmt.heldout_positions([*levels, np.array([2])], 9)  # nested: what is hard is also easy
     assert [sum(level == d for *_, level in found) for d in range(3)] == [4, 3, 1]
-    with pytest.raises(UserError, match="no candidate in its texts"):
-        rmt.choose_positions([np.array([-1, -1])], 1, rmt.Args())
 
 
 def test_a_run_of_no_updates_evaluates(whole, tmp_path):
