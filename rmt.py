@@ -204,20 +204,15 @@ def bos_ids(tokenizer) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def prompt_frame(tokenizer, budget: int, args: Args, started: float) -> tuple[list[int], list[int], bool]:
-    """The prompt without the prefix of a text: (ids before it, ids after it, whether the thought is opened).
+def prompt_frame(tokenizer, budget: int, args: Args) -> tuple[list[int], list[int], bool]:
+    """The prompt around the prefix of a text: (ids before it, ids after it, whether they open the thought).
 
-    Budget 0 is not mentioned. started: the time (seconds) of which a chat template may write the date.
+    Budget 0 is not mentioned.
     """
-    prompt = INSTRUCTION.replace("@@BUDGET@@", BUDGET.format(budget) if budget else "")
-    bos = bos_ids(tokenizer)
+    prompt, bos = INSTRUCTION.replace("@@BUDGET@@", BUDGET.format(budget) if budget else ""), bos_ids(tokenizer)
     if args.chat_template and tokenizer.chat_template:
-        day, message = time.localtime(started), [{"role": "user", "content": prompt}]
-        template, options = tokenizer.get_chat_template(), {"tokenize": False, "add_generation_prompt": True}
-        template = re.sub(  # a resumed run has the same date
-            r"strftime_now\((.*?)\)", lambda call: repr(time.strftime(call[1].strip("'\" "), day)), template
-        )
-        prompt, bos = tokenizer.apply_chat_template(message, chat_template=template, **options), []
+        message = [{"role": "user", "content": prompt}]
+        prompt, bos = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), []
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in prompt.split("@@TEXT@@"))
     return bos + head, tail, prompt.rstrip().endswith(THINK_OPEN)
 
@@ -491,9 +486,8 @@ def length_reward(length: int, budget: int, r_max: float) -> float:
 class Rollouts:
     """Steps 1 and 2 on all positions: each rank completes and scores its share, and gets all samples."""
 
-    def __init__(self, model, tokenizer, args: Args, ranks: Ranks, started: float) -> None:
+    def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        self.started = started
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.table = self.texts, eos_ids(tokenizer, args.model)
 
@@ -503,7 +497,7 @@ class Rollouts:
         stop: called between batches, by every rank equally often; it may raise Stop.
         """
         start, samples, skip = time.time(), {}, len(bos_ids(self.tokenizer))  # no BOS inside a prompt
-        head, tail, opened = prompt_frame(self.tokenizer, budget, self.args, self.started)
+        head, tail, opened = prompt_frame(self.tokenizer, budget, self.args)
         share = range(len(places))[self.ranks.share(len(places))]
         mine, most = sorted(share, key=lambda i: places[i][1]), -(-len(places) // self.ranks.world_size)
         with gathered(self.model):
@@ -757,7 +751,7 @@ def main(args: Args) -> None:
     args = replace(args, proxy_model=proxy_name(args))
     tokenizer = load_tokenizer(args.model)
     train, heldout, about = read_texts(args, tokenizer)
-    all_texts, frame = train + heldout, prompt_frame(tokenizer, budget_at(0, args), args, time.time())
+    all_texts, frame = train + heldout, prompt_frame(tokenizer, budget_at(0, args), args)
     longest = len(frame[0] + frame[1]) + max(map(len, all_texts)) + args.max_new_tokens
     learns, recompute = not args.eval_only, args.gradient_checkpointing
     model = load_model(args.model, tokenizer, ranks, longest, train=learns, recompute=recompute and learns)
@@ -772,7 +766,7 @@ def main(args: Args) -> None:
     run = Run(args, __file__, ranks, data=[args.dataset])
     ref_model = load_model(args.model, tokenizer, ranks, longest, train=False) if args.beta else None
     optimizer = new_optimizer(model, args.learning_rate, args.weight_decay) if learns else None
-    rollouts, models = Rollouts(model, tokenizer, args, ranks, run.started), {"policy": model}
+    rollouts, models = Rollouts(model, tokenizer, args, ranks), {"policy": model}
 
     # 0 prepare; before a restore, because the default proxy is the initial model
     entropies = proxy_entropies(proxy, all_texts, args, run)

@@ -302,7 +302,7 @@ def test_both_losses_of_equation_9_are_on_one_footing(tokenizer):
     texts, _, _ = rmt.read_texts(args, tokenizer)
     texts, model = texts[:16], load_model(args.model, tokenizer, ONE, 256)
     entropies = [scores[0] for scores in rmt.score_texts(model, texts, 2048, ONE)]
-    rollouts = rmt.Rollouts(model, tokenizer, args, ONE, 0.0)
+    rollouts = rmt.Rollouts(model, tokenizer, args, ONE)
     levels = rmt.difficulty(entropies, texts, tokenizer, rollouts.texts, args.thresholds)
     chosen = rmt.choose_positions(levels, 1, args)
     places = [(texts[k], t, level) for k, t, level in chosen for _ in range(8)]
@@ -368,28 +368,25 @@ def test_weights_of_the_terms_scale_their_gradients(llama):
 # ---------------------------------------------------------------- prompts and data
 
 
-def frame(tokenizer, budget, started=0.0):
-    return rmt.prompt_frame(tokenizer, budget, rmt.Args(), started)
-
-
 def test_prompt_is_the_one_the_tiny_model_knows(tokenizer):
-    head, tail, _ = frame(tokenizer, 12)  # it has no template
+    head, tail, _ = rmt.prompt_frame(tokenizer, 12, rmt.Args())  # it has no template
     assert tokenizer.decode(head + tail) == (
         "Complete the given text by predicting the next token. Think in exactly 12 tokens within "
         "<think></think>, then put the next token in \\boxed{}.\n### Text\n\n### Prediction\n"
     )
-    free, _, opens = frame(tokenizer, 0)
+    free, _, opens = rmt.prompt_frame(tokenizer, 0, rmt.Args())
     assert "token. Think within <think></think>, then put" in tokenizer.decode(free) and not opens
 
 
-def test_prompt_with_a_chat_template(tokenizer):
-    """Also one that opens the thought, and one with today's date, which is the day of the run's first start."""
-    for suffix, expected in (("<|a|>", False), ("<|a|><think>{{ '\\n' }}", True)):
-        tokenizer.chat_template = "{{ strftime_now('%Y') }}<|u|>{{ messages[0]['content'] }}" + suffix
-        head, tail, opens = frame(tokenizer, 12, started=1e9)
-        tokenizer.chat_template = None
-        assert opens is expected and tokenizer.decode(tail).startswith("\n### Prediction\n<|a|>")
-        assert tokenizer.decode(head).startswith("2001<|u|>Complete the given text")
+@pytest.mark.parametrize("suffix, opened", [("<|a|>", False), ("<|a|><think>{{ '\\n' }}", True)])
+def test_prompt_with_a_chat_template(suffix, opened, tokenizer):
+    tokenizer.chat_template = "<|u|>{{ messages[0]['content'] }}" + suffix
+    head, tail, opens = rmt.prompt_frame(tokenizer, 12, rmt.Args())
+    plain, _, _ = rmt.prompt_frame(tokenizer, 12, rmt.Args(chat_template=False))
+    tokenizer.chat_template = None
+    assert opens is opened and tokenizer.decode(tail).startswith("\n### Prediction\n<|a|>")
+    assert tokenizer.decode(head).startswith("<|u|>Complete the given text")
+    assert tokenizer.decode(plain).startswith("Complete the given text")
 
 
 def rows_file(path, rows):
