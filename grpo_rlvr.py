@@ -29,7 +29,6 @@ Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all,
 
 import ast
 import builtins
-import contextlib
 import html
 import inspect
 import itertools
@@ -37,7 +36,7 @@ import json
 import math
 import os
 import re
-import select
+import signal
 import subprocess
 import sys
 import threading
@@ -200,7 +199,7 @@ STDIN_SIGNATURE = "def main():"  # D4
 MATH_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n"
 PREAMBLE = "import bisect, collections, functools, heapq, itertools, math, re, sys\nfrom typing import *\n"
 PREAMBLE += "sys.setrecursionlimit(50000)\n"  # before every program
-NAMES = {*dir(builtins), *typing.__all__, *re.findall(r"\w+", PREAMBLE)}  # that a signature may use
+NAMES = {*dir(builtins), *typing.__all__, *re.findall(r"\w+", PREAMBLE)}  # what a signature may refer to
 MAX_TESTS = 15  # of a problem: those with the longest inputs, DeepCoder's rule
 LEVELS = range(1, 14)  # of Skywork's model_difficulty (RMT, 5.1)
 
@@ -214,11 +213,6 @@ class Problem:
     level: int = 0  # Skywork's difficulty
 
 
-def first(row: dict, *names: str):
-    """The first of these columns that holds anything; None if none does."""
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
-
-
 def need(value, what: str):
     """The value; ValueError if it is empty."""
     if value in (None, "", [], {}):
@@ -227,35 +221,35 @@ def need(value, what: str):
 
 
 def parsed(value):
-    """The data sets keep JSON in strings, some of it nested. {} if empty."""
+    """The value of a column that may hold JSON in a string; {} if it is empty."""
     return json.loads(value) if isinstance(value, str) and value else value or {}
 
 
 def math_problem(row: dict) -> tuple[str, dict]:
     """(prompt, checks) of a row with Skywork-OR1's columns, whose answers may be JSON lists."""
-    message = need(first(row, "prompt"), "prompt")
+    message = need(row.get("prompt"), "prompt")
     question = message if isinstance(message, str) else message[-1]["content"]
-    answer = need(first(first(row, "reward_model") or {}, "ground_truth"), "answer")
+    answer = need((row.get("reward_model") or {}).get("ground_truth"), "answer")
     answer = json.loads(answer)[0] if str(answer).startswith('["') else answer
     return MATH_PROMPT.format(question=need(question, "question")), {"answer": str(need(answer, "answer"))}
 
 
 def code_problem(row: dict) -> tuple[str, dict]:
     """(prompt, checks) of a row of HumanEval(+), of MBPP(+), or of AReaL-boba-2 and DeepCoder."""
-    if first(row, "entry_point") and first(row, "test"):  # HumanEval: the prompt is code
+    if row.get("entry_point") and row.get("test"):  # HumanEval: the prompt is code
         tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-        signature = need(first(row, "prompt"), "prompt").rstrip()
+        signature = need(row.get("prompt"), "prompt").rstrip()
         return f"{signature}\n", {"signature": signature, "tests": tests, "entry_point": row["entry_point"]}
-    if first(row, "code") and first(row, "test_list"):  # MBPP: the description, two examples, the signature
-        examples, question = row["test_list"], need(first(row, "text", "prompt"), "question")
+    if row.get("code") and row.get("test_list"):  # MBPP: the description, two examples, the signature
+        examples, question = row["test_list"], need(row.get("text") or row.get("prompt"), "question")
         called = [(signature_of(row["code"], name), name) for name in re.findall(r"\w+", examples[0])]
         signature, name = need([pair for pair in called if pair[0]], "function in the tests and in `code`")[0]
-        tests = first(row, "test") or "\n".join([first(row, "test_setup_code") or "", *examples])
+        tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])
         prompt = CODE_PROMPT.format(question="\n".join([question, *examples[:2]]), signature=signature)
         return prompt, {"signature": signature, "tests": tests, "entry_point": name}
 
-    question = need(first(row, "question", "problem"), "question")
-    about = tests = need(parsed(first(row, "input_output", "tests")), "tests")
+    question = need(row.get("question") or row.get("problem"), "question")
+    about = tests = need(parsed(row.get("input_output") or row.get("tests")), "tests")
     if isinstance(tests, list):  # PrimeIntellect, LiveCodeBench, Codeforces; else boba-2, TACO
         about = tests[0] | parsed(tests[0].get("metadata"))
         tests = {"inputs": [test["input"] for test in tests], "outputs": [test["output"] for test in tests]}
@@ -263,19 +257,20 @@ def code_problem(row: dict) -> tuple[str, dict]:
     cases = [{"input": given, "output": wanted} for given, wanted in cases]
     if any(None in case.values() for case in cases):
         raise ValueError("a test without input or output")
-    fn_name = first(about, "fn_name", "func_name") or first(parsed(row.get("metadata")), "fn_name", "func_name")
-    fn_name = None if about.get("testtype") == "stdin" else fn_name
+    names = [part.get(key) for part in (about, parsed(row.get("metadata"))) for key in ("fn_name", "func_name")]
+    fn_name = None if about.get("testtype") == "stdin" else next(filter(None, names), None)
     if "testtype" not in about:  # LiveCodeBench's tests all stay
         cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:MAX_TESTS]
     if fn_name and all(isinstance(case["output"], list) and len(case["output"]) == 1 for case in cases):
         cases = [{**case, "output": case["output"][0]} for case in cases]  # TACO puts a result into a list
-    signature = first(row, "signature", "starter_code") or signature_for(fn_name, row.get("solutions"), cases[0])
+    signature = row.get("signature") or row.get("starter_code")
+    signature = signature or signature_for(fn_name, row.get("solutions"), cases[0])
     checks = {"signature": signature.rstrip(), "cases": cases, "fn_name": fn_name}
     return CODE_PROMPT.format(question=question, **checks), checks
 
 
 def signature_for(fn_name: str | None, solutions: str | list | None, case: dict) -> str:
-    """The signature in the solutions, or one with arg1, arg2 ...; without fn_name the program reads stdin."""
+    """The signature of the first solution that has one, else fn_name(arg1, arg2 ...). No fn_name: reads stdin."""
     if not fn_name:
         return STDIN_SIGNATURE
     solutions = [solutions] if isinstance(solutions, str) else solutions or []
@@ -315,8 +310,9 @@ def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
     ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
     if ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers append it, but the completion goes on from here
-    name = first({**row, "index": info.get("index"), "row": number}, "query_id", "task_id", "index", "row")
-    return Problem(str(name), prompt, ids, {**checks, "timeout_s": args.reward_timeout_s}, level)
+    names = row.get("query_id"), row.get("task_id"), info.get("index"), number
+    name = str(next(name for name in names if name is not None))
+    return Problem(name, prompt, ids, {**checks, "timeout_s": args.reward_timeout_s}, level)
 
 
 def read_problems(source: str, args: Args, tokenizer) -> tuple[list[Problem], str]:
@@ -377,8 +373,8 @@ class Sample:
 
 
 def end_table(tokenizer, eos: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
-    """What is_end must know of every token: bool [3, V]. Row 0: it ends a completion by itself, like eos and,
-    with `column_zero`, text in column 0 (D3); row 1: it begins with text; row 2: it ends a line."""
+    """Three facts about every token, bool [3, V], all that is_end needs: it ends a completion by itself (eos or,
+    with `column_zero`, text after a newline, D3); it begins with a visible character; it ends with a newline."""
     table = torch.zeros(3, vocab_size, dtype=torch.bool)
     table[0, sorted(eos)] = True
     if column_zero:
@@ -441,8 +437,8 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
 
 
 def reward(problem: Problem, completion: str) -> tuple[float, bool, str]:
-    """(the reward that trains, whether the completion is right, why). A fork changes the first of them only:
-    pass@1 and all metrics count the second. Runs in a thread; never raises for what a completion does."""
+    """(reward, whether the completion is right, why). The first trains; pass@1 and the metrics count the second,
+    so a fork changes only the first. Runs in a thread. Whatever a completion does, the worst is a 0."""
     if "answer" in problem.checks:
         passed, reason = verify(problem.checks["answer"], completion, problem.checks["timeout_s"])
     else:
@@ -460,12 +456,7 @@ def program(problem: Problem, completion: str) -> dict:
 
 
 def verify_lines():
-    """The verifier's process: [gold, completion] per line in, [right, reason] per line out, as JSON."""
-    import json
-    import re
-    import signal
-    import sys
-
+    """The verifier's process: reads [gold, completion, seconds] and writes [right, reason], a JSON line each."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
@@ -475,28 +466,32 @@ def verify_lines():
         text = re.sub(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|\w))", r"\\sqrt{\1\2\3}", text)
         return "".join(signs.get(character, character) for character in text)
 
+    def compare(gold, text):
+        last_box = text[text.rfind("\\boxed") :]  # math-verify would make a set of several
+        answer = parse(latex(last_box), extraction_config=boxed, parsing_timeout=None)
+        gold = parse(f"${latex(gold)}$", parsing_timeout=None)
+        right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)  # gold first
+        return bool(right), "right" if right else "wrong answer" if answer else "no answer"
+
+    compare("1", "\\boxed{1}")  # the first call is slow
     for line in sys.stdin:
-        signal.alarm(600)  # busy, this process ends even if the one that would kill it is gone
-        gold, text = json.loads(line)
+        gold, text, timeout_s = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)  # then SIGALRM kills this process
         try:
-            last_box = text[text.rfind("\\boxed") :]  # math-verify would make a set of several
-            answer = parse(latex(last_box), extraction_config=boxed, parsing_timeout=None)
-            gold = parse(f"${latex(gold)}$", parsing_timeout=None)
-            # gold first: verify is not symmetric
-            right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)
-            reason = "right" if right else "wrong answer" if answer else "no answer"
+            verdict = compare(gold, text)
         except Exception as error:
-            right, reason = False, f"error: {type(error).__name__}"
-        signal.alarm(0)  # idle, it ends with its stdin
-        print(json.dumps([bool(right), reason]), flush=True)
+            verdict = False, f"error: {type(error).__name__}"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(verdict), flush=True)
 
 
-VERIFIER = f"{inspect.getsource(verify_lines)}\nverify_lines()"  # now: this file may be edited during a run
+# read now, because this file may be edited during a run
+VERIFIER = f"import json, re, signal, sys\n\n{inspect.getsource(verify_lines)}\nverify_lines()"
 
 
 class MathVerifier:
-    """math-verify in a process that can be killed: some expressions take for ever, and its own time limit is
-    an alarm, which needs a main thread and waits for the end of an operation on big numbers."""
+    """math-verify in a process that a time limit kills: some expressions take for ever, and its own limit needs
+    a main thread and waits for the end of an operation on big numbers."""
 
     def __init__(self) -> None:
         self.process, self.lock = None, threading.Lock()
@@ -504,33 +499,23 @@ class MathVerifier:
     def __call__(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str]:
         """(whether the last \\boxed{} of the completion is the answer, why)."""
         with self.lock:
-            for _ in range(2):  # a process that ends may not be the completion's fault: once more
-                if self.process is None:
-                    self.start()
-                if verdict := self.ask(gold, completion, timeout_s):
-                    return verdict
+            for _ in range(2):  # if the machine has killed the process, the completion is not wrong: once more
+                if self.process is None or self.process.returncode is not None:
+                    # a session of its own, because a terminal sends Ctrl-C to all processes of a session
+                    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+                    options = {"encoding": "utf-8", "start_new_session": True}
+                    self.process = subprocess.Popen([sys.executable, "-c", VERIFIER], **pipes, **options)
+                try:
+                    self.process.stdin.write(json.dumps([gold, completion, timeout_s]) + "\n")
+                    self.process.stdin.flush()
+                    return tuple(json.loads(self.process.stdout.readline()))
+                except (OSError, ValueError):  # a closed pipe, an empty line: the process has ended
+                    status = self.process.wait()
+                if status == -signal.SIGALRM:
+                    return False, "timeout"
+                if status > 0:
+                    raise UserError("math-verify does not start: pip install -r requirements.txt")
         return False, "error: the verifier ended"
-
-    def start(self) -> None:
-        command = [sys.executable, "-c", VERIFIER]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        # a session of its own: Ctrl-C, which a terminal sends to all, must not change the last rewards
-        self.process = subprocess.Popen(command, **pipes, encoding="utf-8", start_new_session=True)
-        if self.ask("1", "\\boxed{1}", 300.0) != (True, "right"):  # the first call is slow
-            raise UserError("math-verify does not start: pip install -r requirements.txt")
-
-    def ask(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str] | None:
-        """The verdict of the process; None if it has ended."""
-        verdict = None
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe, an empty line
-            self.process.stdin.write(json.dumps([gold, completion]) + "\n")
-            self.process.stdin.flush()
-            if select.select([self.process.stdout], [], [], timeout_s)[0]:
-                return tuple(json.loads(self.process.stdout.readline()))
-            verdict = False, "timeout"
-        self.process.kill()
-        self.process = None
-        return verdict
 
 
 verify = MathVerifier()
@@ -564,7 +549,7 @@ class Rollouts:
                 for i, (ids, logprobs, ended) in zip(batch, rows):
                     samples[i] = s = Sample(problems[i].prompt_ids, ids, logprobs, ended)
                     s.text, s.in_loss = self.text(ids, s.prompt_ids[-1:]), ended or not self.args.filter_overlong
-                    key = id(problems[i]), s.text  # equal ones once, and while the next batch generates
+                    key = id(problems[i]), s.text  # scored while the next batch generates, equal ones once
                     scores[key] = scores.get(key) or self.pool.submit(reward, problems[i], s.text)
         generated = time.time()
         stop()
@@ -572,7 +557,7 @@ class Rollouts:
             s = samples[i]
             trains, passed, s.reason = scores[id(problems[i]), s.text].result()
             s.reward, s.passed = float(trains), bool(passed)  # a fork may count with integers
-        everyone = all_gather_list([samples[i] for i in share], self.ranks)  # the slowest rank's time counts
+        everyone = all_gather_list([samples[i] for i in share], self.ranks)  # waits for all ranks
         seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
         return everyone, seconds
 
@@ -775,10 +760,8 @@ def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, 
     noise = uniforms([len(problems), args.max_new_tokens], args.seed, "evaluation")
     greedy, _ = rollouts(problems, noise, 0.0, stop)
     sampled, _ = rollouts(problems, noise, args.temperature, stop)
-    legend = "Held-out problems, greedy completions: at most three that are right and three that are not. "
-    legend += "Thoughts and comments are in colour."
-    shown = [i for right in (True, False) for i in [i for i, s in enumerate(greedy) if s.passed == right][:3]]
-    run.samples(f"update {update}", legend, [block(problems[i], greedy[i]) for i in shown])
+    legend = "The first held-out problems, greedy completions. Thoughts and comments are in colour."
+    run.samples(f"update {update}", legend, [block(*pair) for pair in list(zip(problems, greedy))[:6]])
     return {
         "eval/pass@1": sum(s.passed for s in greedy) / len(greedy),
         "eval/pass@1_sampled": sum(s.passed for s in sampled) / len(sampled),
@@ -789,8 +772,8 @@ def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, 
 
 def block(problem: Problem, sample: Sample) -> str:
     """A sample as HTML: problem, verdict and reason, prompt, completion."""
-    thought = r"&lt;think&gt;.*?(?:&lt;/think&gt;|\Z)" if "answer" in problem.checks else r"#[^\n]*"
-    text = re.sub(thought, r'<span class="thought">\g<0></span>', html.escape(sample.text), flags=re.DOTALL)
+    text = html.escape(sample.text, quote=False)
+    text = re.sub(r"(?s)&lt;think&gt;.*?(&lt;/think&gt;|\Z)|#[^\n]*", r'<span class="thought">\g<0></span>', text)
     kind, verdict = ("good", "right") if sample.passed else ("bad", "wrong")
     reason = f"{sample.reason}, reward {sample.reward:g}" + ", truncated" * (not sample.ended)
     return (
@@ -881,20 +864,20 @@ def main(args: Args) -> None:
                 # 1 sample, 2 score
                 drawn = draw_problems(cursor, args.prompts_per_update, len(train), args.seed)
                 cursor += len(drawn)
-                problems = [train[i] for i in drawn for _ in range(size)]  # groups: G rows
+                problems = [train[i] for i in drawn for _ in range(size)]  # G rows of each
                 noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
-                new, new_seconds = rollouts(problems, noise, args.temperature, interrupt.check)
-                samples += new
-                seconds.update(new_seconds)
+                scored, took = rollouts(problems, noise, args.temperature, interrupt.check)
+                samples += scored
+                seconds.update(took)
 
                 # 3 advantage
-                rewards = torch.tensor([s.reward for s in new]).view(-1, size)  # [N, G]
+                rewards = torch.tensor([s.reward for s in scored]).view(-1, size)  # [N, G]
                 advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
-                for sample, advantage in zip(new, advantages.flatten().tolist()):
+                for sample, advantage in zip(scored, advantages.flatten().tolist()):
                     sample.advantage = advantage
-                spread = (rewards.amax(1) > rewards.amin(1)).tolist()  # without it a group teaches nothing
-                new = [new[i : i + size] for i in range(0, len(new), size)]
-                groups += [group for group, good in zip(new, spread) if good or not args.dynamic_sampling]
+                spread = (rewards.amax(1) > rewards.amin(1)).tolist()  # a group without it teaches nothing
+                kept = [n for n, differ in enumerate(spread) if differ or not args.dynamic_sampling]
+                groups += [scored[n * size : (n + 1) * size] for n in kept]
                 if len(groups) >= args.prompts_per_update:
                     break
 
