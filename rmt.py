@@ -450,10 +450,11 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
 # ---------------------------------------------------------------- 2 score
 
 _O, _C, _B, _E = map(re.escape, (THINK_OPEN, THINK_CLOSE, BOX_OPEN, BOX_CLOSE))
-END = re.compile(f"{_C}.*?{_B}.*?{_E}", re.DOTALL)
-RESPONSE = re.compile(  # one thought, anything, one box
-    rf"\s*{_O}(?P<thought>((?!{_O}|{_C}).)*){_C}((?!{_O}|{_C}|{_B}).)*"
-    rf"{_B}(?P<answer>[^{re.escape(NOT_IN_BOX)}]*){_E}",
+END = re.compile(f"{_C}.*?{_B}.*?{_E}", re.DOTALL)  # a response ends with the first box after its thought
+RESPONSE = re.compile(
+    rf"\s*{_O}(?P<thought>((?!{_O}|{_C}).)*){_C}"  # one thought
+    rf"((?!{_O}|{_C}|{_B}).)*"  # anything but another
+    rf"{_B}(?P<answer>[^{re.escape(NOT_IN_BOX)}]*){_E}",  # one box
     re.DOTALL,
 )
 
@@ -537,8 +538,6 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True, eps: flo
 
 # ---------------------------------------------------------------- 4 update
 
-SUMS = ("rl_loss", "ntp_loss", "tokens", "kl", "entropy", "rollout_ratio")
-
 
 def rl_loss(logprobs, ref_logprobs, advantages, mask, beta: float, responses: int):
     """A micro-batch's part of -L_RL over all `responses` of the update, and the sum of its KL (nats).
@@ -582,35 +581,48 @@ def sample_batches(model, samples: list[Sample], max_tokens: int, ranks: Ranks |
     return micro_batches([len(s.completion_ids) for s in samples], max_tokens, ranks, prompts)
 
 
-def train_batch(model, ref_model, optimizer, samples, texts, responses, total, args: Args, ranks, stop):
-    """One optimizer step on this rank's samples and texts (ids, kept positions): (sums, gradient norm).
+def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: Ranks, stop: Callable) -> dict:
+    """Step 4: one optimizer step on all samples and on the `kept` positions of all texts; its metrics.
 
-    responses, total: how many of them all ranks have. stop: called before each micro-batch; may raise Stop.
+    stop: called before each micro-batch; it may raise Stop.
     """
-    nothing, ref, sums = Sample(0, [], [0, 0], [0], [0.0]), None, Counter()
-    for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
+    nothing, ref, sums = Sample(0, [], [0, 0], [0], [0.0]), None, Counter(ntp_loss=0.0)
+    groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
+    mine = rank_share(groups, ranks)
+    for batch in sample_batches(model, mine, args.micro_batch_tokens, ranks):
         stop()
-        micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
+        micro = [mine[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         if args.beta:
             with torch.no_grad():
                 ref, _, _ = completion_logprobs(ref_model, micro, args.temperature)
         device, mask = mask.device, mask & bool(batch)
         advantages = torch.tensor([s.advantage for s in micro], device=device)
-        loss, kl = rl_loss(logprobs, ref, advantages, mask, args.beta, responses)
+        loss, kl = rl_loss(logprobs, ref, advantages, mask, args.beta, len(samples))
         (loss * ranks.world_size).backward()  # FSDP averages over ranks; the denominator is global already
         gap = (logprobs.detach() - padded([s.rollout_logprobs for s in micro], device))[mask]
         sums.update(rl_loss=loss.item(), kl=kl if args.beta else math.nan, tokens=mask.sum().item())
         sums.update(entropy=entropies[mask].sum().item(), rollout_ratio=gap.exp().sum().item())
-    lengths = [len(ids) for ids, _ in texts] if args.ntp_weight else []
-    for batch in micro_batches(lengths, args.micro_batch_tokens, ranks):
+    rows = sorted(zip(texts, kept), key=lambda row: len(row[0])) if args.ntp_weight else []
+    mine = rows[ranks.rank :: ranks.world_size]
+    for batch in micro_batches([len(text) for text, _ in mine], args.micro_batch_tokens, ranks):
         stop()
-        micro = [texts[i] for i in batch] or [([0, 0], np.array([1]))]
-        loss = ntp_loss(model, *zip(*micro), total) * bool(batch)
+        micro = [mine[i] for i in batch] or [([0, 0], np.array([1]))]
+        loss = ntp_loss(model, *zip(*micro), len(texts)) * bool(batch)
         (args.ntp_weight * loss * ranks.world_size).backward()  # eq. (9), D1: the gradients add up
         sums.update(ntp_loss=loss.item())
-    loss = float(sums["rl_loss"] + sums["ntp_loss"])
-    return sums, optimizer_step(model, optimizer, loss, args.max_grad_norm, ranks)
+    norm = optimizer_step(model, optimizer, sums["rl_loss"] + sums["ntp_loss"], args.max_grad_norm, ranks)
+    sums = all_sum(dict(sums), ranks)
+    tokens, rl, ntp = (sums.pop(key) for key in ("tokens", "rl_loss", "ntp_loss"))
+    metrics = {
+        "policy/loss": rl + args.ntp_weight * ntp,  # eq. (9)
+        "policy/rl_loss": rl,
+        **{f"policy/{key}": value / tokens for key, value in sums.items()},
+        "optim/grad_norm": norm,
+    }
+    if args.ntp_weight:
+        metrics |= {"policy/ntp_loss": ntp, "policy/ntp_ce": ntp * len(texts) / max(1, sum(map(len, kept)))}
+    return metrics
 
 
 # ---------------------------------------------------------------- 5 log, evaluate, save
@@ -799,37 +811,24 @@ def main(args: Args) -> None:
 
             # 4 update
             begin = time.time()
-            groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
             taken = [[t for j, t, _ in chosen if j == k] for k in range(len(texts))]
             kept = [np.setdiff1d(np.arange(1, len(text)), cols) for text, cols in zip(texts, taken)]
-            rows = sorted(zip(texts, kept), key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
-            sums, norm = train_batch(
-                model, ref_model, optimizer, rank_share(groups, ranks), rows, len(samples), len(texts),
-                args, ranks, interrupt.check,
-            )  # fmt: skip
+            learnt = learn(model, ref_model, optimizer, samples, texts, kept, args, ranks, interrupt.check)
             update_s = time.time() - begin
 
             # 5 log, evaluate, save
             state |= {"update": update, "cursor": state["cursor"] + len(drawn)}
-            sums = all_sum({key: float(sums[key]) for key in SUMS}, ranks)
-            tokens, rl, ntp = (sums.pop(key) for key in ("tokens", "rl_loss", "ntp_loss"))
-            ntp_tokens = max(1, sum(map(len, kept)))
+            tokens = sum(map(len, samples)) + sum(map(len, kept)) * bool(args.ntp_weight)
             metrics = {
                 "update": update,
                 **sample_metrics(samples, args),
+                **learnt,
                 "rollout/budget": budget or math.nan,  # what is not measured is not logged
-                "policy/loss": rl + args.ntp_weight * ntp,  # eq. (9)
-                "policy/rl_loss": rl,
-                "policy/ntp_loss": ntp if args.ntp_weight else math.nan,
-                "policy/ntp_ce": ntp * len(texts) / ntp_tokens if args.ntp_weight else math.nan,
-                **{f"policy/{key}": value / tokens for key, value in sums.items()},
-                "optim/grad_norm": norm,
                 "data/epoch": state["cursor"] / len(train),
                 "time/rollout_s": rollout_s,
                 "time/update_s": update_s,
+                "perf/tokens_per_s": tokens / (rollout_s + update_s),
             }
-            read = sum(map(len, samples)) + ntp_tokens * bool(args.ntp_weight)
-            metrics["perf/tokens_per_s"] = read / (rollout_s + update_s)
             for key in [key for key in hints if metrics[key] == 1]:
                 run.say(f"note: {hints.pop(key)}")
             last, console = update == args.updates, CONSOLE
@@ -839,7 +838,7 @@ def main(args: Args) -> None:
                     after, answers = evaluate(rollouts, heldout, to_evaluate, args, run, update, stop)
                     metrics, console = metrics | after, CONSOLE[:2] + HELDOUT
             finally:
-                run.log(metrics, console, args.updates, not math.isfinite(norm))
+                run.log(metrics, console, args.updates, not math.isfinite(learnt["optim/grad_norm"]))
             if last or (args.save_every and update % args.save_every == 0):
                 run.export(model, "final" if last else f"update_{update:06d}")  # before the state
                 run.save(state, models, optimizer)

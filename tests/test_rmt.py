@@ -318,8 +318,8 @@ def test_both_losses_of_equation_9_are_on_one_footing(tokenizer):
     assert rmt.TINY_RUN.get("ntp_weight", 0.1) == rmt.Args().ntp_weight == 0.1
 
 
-def train(model, optimizer, samples, rows, responses, total, args, ref_model=None):
-    return rmt.train_batch(model, ref_model, optimizer, samples, rows, responses, total, args, ONE, never)
+def learn(model, optimizer, samples, texts, kept, args, ref_model=None):
+    return rmt.learn(model, ref_model, optimizer, samples, texts, kept, args, ONE, never)
 
 
 def test_a_step_raises_the_rewarded_response_and_the_text(llama):
@@ -340,29 +340,31 @@ def test_a_step_raises_the_rewarded_response_and_the_text(llama):
                 return [*rl.tolist(), rmt.ntp_loss(model, [text], [kept], 1).item()]
 
         before = measure()
-        sums, norm = train(model, optimizer, samples, [(text, kept)] * 2, 2, 2, args)
+        metrics = learn(model, optimizer, samples, [text] * 2, [kept] * 2, args)
         good, bad, ntp = measure()
         assert good > before[0] and bad < before[1] and ntp < before[2]
-        assert sums["ntp_loss"] == pytest.approx(before[2], abs=1e-4)
-        after.append((good, bad, ntp, norm))
+        assert metrics["policy/ntp_loss"] == pytest.approx(before[2], abs=1e-4)
+        assert metrics["policy/ntp_ce"] == pytest.approx(before[2] / 4, abs=1e-4)
+        after.append((good, bad, ntp, metrics["optim/grad_norm"]))
     assert after[0] == pytest.approx(after[1], rel=1e-4)
 
 
 def test_weights_of_the_terms_scale_their_gradients(llama):
     """lambda: 0 leaves L_NTP out. beta: the KL to another model pulls, to the same one it does not."""
-    norms, rows = {}, [([9, 10, 11], np.array([2]))]
+    sample, norms = rmt.Sample(0, [], [5, 6], [7, 8], [0.0, 0.0], True), {}
     for weight in (0.0, 0.1, 0.2):
-        model = llama()
-        sample = rmt.Sample(0, [], [5, 6], [7, 8], [0.0, 0.0], True)
-        _, norms[weight] = train(model, torch.optim.SGD(model.parameters(), lr=0.0), [sample], rows, 1, 1, rmt.Args(ntp_weight=weight))
+        model, args = llama(), rmt.Args(ntp_weight=weight)
+        metrics = learn(model, torch.optim.SGD(model.parameters(), lr=0.0), [sample], [[9, 10, 11]], [np.array([2])], args)
+        norms[weight] = metrics["optim/grad_norm"]
+        assert ("policy/ntp_loss" in metrics) is (weight > 0)
     assert norms[0.0] == 0 and norms[0.2] == pytest.approx(2 * norms[0.1], rel=1e-4) and norms[0.1] > 0
     model, other = llama(), llama()
     with torch.no_grad():
         other.get_output_embeddings().weight.mul_(1.1)
     for ref_model, same in ((llama(), True), (other, False)):
         optimizer, args = torch.optim.SGD(model.parameters(), lr=0.0), rmt.Args(ntp_weight=0.0, beta=1.0)
-        sums, norm = train(model, optimizer, [sample], [], 1, 1, args, ref_model)
-        assert (norm < 1e-4) is same and (abs(sums["kl"]) < 1e-6) is same
+        metrics = learn(model, optimizer, [sample], [], [], args, ref_model)
+        assert (metrics["optim/grad_norm"] < 1e-4) is same and (abs(metrics["policy/kl"]) < 1e-6) is same
 
 
 # ---------------------------------------------------------------- prompts and data
