@@ -45,12 +45,13 @@ def tokenizer():
     return load_tokenizer(f"{TINY}/model")
 
 
-def save_llama(folder, seed=0, kind=LlamaForCausalLM, config=LlamaConfig, **options):
-    torch.manual_seed(seed)
-    options |= {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+def save_llama(folder, kind=LlamaForCausalLM, config=LlamaConfig, **options):
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(f"{TINY}/model")
+    options |= {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     options |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
     kind(config(**options)).save_pretrained(folder)
-    load_tokenizer(f"{TINY}/model").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -216,7 +217,7 @@ def test_top_entropy_against_brute_force():
 
 
 def test_score_texts_position_by_position(llama, monkeypatch):
-    monkeypatch.setattr(rmt, "LOGITS_PER_CHUNK", 3 * 2048)  # so that the logits are made in parts
+    monkeypatch.setattr(rmt, "LOGITS_PER_CHUNK", 6000)  # so that the logits are made in parts
     model, rows = llama(), [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
     for row, (entropies, predictions) in zip(rows, rmt.score_texts(model, rows, 8, ONE)):
         assert len(entropies) == len(row) and entropies[0] == predictions[0] == 0
