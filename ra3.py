@@ -274,13 +274,17 @@ def line_kind(line: str) -> str:
 # ---------------------------------------------------------------- data 2: from text to tokens
 
 
-class Vocabulary:
-    """What each token's text means for a thought: bool [V] on the device. This is where a thought's form is
-    set.
+# The form of a thought; another one is an edit of these three lines (a fork in docs/ra3.md shows it)
+OPENING = re.compile(r"[ \t]*#")  # matches a token that opens a thought
+THOUGHT = re.compile(r"[ \t]*#[^\n\r\0]*\n")  # a well-formed thought; the first token with a newline ends it
+CLOSING = "\n"  # the token that ends a malformed one
 
-    opens    "#" after leading spaces and tabs: at a decision, such a token opens a thought
-    ends     holds a newline and nothing after it: the thought ends with this token
-    breaks   would break the source inside a comment: text after a newline, carriage return, NUL, special token
+
+class Vocabulary:
+    """What each token's text means for a thought: bool [V] on the device, and the same as sets of ids.
+
+    opens    at a decision, such a token opens a thought
+    over     a thought ends with this token: it holds a newline, or would break the source inside a comment
     """
 
     def __init__(self, tokenizer, size: int, device) -> None:
@@ -291,25 +295,24 @@ class Vocabulary:
         self.text = self.decode([[i] for i in range(known)])
         self.special = set(tokenizer.all_special_ids)
         names = tokenizer.convert_ids_to_tokens(list(range(known)))
-        flags = []  # [V, 3]
-        for i, (text, name) in enumerate(zip(self.text, names)):
-            # after half a character, a byte-fallback decoder (SentencePiece) turns a newline into U+FFFD
-            half = bool(re.fullmatch("<0x[89A-F][0-9A-F]>", name or ""))
-            breaks = i in self.special or half or "\r" in text or "\0" in text or "\n" in text[:-1]
-            flags.append((text.lstrip(" \t").startswith("#"), "\n" in text and not breaks, breaks))
-        flags += [(False, False, True)] * (size - known)  # rows of the embedding that are no token
-        self.opens, self.ends, self.breaks = torch.tensor(flags, device=device).T.contiguous()
-        self.over = self.ends | self.breaks
-        # the same as sets of ids
-        self.opening, self.ending, breaking = ({i for i, flag in enumerate(flags) if flag[k]} for k in range(3))
-        self.over_ids = self.ending | breaking
-        canonical = tokenizer("a\n", add_special_tokens=False).input_ids[-1]
-        newlines = [i for i in (canonical, *range(known)) if self.text[i] == "\n" and i not in self.special]
-        if not newlines or not self.opens.any():
+        # after half a character, a byte-fallback decoder (SentencePiece) turns a newline into U+FFFD
+        halves = {i for i, name in enumerate(names) if re.fullmatch("<0x[89A-F][0-9A-F]>", name or "")}
+        self.broken = self.special | halves | set(range(known, size))  # the last: rows of the embedding, no token
+        self.opens_ids = {i for i, text in enumerate(self.text) if OPENING.match(text)}
+        self.over_ids = {i for i, text in enumerate(self.text) if set("\n\r\0") & set(text)} | self.broken
+        self.opens, self.over = torch.zeros(2, size, dtype=torch.bool, device=device)
+        self.opens[list(self.opens_ids)] = self.over[list(self.over_ids)] = True
+        canonical = tokenizer(f"a{CLOSING}", add_special_tokens=False).input_ids[-1]
+        closing = [i for i in (canonical, *range(known)) if self.text[i] == CLOSING and i not in self.special]
+        if not closing or not self.opens_ids:
             raise UserError("this tokenizer has no token for a newline or for '#': it cannot write a comment")
-        self.newline = newlines[0]  # the one that the tokenizer itself would write, if that is a token alone
+        self.closing = closing[0]  # the one that the tokenizer itself would write, if that is a token alone
         has_bos = tokenizer.bos_token_id is not None
         self.separator = tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id
+
+    def malformed(self, thought: list[int]) -> bool:
+        """Whether a thought, read up to the first token that is `over`, has not ended as it should."""
+        return thought[-1] in self.broken or not THOUGHT.fullmatch(self.decode([thought])[0])
 
     def encode(self, text: str, after: str = "") -> list[int]:
         """Tokens of `text` in a line that follows `after`; some tokenizers put a space before a text's
@@ -619,20 +622,19 @@ def turns(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary, longest: in
     """All turns of one snippet, as a coroutine: it is sent the token that q draws at the next place, and
     yields the token to write there. Fills in `thoughts`: action -> the tokens that q drew for it.
 
-    A thought ends with a token that ends it or breaks the source, or when it is `longest` tokens long; then
-    the indentation is written again, and the line of code follows.
+    A thought is over with a token that is `over`, or when it is `longest` tokens long; then the indentation is
+    written again, and the line of code follows.
     """
     action_at = {boundary: t for t, boundary in enumerate(s.boundaries.tolist())}
     drawn = yield
     for place, token in enumerate(s.ids[1:].tolist(), start=1):
         t = action_at.get(place)
-        if t is not None and drawn in v.opening:  # at every other boundary q acts
+        if t is not None and drawn in v.opens_ids:  # at every other boundary q acts
             thoughts[t], over = [], False
             while not over:
                 thoughts[t].append(drawn)
                 over = drawn in v.over_ids or len(thoughts[t]) == longest
-                malformed = over and drawn not in v.ending
-                drawn = yield v.newline if malformed else drawn
+                drawn = yield v.closing if over and v.malformed(thoughts[t]) else drawn
             for indent in s.indents[t]:
                 drawn = yield indent
         drawn = yield token
@@ -749,7 +751,7 @@ def think(model, cache, mask, index, token, noise, at, v: Vocabulary, args: Args
     """The thoughts of the rows `index` [B] of the cache, each from the `token` [B] that opened it at place
     `at` [B].
 
-    A thought ends with a token that ends it or breaks the source, or after max_latent_tokens. noise [B, W].
+    A thought is over with a token that is `over`, or after max_latent_tokens. noise [B, W].
     """
     own = copy.copy(cache)  # of the layers, too; reordering makes new tensors
     own.layers = [copy.copy(layer) for layer in cache.layers]
@@ -781,10 +783,10 @@ def draw(model, hidden, noise, args: Args) -> torch.Tensor:
 def insert_thought(r: Rollout, place: int, t: int, tokens: list[int], v: Vocabulary) -> int:
     """Put a thought before action t, which begins at `place`, and the indentation after it; tokens inserted.
 
-    A thought that breaks the source, or has not ended in time, is closed by a newline as its last token.
+    A malformed thought is closed: its last token becomes CLOSING.
     """
-    malformed = tokens[-1] not in v.ending
-    ids, indent = tokens[:-1] + [v.newline if malformed else tokens[-1]], r.snippet.indents[t]
+    malformed = v.malformed(tokens)
+    ids, indent = tokens[:-1] + [v.closing if malformed else tokens[-1]], r.snippet.indents[t]
     size = len(ids) + len(indent)
     closed = (np.arange(size) == len(ids) - 1) & malformed
     for name, values in zip(ARRAYS, (ids + indent, tokens + [FORCED] * len(indent), t, False, closed)):
@@ -841,7 +843,7 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
             targets = np.concatenate([r.ids[w] for r, w in zip(chosen, where)])
             if given_decision:  # the probability of act, too, where an action begins
                 begins = [np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)]
-                acts = [w[b & ~np.isin(r.ids[w], list(v.opening))] for r, w, b in zip(chosen, where, begins)]
+                acts = [w[b & ~np.isin(r.ids[w], list(v.opens_ids))] for r, w, b in zip(chosen, where, begins)]
                 order = [np.concatenate([w, a]) for w, a in zip(where, acts)]
                 targets = [np.append(r.ids[w], np.full(len(a), EVENT)) for r, w, a in zip(chosen, where, acts)]
                 targets = np.concatenate(targets)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -345,10 +346,11 @@ def save_model(folder, tokenizer, family="llama", seed=0, v=None, snippets=(), *
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **SIZES | LAYERS.get(family, {}) | sizes)
     model = AutoModelForCausalLM.from_config(config)
+    ends = [i for i, text in enumerate(v.text) if re.fullmatch("[^\n\r\0]*\n", text)] if v else []
     with torch.no_grad():
         for s in snippets:
             states, head = model.get_decoder()(torch.from_numpy(s.ids)[None]).last_hidden_state[0], model.get_output_embeddings()
-            for tokens, mean, more in ((v.opening, states[s.boundaries - 1].mean(0), 7), (v.ending, states.mean(0), 5.5)):
+            for tokens, mean, more in ((v.opens_ids, states[s.boundaries - 1].mean(0), 7), (ends, states.mean(0), 5.5)):
                 head.weight[list(tokens)] += more / len(snippets) * mean / mean.square().sum()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -365,8 +367,8 @@ def small_world(folder, seed=0, max_latent_tokens=2, text="a=1\na=a\n"):
     args = dataclasses.replace(ARGS, max_latent_tokens=max_latent_tokens, entropy_coef=0.0, penalty=0.3)
     v = Vocabulary(tokenizer, len(TOKENS), "cpu")
     (snippet,) = pieces_of(text, v)
-    assert len(snippet.boundaries) == 2 and v.newline == 4
-    assert [TOKENS[i] for i in v.opens.nonzero().flatten()] == ["#", " #"] and v.opening == {5, 6}
+    assert len(snippet.boundaries) == 2 and v.closing == 4
+    assert [TOKENS[i] for i in v.opens.nonzero().flatten()] == ["#", " #"] and v.opens_ids == {5, 6}
     return model, v, snippet, args
 
 
