@@ -4,50 +4,47 @@
     run_tests([{"code": "def add(a, b): return a + b", "tests": "assert add(1, 2) == 3"}])
     -> [{"passed": True, "reason": "passed"}]
 
-**Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base
-model writes `os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests
-and the owner of the machine are not. Whatever a process prints, returns or exits with after success, a program
-inside that process can produce too: program and test never share a process.
+**Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base model writes
+`os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests and the owner of the
+machine are not. Whatever a process prints, returns or exits with after success, a program inside that process can
+produce too: program and test never share a process.
 
     caller --- limits, files ---> Z  zygote, one per worker: a fresh, confined Python. It forks per program
                                   |- T  tester: runs the trusted tests, writes the verdict
                                   '- C  candidate: runs the program
                              C <---> T  calls and their results, as plain data
 
-- C holds stdin, stdout, stderr and a socket to T. No test is in its memory (it is a copy of Z, which reads
-  neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process.
-  All it can do is answer T's calls, rightly or wrongly.
-- T executes the tests. A name that a test does not define is asked from C. What travels is JSON that can only
-  become plain data (`PLAIN`); there is no pickle. Other objects stay where they are, and the other side holds
-  a number for them. In T such a `Handle` never equals or computes with plain data. The verdict goes to a
-  memory file that only T, Z and the caller hold.
+- C holds stdin, stdout, stderr and two pipes from and to T. No test is in its memory (it is a copy of Z, which reads
+  neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process. All it
+  can do is answer T's calls, rightly or wrongly.
+- T executes the tests. A name that a test does not define is asked from C. C's answers are JSON that can only become
+  plain data (`PLAIN`); there is no pickle. Other objects stay in C, and T holds a number for them: such a `Handle`
+  never equals or computes with plain data. The verdict goes to a memory file that only T, Z and the caller hold.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
 - Nothing lasts from one program to the next: C and T are new each time, and Z runs neither code nor tests.
 
-**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing
-else, and no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace,
-mount, chmod, memfd, shared memory and all sockets but a pair. C cannot fork either (`candidate_filter`): a
-program is one process and SIGKILL ends all of it. There are no capabilities, hardly any environment, and
-limits on time, memory, output and threads, or the machine's own where they are smaller.
+**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing else, and
+no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace, mount, chmod,
+memfd, shared memory and all sockets but a pair. C cannot fork either (`candidate_filter`): a program is one process
+and SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory, output and
+threads, or the machine's own where they are smaller.
 
-**Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a
-worker dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each
-new worker first runs programs that are known to be right.
+**Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a worker
+dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each new worker first
+runs programs that are known to be right.
 
-**What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as
-such, numpy scalars as Python's. Lists, dicts, sets and arrays that a call changes in place change in the test
-if the call returned None, and only then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test
-may pass functions and iterators (C calls back), importable functions and types (by name). Two objects of the
-program are compared and combined by the program. What cannot cross: an operator between an object of the
-program and plain data, instances of the test's own classes, what both would share (`random.seed`, captured
-stdout, monkeypatches).
+**What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as such,
+numpy scalars as Python's. Lists, dicts, sets and arrays that a call changes in place change in the test if the call
+returned None, and only then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions and
+iterators (C calls back), importable functions and types (by name). Two objects of the program are compared and
+combined by the program. What cannot cross: an operator between an object of the program and plain data, instances of
+the test's own classes, what both would share (`random.seed`, captured stdout, monkeypatches).
 
-**Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met
-without computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal);
-a callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files.
-Without Landlock (Linux < 5.13, gVisor) a program can read what this user can, the caller's memory with the
-tests included; on a machine other than x86_64 it can do most of what this user can. Both are said once, on
-stderr: use a container then. Linux only.
+**Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
+computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal); a callback that
+runs what it is given. Programs cannot use subprocess or multiprocessing or write files. Without Landlock (Linux < 5.13,
+gVisor) a program can read what this user can, the caller's memory with the tests included; on a machine other than
+x86_64 it can do most of what this user can. Both are said once, on stderr: use a container then. Linux only.
 """
 
 import _thread
@@ -98,29 +95,30 @@ class SandboxError(RuntimeError):
     """The machine, not a program, is at fault. The message names its limits."""
 
 
-# ---- Messages: a length, then JSON of that length -----------------------------------------------------------
+# ---- Messages between C and T: a length, then so many bytes -------------------------------------------------
 
 
-def send(sock, value):
-    payload = json.dumps(value).encode()
-    sock.sendall(len(payload).to_bytes(8, "little") + payload)
+def send(pipe, payload):
+    message = len(payload).to_bytes(8, "little") + payload
+    while message:
+        message = message[os.write(pipe, message) :]
 
 
-def receive(sock, limit=math.inf):
+def receive(pipe, limit):
     """EOFError when the other side is gone. Both sides wait for an answer before they send again, so what is
     read at once belongs to one message."""
-    message = sock.recv(4096)
+    message = os.read(pipe, 4096)
     if len(message) < 8:
         raise EOFError
     size, payload = int.from_bytes(message[:8], "little"), bytearray(message[8:])
     if size > limit:
         raise ValueError("answer too large")
     while len(payload) < size:  # it grows by what has come, not by what the other side announced
-        part = sock.recv(min(size - len(payload), MIB))
+        part = os.read(pipe, min(size - len(payload), MIB))
         if not part:
             raise EOFError
         payload += part
-    return json.loads(payload.decode())
+    return payload
 
 
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
@@ -194,18 +192,6 @@ NOTHING = Given()
 NOTHING.open = False
 
 
-def plain_name(value):
-    """-> key of PLAIN or None"""
-    kind = type(value)
-    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    if name in PLAIN and (name != "numpy.ndarray" or value.dtype.kind in "biufcSU"):
-        return name
-    if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        NAMEDTUPLES.setdefault((kind.__name__, kind._fields), kind)
-        return "namedtuple"
-    return next((base.__name__ for base in BASES if isinstance(value, base)), None)
-
-
 def pack(value, peer, given=NOTHING, whole=False):
     """`peer.outgoing` packs what is not plain data. whole: not by number, even if it is in `given`."""
     kind = type(value)
@@ -215,7 +201,12 @@ def pack(value, peer, given=NOTHING, whole=False):
         return ["again", given.numbers[id(value)]]
     if kind.__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return pack(value.item(), peer)
-    name = plain_name(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        NAMEDTUPLES.setdefault((kind.__name__, kind._fields), kind)
+        name = "namedtuple"
+    elif name not in PLAIN or name == "numpy.ndarray" and value.dtype.kind not in "biufcSU":
+        name = next((base.__name__ for base in BASES if isinstance(value, base)), None)
     if name is None:
         return peer.outgoing(value)
     parts = [pack(part, peer, given) for part in PLAIN[name][0](value)]
@@ -261,8 +252,8 @@ def deep(function, *args):
 class Peer:
     """One end of the channel between C and T. Either asks; whoever waits for an answer answers meanwhile."""
 
-    def __init__(self, channel):
-        self.channel, self.lock = channel, _thread.RLock()  # a program's threads may call back
+    def __init__(self, pipes):
+        (self.reader, self.writer), self.lock = pipes, _thread.RLock()  # a program's threads may call back
         self.shown, self.numbers = [], {}  # objects that the other side knows by number; their numbers by id
 
     def number_of(self, value):
@@ -285,9 +276,9 @@ class Peer:
 
     def exchange(self, message, given):
         """-> (result, None) or (None, error)"""
-        send(self.channel, message)
+        send(self.writer, self.encode(message))
         while True:
-            kind, *values = receive(self.channel, self.limit)
+            kind, *values = self.decode(receive(self.reader, self.limit))
             if kind == "raise":
                 return None, self.exception(*values)
             if kind == "value":
@@ -310,7 +301,7 @@ class Peer:
                 message += [deep(pack, value, self, given, True) for value in given.values]
         except self.caught as error:
             message = ["raise", *self.describe(error)]
-        send(self.channel, message)
+        send(self.writer, self.encode(message))
 
 
 # ---- C, the candidate. This runs inside the hostile process: it serves honest programs, it guards nothing. ---
@@ -358,17 +349,20 @@ def run_script(source):
 class Candidate(Peer):
     """The program as an imported module, which answers T's requests until T hangs up."""
 
-    limit, caught = math.inf, BaseException
+    limit, caught, decode = math.inf, BaseException, marshal.loads  # T is trusted
 
-    def __init__(self, source, channel):
-        super().__init__(channel)
-        self.source, self.module = source, None
+    def __init__(self, code, pipes):
+        super().__init__(pipes)
+        self.code, self.module = code, None
+
+    def encode(self, message):
+        return json.dumps(message).encode()
 
     def perform(self, request, args):
         return (REQUESTS.get(request) or getattr(self, request))(*args)
 
     def load(self):
-        self.module, code = load(self.source, "solution")
+        self.module, code = load(self.code, "solution")
         exec(code, self.module.__dict__)
 
     def find(self, name):
@@ -395,15 +389,8 @@ class Candidate(Peer):
             return operator.attrgetter(name)(importlib.import_module(module))
         number, request = parts
         if request == "next":
-            return self.iterate(number)
+            return iter(lambda: self.ask("next", number), object())  # which StopIteration ends
         return lambda *args, **named: self.ask("call", number, args, tuple(named.items()))
-
-    def iterate(self, number):
-        while True:
-            try:
-                yield self.ask("next", number)
-            except StopIteration:
-                return
 
     def exception_class(self, kind):
         """-> the name of a built-in one, or [tag, number, name, its bases ...]"""
@@ -424,7 +411,7 @@ class Candidate(Peer):
 
     def serve(self):
         while True:
-            self.answer(*receive(self.channel))
+            self.answer(*self.decode(receive(self.reader, self.limit)))
 
 
 COMPARISONS = ("lt", "le", "gt", "ge")
@@ -451,11 +438,14 @@ CALLABLE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, fun
 class Program(Peer):
     """C, as T sees it."""
 
-    limit, caught = ANSWER_LIMIT, Exception
+    limit, caught, encode = ANSWER_LIMIT, Exception, marshal.dumps
 
-    def __init__(self, channel):
-        super().__init__(channel)
+    def __init__(self, pipes):
+        super().__init__(pipes)
         self.handles, self.exceptions, self.gone, self.used = {}, {}, None, False
+
+    def decode(self, message):
+        return json.loads(message.decode())
 
     def perform(self, request, args):
         if request == "next":
@@ -673,9 +663,9 @@ def explain(error):
     return f"exception: {reported or f'{type(error).__name__}: {error}'}"
 
 
-def judge(job, channel, next_case):
+def judge(job, pipes, next_case):
     """-> [cases passed, why it failed or None]"""
-    passed, reason, program = 0, None, Program(channel)
+    passed, reason, program = 0, None, Program(pipes)
     try:
         program.ask("load")
         for case in job["cases"] or [None]:
@@ -693,13 +683,14 @@ def judge(job, channel, next_case):
     return [passed, program.gone or reason]  # a C that is gone has failed, whatever the test thinks
 
 
-def tester(job, verdict, channel, for_candidate):
+def tester(job, verdict, pipes, others):
     """All of T's life. It writes a space for each case, which Z sees, and then the verdict as JSON."""
-    for_candidate.close()  # so that the end of C can be seen
+    for pipe in others:  # so that the end of C can be seen
+        os.close(pipe)
     lower_limit(resource.RLIMIT_AS, TESTER_MB * MIB)
     sys.setrecursionlimit(3000)
     job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
-    passed, reason = judge(job, channel, lambda: os.write(verdict, b" "))
+    passed, reason = judge(job, pipes, lambda: os.write(verdict, b" "))
     os.write(verdict, json.dumps([passed, reason and reason[:300]]).encode())
     os._exit(GONE if reason == "gone" else 0)
 
@@ -768,12 +759,9 @@ def bpf_filter(arguments, others_pass):
     return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
 
 
-class SockFprog(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
-
-
 def apply_filter(program):
-    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(SockFprog(len(program) // 8, program)), 0, 0) == 0
+    buffer = ctypes.create_string_buffer(program)
+    return libc.prctl(PR_SET_SECCOMP, 2, struct.pack("HP", len(program) // 8, ctypes.addressof(buffer)), 0, 0) == 0
 
 
 def candidate_filter(pid):
@@ -796,11 +784,10 @@ def restrict_files(readable):
         return False
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # all rights that this kernel withholds
     ruleset = libc.syscall(create_ruleset, struct.pack("Q", known), 8, 0)
-    rules = dict.fromkeys(readable, read | read_dir)
-    rules |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read | write)
-    for path in filter(os.path.exists, rules):
+    devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
+    for path in filter(os.path.exists, readable + devices):
         fd = os.open(path, os.O_PATH)
-        rights = rules[path] & (known if os.path.isdir(path) else read | write)
+        rights = read | (write if path in devices else read_dir if os.path.isdir(path) else 0)
         if libc.syscall(add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0):
             return False
         os.close(fd)
@@ -854,23 +841,20 @@ def fork(role, *args):
 
 
 def candidate(fds, memory_mb, filter_template):
-    """All of C's life. fds: the code, then either a socket to T or stdin, stdout and stderr."""
+    """All of C's life. fds: the code, then either two pipes to and from T or stdin, stdout and stderr."""
     source = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
-    # Received descriptors are the lowest free ones, ascending: none is overwritten before its turn.
-    for fd, place in zip(fds[1:], (0, 1, 2) if len(fds) > 2 else (3,)):
-        os.dup2(fd, place)
-    os.closerange(3 if len(fds) > 2 else 4, 256)
+    script, first = len(fds) > 3, 0 if len(fds) > 3 else 3
+    for fd in fds[1:]:  # the lowest free ones, ascending: none is overwritten before its turn
+        os.dup2(fd, first)
+        first += 1
+    os.closerange(first, 256)
     lower_limit(resource.RLIMIT_AS, int(memory_mb * MIB))
     own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
     if own_filter and not apply_filter(own_filter):
         return
-    if len(fds) > 2:
+    if script:
         os._exit(run_script(source) & 0xFF)
-    Candidate(source, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=3)).serve()
-
-
-def cpu_seconds(pid):
-    return time.clock_gettime((~pid << 3) | 2)  # the number of another process's CPU clock
+    Candidate(source, (4, 3)).serve()
 
 
 def ended(pid, wait_s):
@@ -901,13 +885,15 @@ def watch(events, pids, verdict, timeout_s):
     used, so that a program ends soon that sleeps, and one that shares its core is not cut short. A case that T
     begins, which lets the file `verdict` grow, begins anew.
     """
-    start, before, cases = time.monotonic(), [cpu_seconds(pid) for pid in pids], 0
+    def clocks():  # of time, and of the CPU time of both processes: (~pid << 3) | 2 is the number of such a clock
+        return [time.monotonic(), *(time.clock_gettime((~pid << 3) | 2) for pid in pids)]
+
+    start, cases = clocks(), 0
     while (status := ended(pids[0], TICK_S)) is None:
-        used = [cpu_seconds(pid) - spent for pid, spent in zip(pids, before)]
+        passed_s, *used_s = map(operator.sub, clocks(), start)
         if verdict and os.fstat(verdict).st_size > cases:
-            start, before = time.monotonic(), [cpu_seconds(pid) for pid in pids]
-            cases = os.fstat(verdict).st_size
-        elif max(used) >= timeout_s or time.monotonic() - start - BUSY * sum(used) >= timeout_s:
+            start, cases = clocks(), os.fstat(verdict).st_size
+        elif max(used_s) >= timeout_s or passed_s - BUSY * sum(used_s) >= timeout_s:
             return None, "timeout"
         with contextlib.suppress(OSError):  # no /proc here
             if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
@@ -921,12 +907,13 @@ def run_program(events, timeout_s, memory_mb, fds, filter_template):
     """fds: the code, then the job and the verdict of T, or stdin, stdout and stderr. -> (why it had to be
     ended, exit status of C, of T), a status of None for a process that was killed here"""
     judged = len(fds) == 3
-    channel, for_candidate = socket.socketpair()
-    pids = [fork(tester, *fds[1:], channel, for_candidate)] if judged else []
-    ends = [for_candidate.fileno()] if judged else fds[1:]
+    pids, pipes = [], [*os.pipe(), *os.pipe()] if judged else []  # answers: to read, to write; questions
+    if judged:
+        pids.append(fork(tester, *fds[1:], (pipes[0], pipes[3]), pipes[1:3]))
+    ends = pipes[1:3] if judged else fds[1:]
     pids.append(fork(candidate, [fds[0], *ends], memory_mb, filter_template))
-    channel.close()
-    for_candidate.close()
+    for pipe in pipes:
+        os.close(pipe)
     first, why = watch(events, pids, fds[2] if judged else None, timeout_s)
     for fd in fds:
         os.close(fd)
@@ -945,18 +932,19 @@ def warm_up():
     tests, setup = (compile(text, "", "exec") for text in ("assert f(1, b=[2.5, 'a']) == (1, {})\n" * 20, ""))
     job = {"tests": tests, "setup": setup, "entry_point": None, "called": set(), "cases": []}
 
-    def play(is_tester, channel, other_end):
-        other_end.close()
-        with channel, contextlib.suppress(EOFError):
-            judge(job, channel, bool) if is_tester else Candidate(code, channel).serve()
-
     for is_tester in (False, True):
-        ends = socket.socketpair()
+        answers, to_t, questions, to_c = *os.pipe(), *os.pipe()
         pid = os.fork()
+        if is_tester == bool(pid):
+            os.close(to_t)
+            judge(job, (answers, to_c), bool)
+            os.close(to_c)
+        else:
+            os.close(to_c)
+            with contextlib.suppress(EOFError):
+                Candidate(code, (questions, to_t)).serve()
         if not pid:
-            play(not is_tester, *ends)
             os._exit(0)
-        play(is_tester, *reversed(ends))
         os.waitpid(pid, 0)
     run_script(b"print(1)")
     sys.modules["__main__"] = main
@@ -979,7 +967,7 @@ def zygote(config):
     filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
     warm_up()
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
-    send(control, missing)
+    control.send(json.dumps(missing).encode())
     events = select.poll()
     events.register(control, select.POLLIN)
     events.register(caller, select.POLLIN)
@@ -1050,7 +1038,7 @@ class Worker:
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[zygote_end.fileno()],
                     start_new_session=True)  # Ctrl-C is for the caller to handle
             self.control.settimeout(START_TIMEOUT_S)
-            self.missing = receive(self.control)
+            self.missing = json.loads(self.control.recv(256) or "null")
             for program in KNOWN_GOOD:
                 verdict = self.run(PROGRAM | program, 1024)
                 if not verdict["passed"]:
@@ -1258,21 +1246,20 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     """Runs programs against their tests -> [{"passed": bool, "reason": text}].
 
     A program is a dict with "code" and one of
-      "tests": source that asserts about names of the code; optional "setup" (trusted source that runs before;
-          its names win over the code's) and "entry_point" (the name under test, which wins over the setup's);
+      "tests": source that asserts about names of the code; optional "setup" (trusted source that runs before; its names
+          win over the code's) and "entry_point" (the name under test, which wins over the setup's);
       "cases": [{"input", "output"}], each a run of the code as a script: texts, numbers or lists of lines;
-      "cases" and "fn_name", each a call of that function or method of `class Solution`: an input is a list of
-          arguments or a text with a JSON value per line, an output is a value or its JSON text.
+      "cases" and "fn_name", each a call of that function or method of `class Solution`: an input is a list of arguments
+          or a text with a JSON value per line, an output is a value or its JSON text.
     Optional: "timeout_s", "all_cases" of its own. Other keys are ignored.
 
     timeout_s: of the whole of "tests", or of one case: CPU time, and time on the clock unless the machine is busy.
     memory_mb: address space. workers: 0 or None for one per core (`usable_cores`).
     all_cases: go on after a failed case, but not after a timeout; results have "passed_cases", "total_cases".
-    reason: "passed", "wrong answer", "timeout", "memory", "threads", "output limit", "exception: ...",
-    "exited with status ...", "killed by ...", "hung up" (it closed its socket and went on) or "no tests" (they
-    asked nothing of the program).
-    Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError
-    when the machine, not a program, is at fault.
+    reason: "passed", "wrong answer", "timeout", "memory", "threads", "output limit", "exception: ...", "exited with
+    status ...", "killed by ...", "hung up" (it closed its pipes and went on) or "no tests" (nothing was asked of it).
+    Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError when the
+    machine, not a program, is at fault.
     """
     keys, jobs = [], {}
     for place, program in enumerate(programs):

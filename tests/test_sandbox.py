@@ -1359,13 +1359,13 @@ def test_system_call_numbers_are_this_machines():
 def test_messages_hold_plain_data_only():
     refuse = {"tag": ["eval", "1"], "empty": [], "not a name": [["list"], 1], "growth": ["fractions.Fraction", "1e999999999"],
               "wrong": ["range", "a"], "unhashable": ["set", ["list", 1]]}
-    assert sandbox.unpack(["named", "builtins", "eval"], sandbox.Program(None)) is RuntimeError
+    assert sandbox.unpack(["named", "builtins", "eval"], sandbox.Program((0, 1))) is RuntimeError
     refuse |= {"module": ["named", "os", "_exit"], "own": ["yours", 0],
                "objects": ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "12345678"]], "again": ["again", 0],
                "code": ["namedtuple", "P", ["tuple", "x=1"], 1], "method": ["datetime.date", 1]}
     for name, message in refuse.items():
         with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
-            pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), sandbox.Program(None))}")
+            pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), sandbox.Program((0, 1)))}")
 
 
 def test_an_interrupt_while_a_worker_starts_does_not_wait_for_its_program(monkeypatch):
