@@ -26,12 +26,19 @@ CHECK = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert cand
 CALLS = [{"input": "1\n2", "output": "3"}, {"input": [5, 7], "output": 12}]
 STDIN = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 7\n", "output": "12\n"}]
 ADD = "def add(a, b):\n    return a + b\n"
+LIAR = "class E:\n    def __eq__(self, o): return True\n"
+EXCEPT = "try:\n    f(-1)\n    assert False\nexcept Bad: pass"
 
 
 def styles(code):
     """The same program as each kind of test sees it."""
     return [{"code": code, "tests": ASSERTS}, {"code": code, "tests": CHECK, "entry_point": "add"},
             {"code": code, "cases": CALLS, "fn_name": "add"}]
+
+
+def forged(message, then=""):
+    """A program that writes a message of its own to T when it is called."""
+    return f"import os\ndef f(*args):\n    t = {message.encode()!r}\n    os.write(3, len(t).to_bytes(8, 'little') + t){then}"
 
 
 def descendants(pid):
@@ -150,10 +157,8 @@ CHEATS = {
         json.loads = lambda *args, **named: ["call", []]
         sys.modules["__main__"] = sys.modules["sandbox"] = None
         def add(a, b): return 0""",
-    "equal to everything": "class E:\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\n"
-                           "def add(a, b): return E()",
-    "the same instance, equal to everything": "class E:\n    def __eq__(self, o): return True\ne = E()\n"
-                                              "def add(a, b): return e",
+    "equal to everything": LIAR + "    def __ne__(self, o): return False\ndef add(a, b): return E()",
+    "the same instance, equal to everything": LIAR + "e = E()\ndef add(a, b): return e",
     "unittest.mock.ANY": "from unittest.mock import ANY\ndef add(a, b): return ANY",
     "int that lies": "class I(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\n"
                      "    def __sub__(self, o): return 0\ndef add(a, b): return I(0)",
@@ -225,13 +230,11 @@ CHEATS_OF_TESTS = {
                                 "assert add('a', 'b').startswith('a')"),
     "isdigit of an object": ("class S:\n    isdigit = lambda self: True\ndef add(a, b): return S()",
                              "assert add('1', '2').isdigit()"),
-    "object in a list": ("class E:\n    def __eq__(self, o): return True\ndef add(a, b): return E()",
-                         "assert add(1, 2) in [3, 4]"),
+    "object in a list": (LIAR + "def add(a, b): return E()", "assert add(1, 2) in [3, 4]"),
     "list in an object": ("class E:\n    def __contains__(self, o): return True\n    def __iter__(self): return self\n"
                           "    def __next__(self): raise StopIteration\ndef add(a, b): return E()",
                           "assert 3 in add(1, 2)"),
-    "objects in the answer": ("class E:\n    def __eq__(self, o): return True\ndef add(a, b): return [E(), E()]",
-                              "assert add(1, 2) == [1, 2]"),
+    "objects in the answer": (LIAR + "def add(a, b): return [E(), E()]", "assert add(1, 2) == [1, 2]"),
     "objects in a dict": ("class E:\n    __hash__ = lambda s: hash('k')\n    def __eq__(self, o): return True\n"
                           "def add(a, b): return {E(): 3}", "assert add(1, 2) == {'k': 3}"),
     "greater than everything": ("class G:\n    __gt__ = __lt__ = __ge__ = __le__ = lambda s, o: True\n"
@@ -253,8 +256,7 @@ CHEATS_OF_TESTS = {
     "emptied by a generator": ("def f(x):\n    x.clear(); yield from []", "a = [3, 1]\nassert list(f(a)) == sorted(a)"),
     "list becomes a liar": ("class L(list):\n    def __eq__(self, o): return True\ndef f(x): x[:] = [L([9])]",
                             "a = [[1]]\nf(a)\nassert a == [[1, 2]]"),
-    "list holds a liar": ("class E:\n    def __eq__(self, o): return True\ndef f(x): x[:] = [E(), E()]",
-                          "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
+    "list holds a liar": (LIAR + "def f(x): x[:] = [E(), E()]", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
     "dict holds a liar": ("class E:\n    __hash__ = lambda s: 0\n    def __eq__(self, o): return True\n"
                           "def f(x): x[E()] = 1", "a = {}\nf(a)\nassert a == {0: 1}"),
     "the expected list, by number": ("""import json
@@ -269,8 +271,8 @@ def f(x):
     "list becomes a number": ("import os\ndef f(x):\n    t = b'[\"value\", null, 7]'\n"
                               "    os.write(3, len(t).to_bytes(8, 'little') + t)", "a = [2, 1]\nf(a)\nassert a == 7"),
     # callbacks and iterators
-    "callback with a liar": ("class E:\n    def __eq__(self, o): return True\n    __lt__ = __gt__ = __eq__\n"
-                             "def f(g): return g(E())", "assert f(lambda x: x == 3) is True"),
+    "callback with a liar": (LIAR + "    __lt__ = __gt__ = __eq__\ndef f(g): return g(E())",
+                             "assert f(lambda x: x == 3) is True"),
     "callback with a liar, greater": ("class E:\n    __lt__ = __gt__ = lambda s, o: True\ndef f(g): return g(E())",
                                       "assert f(lambda x: x > 3) is True"),
     "callback that raises is an answer": ("def f(g):\n    try: g(0)\n    except BaseException: pass\n    return 0",
@@ -294,18 +296,14 @@ def f(x):
     "callbacks without end inside each other": ("def f(g): return g(f)", "def g(h): return h(g)\nassert f(g) == 1"),
     "iterator emptied": ("def f(it): list(it); return []", "it = iter([1, 2])\nassert f(it) == [1, 2]"),
     # exceptions and classes
-    "except catches the test's assert": ("Bad = AssertionError\ndef f(x): return x",
-                                         "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
-    "except catches everything": ("Bad = Exception\ndef f(x): return x",
-                                  "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
-    "except catches everything, even exits": ("Bad = BaseException\ndef f(x): return x",
-                                              "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
-    "except catches a tuple": ("Bad = (ValueError, AssertionError)\ndef f(x): return x",
-                               "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
+    "except catches the test's assert": ("Bad = AssertionError\ndef f(x): return x", EXCEPT),
+    "except catches everything": ("Bad = Exception\ndef f(x): return x", EXCEPT),
+    "except catches everything, even exits": ("Bad = BaseException\ndef f(x): return x", EXCEPT),
+    "except catches a tuple": ("Bad = (ValueError, AssertionError)\ndef f(x): return x", EXCEPT),
     "except catches by inheritance": ("class M(type):\n    def mro(c): return [c, AssertionError, Exception, BaseException, object]\n"
                                       "    def __instancecheck__(c, o): return True\n    __subclasscheck__ = __instancecheck__\n"
                                       "class Bad(Exception, metaclass=M): pass\ndef f(x): return x",
-                                      "try:\n    f(-1)\n    assert False\nexcept Bad: pass"),
+                                      EXCEPT),
     "a class named AssertionError": ("class AssertionError(Exception): pass\ndef f(x): return x",
                                      "try:\n    f(-1)\n    raise AssertionError\nexcept Exception as e:\n    assert e.args"),
     "skips the test": ("import unittest\ndef f(x): raise unittest.SkipTest('no')",
@@ -340,22 +338,10 @@ def f(x):
                        "assert np.array_equal(f(), [1, 2])"),
     "subclass of an array": ("import numpy as np\nclass A(np.ndarray):\n    def __eq__(self, o): return True\n"
                              "def f(): return np.zeros(2).view(A)", "assert f().tolist() == [1, 2]"),
-    "array of addresses": ("""import os
-def f():
-    t = b'["value", ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "aaaaaaaa"]]]'
-    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f()[0] == 3"),
-    "array of bools that are neither": ("""import os
-def f():
-    t = b'["value", ["numpy.ndarray", "|b1", ["tuple", 1], ["bytes", "\\\\u0002"]]]'
-    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert (f() == True).all() and (f() == False).all() or (f() != True).all()"),
-    "array that is too small": ("""import os
-def f():
-    t = b'["value", ["numpy.ndarray", "<f8", ["tuple", 1000000000], ["bytes", "aaaaaaaa"]]]'
-    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f().sum() == 3"),
-    "array of nothing, huge": ("""import os
-def f():
-    t = b'["value", ["numpy.ndarray", "<f8", ["tuple", 100000000000], ["bytes", ""]]]'
-    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f().sum() == 0"),
+    "array of addresses": (forged('["value", ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "aaaaaaaa"]]]'), "assert f()[0] == 3"),
+    "array of bools that are neither": (forged('["value", ["numpy.ndarray", "|b1", ["tuple", 1], ["bytes", "\\u0002"]]]'), "assert (f() == True).all() and (f() == False).all() or (f() != True).all()"),
+    "array that is too small": (forged('["value", ["numpy.ndarray", "<f8", ["tuple", 1000000000], ["bytes", "aaaaaaaa"]]]'), "assert f().sum() == 3"),
+    "array of nothing, huge": (forged('["value", ["numpy.ndarray", "<f8", ["tuple", 100000000000], ["bytes", ""]]]'), "assert f().sum() == 0"),
     "Counter that lies": ("import collections\nclass C(collections.Counter):\n    def __eq__(self, o): return True\n"
                           "def f(): return C()", "assert f() == {'a': 1}"),
     "namedtuple that lies": ("import collections\nclass P(collections.namedtuple('P', 'x')):\n"
@@ -363,14 +349,8 @@ def f():
     "namedtuple with code in a name": ("""class P(tuple):
     _fields = ('x=__import__("os")._exit(0)',)
 def f(): return P([1])""", "assert f() == (1,)"),
-    "a module by name": ("""import os
-def f():
-    t = b'["value", ["named", "os", "_exit"]]'
-    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f()(0) == 1"),
-    "a built-in function by name": ("""import os
-def f():
-    t = b'["value", ["named", "builtins", "exit"]]'
-    os.write(3, len(t).to_bytes(8, 'little') + t)""", "assert f()(0) == 1"),
+    "a module by name": (forged('["value", ["named", "os", "_exit"]]'), "assert f()(0) == 1"),
+    "a built-in function by name": (forged('["value", ["named", "builtins", "exit"]]'), "assert f()(0) == 1"),
     "another time zone": ("from datetime import datetime, timezone, timedelta\n"
                           "def f(): return datetime(2020, 1, 1, tzinfo=timezone(timedelta(hours=5)))",
                           "import datetime as d\nassert f() == d.datetime(2020, 1, 1, tzinfo=d.timezone.utc)"),
@@ -385,6 +365,13 @@ def f():
                                         "def encode(s): return s[::-1]\ndef decode(s): pass", "decode"),
     "leaves a trap for the next test": ("import builtins, math\nbuiltins.abs = math.isclose = None\n"
                                         "def add(a, b): return 0", "assert abs(add(1, 2)) == 3"),
+}
+# A program that ends itself as only the machine should: it has failed, and no error is raised
+SELF_KILL = {
+    "SIGKILL": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "SIGKILL to a thread": "import signal, threading\nsignal.pthread_kill(threading.get_ident(), signal.SIGKILL)",
+    "a limit on its CPU time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass",
+    "a signal that cannot be ignored": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
 }
 # Cheats of stdin programs
 CHEATS_STDIN = {
@@ -544,8 +531,6 @@ ATTACKS = {
             hit = hit or "8351_rekram"[::-1] in repr({**frame.f_globals, **frame.f_locals})
             frame = frame.f_back""",
 }
-NEEDS_LANDLOCK = {"a file outside", "a folder outside", "this repository", "passwd", "other processes", "environment of itself",
-                  "environment of the caller", "memory of the caller", "descriptors of the caller", "own memory"}
 ATTACK = """
 import ctypes, os
 libc, hit = ctypes.CDLL(None), False
@@ -643,10 +628,7 @@ HONEST = {  # name: (code, tests)
                 "    return sum(asyncio.run(h()))", "assert f(10) == 45"),
     "signals": ("import signal, os\nseen = []\nsignal.signal(signal.SIGUSR1, lambda *a: seen.append(1))\n"
                 "def f():\n    os.kill(os.getpid(), signal.SIGUSR1); return seen", "assert f() == [1]"),
-    "standard library": ("import argparse, bisect, collections, csv, datetime, decimal, email, enum, fractions, gzip,"
-                         "hashlib, heapq, html, http, inspect, itertools, json, logging, math, multiprocessing,"
-                         "operator, pathlib, pickle, queue, random, re, sqlite3, statistics, string, subprocess,"
-                         "tempfile, threading, time, typing, unittest, urllib.request, uuid, xml.dom, zlib\n"
+    "standard library": ("import argparse, bisect, collections, csv, datetime, decimal, email, enum, fractions, gzip,hashlib, heapq, html, http, inspect, itertools, json, logging, math, multiprocessing,operator, pathlib, pickle, queue, random, re, sqlite3, statistics, string, subprocess,tempfile, threading, time, typing, unittest, urllib.request, uuid, xml.dom, zlib\n"
                          "def f(): return hashlib.sha256(b'x').hexdigest()[:8], len(str(uuid.uuid4()))",
                          "assert f() == ('2d711642', 36)"),
     "numpy": ("import numpy as np\ndef f(n): return np.arange(n) ** 2, np.float64(2), np.bool_(True), np.int64(3)",
@@ -659,22 +641,15 @@ HONEST = {  # name: (code, tests)
     "large data": ("def f(x): return [v + 1 for v in x], {str(v): v for v in x}",
                    "r = f(list(range(100000)))\nassert r[0][-1] == 100000 and r[1]['7'] == 7"),
     "long text": ("def f(s): return s[::-1]", "assert f('ab' * 10**6) == 'ba' * 10**6"),
-    "unicode": ("def größe(s): return s.upper() + '\U0001f600\\u0000'",
-                "assert größe('straße') == 'STRASSE\U0001f600\\u0000'"),
+    "unicode": ("def größe(s): return s.upper() + '😀\\u0000'", "assert größe('straße') == 'STRASSE😀\\u0000'"),
     "encoding line": ("# -*- coding: utf-8 -*-\ndef f(): return 'é'", "assert f() == 'é'"),
     "windows lines": (ADD.replace("\n", "\r\n"), ASSERTS),
     "future import": ("from __future__ import annotations\n" + ADD, ASSERTS),
     "surrogate in the answer": ("def f(): return '\\ud800'", "assert f() == '\\ud800'"),
     "every plain type": ("import collections as c, datetime as d, decimal, fractions\ndef f(x): return x\n"
-                         "def g(): return [c.deque([1]), c.Counter('aab'), c.OrderedDict(a=1), c.defaultdict(int, b=2),"
-                         "decimal.Decimal('1.10'), fractions.Fraction(1, 3), d.date(2020, 1, 2),"
-                         "d.datetime(2020, 1, 2, 3, 4, 5, 6), d.time(1, 2), d.timedelta(1, 2), 1j, range(3), b'\\xff',"
-                         "{1, 2}, frozenset([3]), (1,), None, True, float('inf'), 2**99, -2**20000]",
+                         "def g(): return [c.deque([1]), c.Counter('aab'), c.OrderedDict(a=1), c.defaultdict(int, b=2),decimal.Decimal('1.10'), fractions.Fraction(1, 3), d.date(2020, 1, 2),d.datetime(2020, 1, 2, 3, 4, 5, 6), d.time(1, 2), d.timedelta(1, 2), 1j, range(3), b'\\xff',{1, 2}, frozenset([3]), (1,), None, True, float('inf'), 2**99, -2**20000]",
                          "import collections as c, datetime as d, decimal, fractions\n"
-                         "want = [c.deque([1]), {'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, decimal.Decimal('1.10'),"
-                         "fractions.Fraction(1, 3), d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.time(1, 2),"
-                         "d.timedelta(1, 2), 1j, range(3), b'\\xff', {1, 2}, frozenset([3]), (1,), None, True,"
-                         "float('inf'), 2**99, -2**20000]\n"
+                         "want = [c.deque([1]), {'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, decimal.Decimal('1.10'),fractions.Fraction(1, 3), d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.time(1, 2),d.timedelta(1, 2), 1j, range(3), b'\\xff', {1, 2}, frozenset([3]), (1,), None, True,float('inf'), 2**99, -2**20000]\n"
                          "assert g() == want\nassert f(want) == want\n"
                          "assert [type(v) for v in f(want)] == [type(v) for v in want]"),
     "subclasses": ("import enum, collections\nP = collections.namedtuple('P', 'x y')\n"
@@ -759,9 +734,8 @@ HONEST = {  # name: (code, tests)
     "redefined builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert sum(1, 2) == 3"),
     "named like a module": ("def copy(a): return a", "assert copy(3) == 3"),
     "module of the test, named like one": ("def trace(m): return m[0][0]", "assert math.isclose(trace([[1.0]]), 1)"),
-    "prompt as setup": ("def helper(x): return 0\ndef f(x): return 2 * x",
-                        "assert helper(f(2)) == 5", {"setup": "def helper(x): return x + 1\ndef f(x): pass",
-                                                     "entry_point": "f"}),
+    "prompt as setup": ("def helper(x): return 0\ndef f(x): return 2 * x", "assert helper(f(2)) == 5",
+                        "def helper(x): return x + 1\ndef f(x): pass", "f"),
     "slow but within limits": ("import time\ndef f():\n    time.sleep(0.5)\n    return 1", "assert f() == 1"),
     "keyword arguments": ("def f(*, a=1, **k): return a, k", "assert f(a=2, b=3) == (2, {'b': 3})"),
     "dataclass": ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 1\ndef f(p): return p.x",
@@ -867,23 +841,29 @@ def passed(results):
     return [result["passed"] for result in results]
 
 
-def test_cheats_fail():
-    names = [name for name in CHEATS for _ in range(3)]
-    results = run_tests([program for code in CHEATS.values() for program in styles(dedent(code))], timeout_s=2)
-    assert [(name, result) for name, result in zip(names, results) if result["passed"]] == []
-    strange = [(name, result) for name, result in zip(names, results) if "worker died" in result["reason"]]
-    assert strange == []
+def judged(row):
+    return dict(zip(("code", "tests", "setup", "entry_point"), row))
 
 
-def test_cheats_of_particular_tests_fail():
-    programs = [dict(zip(("code", "tests", "setup", "entry_point"), row)) for row in CHEATS_OF_TESTS.values()]
-    results = run_tests(programs, timeout_s=2)
-    assert [(name, result) for name, result in zip(CHEATS_OF_TESTS, results) if result["passed"]] == []
+def cheats():
+    for name, code in (CHEATS | SELF_KILL).items():
+        yield from ((name, program) for program in styles(dedent(code)))
+    yield from ((name, judged(row)) for name, row in CHEATS_OF_TESTS.items())
+    yield from ((name, {"code": dedent(code), "cases": STDIN}) for name, code in (CHEATS_STDIN | SELF_KILL).items())
 
 
-def test_cheats_at_stdin_fail():
-    results = run_tests([{"code": dedent(code), "cases": STDIN} for code in CHEATS_STDIN.values()], timeout_s=2)
-    assert [(name, result) for name, result in zip(CHEATS_STDIN, results) if result["passed"]] == []
+def honest():
+    yield from ((name, judged(row)) for name, row in HONEST.items())
+    for name, (code, function, cases) in HONEST_CALLS.items():
+        yield name, {"code": code, "fn_name": function, "cases": [{"input": i, "output": o} for i, o in cases]}
+    yield from ((name, {"code": code, "cases": STDIN}) for name, code in HONEST_STDIN.items())
+
+
+@pytest.mark.parametrize(("table", "passes", "timeout_s"), [(cheats, False, 2), (honest, True, 20)])
+def test_honest_programs_pass_and_cheats_fail(table, passes, timeout_s):
+    names, programs = zip(*table())
+    results = run_tests(programs, timeout_s=timeout_s)
+    assert [(name, result) for name, result in zip(names, results) if result["passed"] is not passes] == []
 
 
 @pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
@@ -912,24 +892,6 @@ def test_bombs_are_contained_and_named(outside):
     odd = [(name, result["reason"]) for (name, (reason, _)), result in zip(wanted.items(), results)
            if result["passed"] or not result["reason"].startswith(reason)]
     assert odd == []
-
-
-def test_honest_programs_pass():
-    programs = [{"code": row[0], "tests": row[1], **(row[2] if row[2:] else {})} for row in HONEST.values()]
-    results = run_tests(programs, timeout_s=20)
-    assert [(name, result) for name, result in zip(HONEST, results) if not result["passed"]] == []
-
-
-def test_honest_calls_pass():
-    programs = [{"code": code, "fn_name": name, "cases": [{"input": i, "output": o} for i, o in cases]}
-                for code, name, cases in HONEST_CALLS.values()]
-    results = run_tests(programs, timeout_s=20)
-    assert [(name, result) for name, result in zip(HONEST_CALLS, results) if not result["passed"]] == []
-
-
-def test_honest_stdin_programs_pass():
-    results = run_tests([{"code": code, "cases": STDIN} for code in HONEST_STDIN.values()], timeout_s=20)
-    assert [(name, result) for name, result in zip(HONEST_STDIN, results) if not result["passed"]] == []
 
 
 def test_large_stdin_and_stdout():
@@ -1113,7 +1075,8 @@ SLEEP = [{"code": "import time; time.sleep(1.5)\n" + ADD, "tests": ASSERTS}, {"c
 
 
 def busy_workers():
-    return [worker.process.pid for worker in list(sandbox.Worker.live) if len(descendants(worker.process.pid)) == 2]
+    processes = [worker.process for worker in list(sandbox.Worker.live) if worker.process]  # None: it starts
+    return [process.pid for process in processes if len(descendants(process.pid)) == 2]
 
 
 def busy_candidates():
@@ -1132,19 +1095,6 @@ def test_what_the_machine_kills_runs_again_and_is_then_an_error(victims):
         run_tests(SLEEP, timeout_s=60, workers=1)
     killer.join()
     assert passed(run_tests(SLEEP[1:], workers=1)) == [True]
-
-
-SELF_KILL = {
-    "SIGKILL": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-    "SIGKILL to a thread": "import signal, threading\nsignal.pthread_kill(threading.get_ident(), signal.SIGKILL)",
-    "a limit on its CPU time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass",
-    "a signal that cannot be ignored": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
-}
-
-
-def test_a_program_cannot_pretend_that_the_machine_has_failed():
-    programs = [{"code": code, **tests} for code in SELF_KILL.values() for tests in ({"tests": ASSERTS}, {"cases": STDIN})]
-    assert passed(run_tests(programs, timeout_s=3)) == [False] * len(programs)
 
 
 @pytest.mark.parametrize(("limit", "fails"), [
@@ -1300,6 +1250,8 @@ PROBES = {  # name: (code, tests, passes without Landlock)
     "numpy": ("import numpy\n" + ADD, ASSERTS, True),
 }
 
+NEEDS_SECCOMP = {"fork", "kill", "socket", "write", "delete", "zygote's and tester's memory", "environment"}
+
 
 def run_probes(setup="", programs=PROBES, **options):
     """-> (the probes' verdicts, what was said on stderr)"""
@@ -1309,25 +1261,15 @@ def run_probes(setup="", programs=PROBES, **options):
     return {name: row for name, row in zip(programs, eval(out.partition("\n")[2]))}, err
 
 
-def test_without_landlock():
-    results, said = run_probes("sandbox.WITHOUT.append('Landlock')")
-    wanted = {name: passes for name, (_, _, passes) in PROBES.items()}
-    assert {name: row[0] for name, row in results.items()} == wanted, results
-    assert said.count("no Landlock here") == 1 and said.count("\n") == 1
-
-
-@pytest.mark.skipif(not LANDLOCK or not sandbox.HAS_FILTER, reason="a protection is missing here")
-def test_nothing_is_said_when_nothing_is_missing():
-    results, said = run_probes()
-    assert {name: row[0] for name, row in results.items()} == {name: row[2] for name, row in PROBES.items()}, results
-    assert said == ""
-
-
-def test_without_any_protection_verdicts_still_hold():
-    verdicts = ("honest", "cheat", "early exit", "numpy")
-    results, said = run_probes("sandbox.WITHOUT += ['Landlock', 'seccomp']", {name: PROBES[name] for name in verdicts})
-    assert [results[name][0] for name in verdicts] == [True, False, False, True]
-    assert said.count("no Landlock and no seccomp here") == 1
+@pytest.mark.parametrize(("without", "lost"), [((), ()), (("Landlock",), ()), (("Landlock", "seccomp"), NEEDS_SECCOMP)])
+def test_verdicts_hold_without_a_protection(without, lost):
+    """What is missing is said, and only that."""
+    if not without and not (LANDLOCK and sandbox.HAS_FILTER):
+        pytest.skip("a protection is missing here")
+    probes = {name: row for name, row in PROBES.items() if name not in lost}
+    results, said = run_probes(f"sandbox.WITHOUT += {list(without)}", probes)
+    assert {name: row[0] for name, row in results.items()} == {name: row[2] for name, row in probes.items()}, results
+    assert said.count("\n") == bool(without) and " and no ".join(without) in said
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
