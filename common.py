@@ -200,11 +200,6 @@ def all_sum(value, ranks: Ranks):
     return total.tolist()
 
 
-def all_max(value: float, ranks: Ranks) -> float:
-    """Largest of a number over all ranks."""
-    return max(all_gather_list([value], ranks))
-
-
 def all_gather_list(items: list, ranks: Ranks) -> list:
     """Concatenation of every rank's list, in the order of the ranks, on all ranks."""
     if ranks.world_size == 1:
@@ -233,16 +228,13 @@ def together(action: Callable, ranks: Ranks):
 
 
 def load_tokenizer(name: str):
-    """The model's tokenizer; right padding, pad = eos if it has none. UserError if missing or without eos."""
+    """The model's tokenizer. UserError if it is missing or has no eos."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # not found, no network, a torn file: there are as many kinds as formats
         raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no eos token: set it in its tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: all masks come from lengths, never from ids
-    tokenizer.padding_side = "right"
     tokenizer.clean_up_tokenization_spaces = False  # decode(encode(text)) must be the text
     tokenizer.model_max_length = int(1e9)  # the scripts cut texts themselves; no warning for long ones
     return tokenizer
@@ -570,7 +562,7 @@ def micro_batches(
             batches.append([])
         batches[-1].append(i)
     if ranks is not None:
-        batches += [[]] * (int(all_max(len(batches), ranks)) - len(batches))
+        batches += [[]] * (max(all_gather_list([len(batches)], ranks)) - len(batches))
     return batches
 
 
@@ -1011,14 +1003,13 @@ class Run:
             self.tracker.log({"curves": wandb.Image(str(self.path / "curves.png"))})
 
     def samples(self, title: str, legend: str, blocks: Sequence[str]) -> None:
-        """Append a section to samples.html (rank 0). All three are HTML; SAMPLES has the classes of blocks."""
-        path = self.path / "samples.html"
+        """Add a section to samples.html (rank 0), or replace it if a resumed run evaluates again. All three are
+        HTML; SAMPLES has the classes of blocks."""
+        path, head = self.path / "samples.html", f"{SAMPLES}{self.path.name}</h1>\n<p>{legend}</p>\n"
         if self.ranks.main and blocks:
-            new = not path.exists()
-            with open(path, "a", encoding="utf-8") as handle:
-                if new:
-                    handle.write(f"{SAMPLES}{self.path.name}</h1>\n<p>{legend}</p>\n")
-                handle.write(f"<h2>{title}</h2>\n" + "\n".join(blocks) + "\n")
+            earlier = path.read_text(encoding="utf-8") if path.exists() else head
+            earlier = earlier.split(f"<h2>{title}</h2>\n")[0]
+            write_whole(path, f"{earlier}<h2>{title}</h2>\n" + "\n".join(blocks) + "\n")
 
     # -- checkpoints
 
