@@ -181,12 +181,10 @@ def check(args: Args) -> None:
     """UserError for values that do not fit together."""
     if args.group_size < 2:
         raise UserError("--group-size must be at least 2: advantages compare completions of one prompt")
-    if args.temperature <= 0:
-        raise UserError("--temperature must be positive: greedy completions of one prompt are all the same")
-    positive = "eval_problems prompts_per_update max_prompt_tokens max_new_tokens rollout_rows minibatches"
-    positive += " reward_timeout_s max_grad_norm micro_batch_tokens"
-    not_negative = "train_problems updates dynamic_sampling eps_low eps_high beta learning_rate"
-    check_sizes(args, positive, f"{not_negative} weight_decay eval_every save_every")
+    positive = "eval_problems max_prompt_tokens prompts_per_update max_new_tokens temperature rollout_rows"
+    more = "train_problems eps_low eps_high beta dynamic_sampling updates learning_rate weight_decay eval_every"
+    positive += " reward_timeout_s minibatches max_grad_norm micro_batch_tokens"
+    check_sizes(args, positive, f"{more} save_every")
     if args.chat_template and args.task == "code":
         raise UserError("--chat-template is for --task math; a code problem is completed from its signature")
 
@@ -237,13 +235,12 @@ def math_problem(row: dict) -> tuple[str, dict]:
 def code_problem(row: dict) -> tuple[str, dict]:
     """(prompt, checks) of a row of HumanEval(+), of MBPP(+), or of AReaL-boba-2 and DeepCoder."""
     if row.get("entry_point") and row.get("test"):  # HumanEval: the prompt is code
-        tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-        signature = need(row.get("prompt"), "prompt").rstrip()
+        tests, signature = f"{row['test']}\ncheck({row['entry_point']})\n", row["prompt"].rstrip()
         return f"{signature}\n", {"signature": signature, "tests": tests, "entry_point": row["entry_point"]}
     if row.get("code") and row.get("test_list"):  # MBPP: the description, two examples, the signature
-        examples, question = row["test_list"], need(row.get("text") or row.get("prompt"), "question")
+        question, examples = row.get("text") or row["prompt"], row["test_list"]
         called = [(signature_of(row["code"], name), name) for name in re.findall(r"\w+", examples[0])]
-        signature, name = need([pair for pair in called if pair[0]], "function in the tests and in `code`")[0]
+        signature, name = [pair for pair in called if pair[0]][0]
         tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])
         prompt = CODE_PROMPT.format(question="\n".join([question, *examples[:2]]), signature=signature)
         return prompt, {"signature": signature, "tests": tests, "entry_point": name}
@@ -360,12 +357,12 @@ class Sample:
     completion_ids: list[int]
     rollout_logprobs: list[float]  # noted while sampling
     ended: bool = False  # else truncated
+    in_loss: bool = False
     text: str = ""
     reward: float = 0.0
     passed: bool = False
     reason: str = ""
     advantage: float = 0.0
-    in_loss: bool = False
     old_logprobs: list[float] | None = None  # by the training forward, before the first minibatch
 
     def __len__(self) -> int:
@@ -547,10 +544,12 @@ class Rollouts:
                 prompt_ids = [problems[i].prompt_ids for i in batch]
                 rows = rollout(self.model, prompt_ids, noise[batch], temperature, self.table) if batch else []
                 for i, (ids, logprobs, ended) in zip(batch, rows):
-                    samples[i] = s = Sample(problems[i].prompt_ids, ids, logprobs, ended)
-                    s.text, s.in_loss = self.text(ids, s.prompt_ids[-1:]), ended or not self.args.filter_overlong
-                    key = id(problems[i]), s.text  # scored while the next batch generates, equal ones once
-                    scores[key] = scores.get(key) or self.pool.submit(reward, problems[i], s.text)
+                    last = problems[i].prompt_ids[-1:]  # some tokenizers strip the space of a first token
+                    whole, before = self.tokenizer.batch_decode([last + ids, last], skip_special_tokens=True)
+                    text, in_loss = whole[len(before) :], ended or not self.args.filter_overlong
+                    samples[i] = Sample(problems[i].prompt_ids, ids, logprobs, ended, in_loss, text)
+                    key = id(problems[i]), text  # scored while the next batch generates, equal ones once
+                    scores[key] = scores.get(key) or self.pool.submit(reward, problems[i], text)
         generated = time.time()
         stop()
         for i in share:
@@ -560,11 +559,6 @@ class Rollouts:
         everyone = all_gather_list([samples[i] for i in share], self.ranks)  # waits for all ranks
         seconds = Counter({"time/rollout_s": generated - start, "time/reward_s": time.time() - generated})
         return everyone, seconds
-
-    def text(self, ids: list[int], before: list[int]) -> str:
-        """The text of tokens, decoded after the token `before` them; see token_texts."""
-        whole, prompt = self.tokenizer.batch_decode([before + ids, before], skip_special_tokens=True)
-        return whole[len(prompt) :]
 
 
 # ---------------------------------------------------------------- 3 advantage
@@ -782,24 +776,17 @@ def block(problem: Problem, sample: Sample) -> str:
     )
 
 
-def report(run: Run, problems: list[Problem], before: dict, metrics: dict, after: list[Sample]) -> str:
-    """The end of a run: pass@1 before and after, a problem that was gained, one that fails, where to look."""
+def report(run: Run, problems: list[Problem], before: dict, metrics: dict, samples: list[Sample]) -> str:
+    """The end of a run: pass@1 before and after, a right completion and a wrong one, and where to look."""
     lines = [f"\n{'held-out problems: ' + str(len(problems)):24} {'before':>8} {'after':>8}"]
-    for name in ("pass@1", "pass@1_sampled", "completion_tokens"):
-        lines.append(f"{name:24} {before['metrics'][f'eval/{name}']:8.3f} {metrics[f'eval/{name}']:8.3f}")
-    was = before["samples"]  # [passed, reason, text] of each problem
-    order = sorted(range(len(after)), key=lambda i: (was[i][0], not after[i].passed))
-    failing = next((i for i in order if not after[i].passed), order[-1])
-    for i in dict.fromkeys((order[0], failing)):
-        lines += [f"\nproblem {problems[i].name}", shortened(problems[i].prompt)]
-        lines += [f"  before ({was[i][1]}):", shortened(was[i][2])]
-        lines += [f"  after ({after[i].reason}):", shortened(after[i].text)]
+    for key in ("eval/pass@1", "eval/pass@1_sampled", "eval/completion_tokens"):
+        lines.append(f"{key:24} {before[key]:8.3f} {metrics[key]:8.3f}")
+    for passed in (True, False):
+        for problem, sample in [pair for pair in zip(problems, samples) if pair[1].passed == passed][:1]:
+            lines.append(f"\nproblem {problem.name}: {sample.reason}")
+            for text in (problem.prompt, sample.text):  # the first lines
+                lines += [f"    {line[:100]}" for line in text.strip("\n").splitlines()[:8]]
     return "\n".join([*lines, f"\nsamples {run.path}/samples.html, curves {run.path}/curves.png"])
-
-
-def shortened(text: str) -> str:
-    """The first eight lines of a text, indented, each of at most 100 columns."""
-    return "\n".join(f"    {line[:100]}" for line in text.strip("\n").splitlines()[:8])
 
 
 # ---------------------------------------------------------------- main
@@ -855,9 +842,8 @@ def main(args: Args) -> None:
     interrupt, hints, after, size = Interrupt(ranks), dict(HINTS), None, args.group_size
     try:
         if state["before"] is None:
-            metrics, samples = evaluate(rollouts, heldout, args, run, 0, interrupt.check)
-            state["before"] = {"metrics": metrics, "samples": [[s.passed, s.reason, s.text] for s in samples]}
-            run.log({"update": 0, **metrics}, CONSOLE, args.updates)
+            state["before"], _ = evaluate(rollouts, heldout, args, run, 0, interrupt.check)
+            run.log({"update": 0, **state["before"]}, CONSOLE, args.updates)
         for update in range(state["update"] + 1, args.updates + 1):
             samples, groups, seconds, cursor = [], [], Counter(), state["cursor"]
             for attempt in range(max(1, args.dynamic_sampling)):

@@ -350,7 +350,7 @@ def test_metrics_count_what_passed_and_the_run_says_what_cannot_be_learnt(toy, m
         assert row["reward/fail_half"] == 1 and row["reward/groups_without_spread"] == 1
     assert metrics_of(args)[-1]["eval/pass@1"] == 0
     out, error = capfd.readouterr()
-    assert out.count("note: no group has different rewards") == 1 and "pass@1_sampled" in out and not error
+    assert out.count("note: no group has different rewards") == 1 and "eval/pass@1_sampled" in out and not error
     lines = out.splitlines()
     assert lines[0].startswith("model ") and lines[1].endswith(" training, 4 held-out problems")
     assert lines[2] == f"run folder {args.output_dir}" and "held-out" in lines[3] and "tok/s" in lines[5]
