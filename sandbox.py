@@ -81,6 +81,7 @@ if "zygote" not in sys._xoptions:  # only the caller needs these
     from concurrent.futures import ThreadPoolExecutor
 
     CHOOSING = threading.Lock()
+    atexit.register(lambda: close_workers())
 
 MIB = 1 << 20
 OUTPUT_MB, THREADS, OPEN_FILES = 16, 64, 64  # what one program may write to stdout or stderr, start and open
@@ -881,19 +882,20 @@ def end(pid, wait_s):
 def watch(events, pids, verdict, timeout_s):
     """Waits for the end of the first process. -> (its exit status or None, why it must be ended or "")
 
-    A program has timeout_s of CPU time; and of time on the clock beyond BUSY times the CPU time that it has
-    used, so that a program ends soon that sleeps, and one that shares its core is not cut short. A case that T
-    begins, which lets the file `verdict` grow, begins anew.
+    A program has timeout_s of CPU time, and as much on the clock beyond BUSY times the CPU time that it has used: one
+    that sleeps is ended soon, one that shares its core is not cut short. For each case, which T shows by letting the
+    file `verdict` grow, it has that anew.
     """
-    def clocks():  # of time, and of the CPU time of both processes: (~pid << 3) | 2 is the number of such a clock
+
+    def clocks():  # the time, and the CPU time of each process, whose clock has the number (~pid << 3) | 2
         return [time.monotonic(), *(time.clock_gettime((~pid << 3) | 2) for pid in pids)]
 
     start, cases = clocks(), 0
     while (status := ended(pids[0], TICK_S)) is None:
-        passed_s, *used_s = map(operator.sub, clocks(), start)
+        elapsed_s, *used_s = map(operator.sub, clocks(), start)
         if verdict and os.fstat(verdict).st_size > cases:
             start, cases = clocks(), os.fstat(verdict).st_size
-        elif max(used_s) >= timeout_s or passed_s - BUSY * sum(used_s) >= timeout_s:
+        elif max(used_s) >= timeout_s or elapsed_s - BUSY * sum(used_s) >= timeout_s:
             return None, "timeout"
         with contextlib.suppress(OSError):  # no /proc here
             if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
@@ -907,11 +909,9 @@ def run_program(events, timeout_s, memory_mb, fds, filter_template):
     """fds: the code, then the job and the verdict of T, or stdin, stdout and stderr. -> (why it had to be
     ended, exit status of C, of T), a status of None for a process that was killed here"""
     judged = len(fds) == 3
-    pids, pipes = [], [*os.pipe(), *os.pipe()] if judged else []  # answers: to read, to write; questions
-    if judged:
-        pids.append(fork(tester, *fds[1:], (pipes[0], pipes[3]), pipes[1:3]))
-    ends = pipes[1:3] if judged else fds[1:]
-    pids.append(fork(candidate, [fds[0], *ends], memory_mb, filter_template))
+    pipes = [*os.pipe(), *os.pipe()] if judged else []  # of answers: to read, to write; of questions alike
+    pids = [fork(tester, *fds[1:], (pipes[0], pipes[3]), pipes[1:3])] if judged else []
+    pids.append(fork(candidate, [fds[0], *(pipes[1:3] if judged else fds[1:])], memory_mb, filter_template))
     for pipe in pipes:
         os.close(pipe)
     first, why = watch(events, pids, fds[2] if judged else None, timeout_s)
@@ -926,25 +926,22 @@ def run_program(events, timeout_s, memory_mb, fds, filter_template):
 
 
 def warm_up():
-    """Plays C and T. What Python prepares at first use (specialised bytecode, caches) is then there before C
-    and T are forked, or each of them would do it again."""
+    """Plays C, then T, against a fork that plays the other. What Python prepares at first use (specialised bytecode,
+    caches) is then there before C and T are forked, or each of them would do it again."""
     main, code = sys.modules["__main__"], b"import math\ndef f(a: int, b=()): return a, {x: b for x in ()}"
     tests, setup = (compile(text, "", "exec") for text in ("assert f(1, b=[2.5, 'a']) == (1, {})\n" * 20, ""))
     job = {"tests": tests, "setup": setup, "entry_point": None, "called": set(), "cases": []}
-
-    for is_tester in (False, True):
-        answers, to_t, questions, to_c = *os.pipe(), *os.pipe()
+    for zygote_is_tester in (False, True):
+        fds = answers, to_t, questions, to_c = *os.pipe(), *os.pipe()
         pid = os.fork()
-        if is_tester == bool(pid):
-            os.close(to_t)
-            judge(job, (answers, to_c), bool)
-            os.close(to_c)
-        else:
-            os.close(to_c)
-            with contextlib.suppress(EOFError):
-                Candidate(code, (questions, to_t)).serve()
+        is_tester = zygote_is_tester == bool(pid)
+        os.close(to_t if is_tester else to_c)  # of the other
+        with contextlib.suppress(EOFError):
+            judge(job, (answers, to_c), bool) if is_tester else Candidate(code, (questions, to_t)).serve()
         if not pid:
             os._exit(0)
+        for fd in {*fds} - {to_t if is_tester else to_c}:
+            os.close(fd)
         os.waitpid(pid, 0)
     run_script(b"print(1)")
     sys.modules["__main__"] = main
@@ -1315,7 +1312,3 @@ def close_workers():
     """Ends the workers that wait for the next call of run_tests. Called at exit."""
     for worker in list(Worker.live):
         worker.close()
-
-
-if "zygote" not in sys._xoptions:
-    atexit.register(close_workers)
