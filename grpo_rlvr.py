@@ -467,7 +467,7 @@ def verify_lines():
         last_box = text[text.rfind("\\boxed") :]  # math-verify would make a set of several
         answer = parse(latex(last_box), extraction_config=boxed, parsing_timeout=None)
         gold = parse(f"${latex(gold)}$", parsing_timeout=None)
-        right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)  # gold first
+        right = bool(gold and answer) and verify(gold, answer, timeout_seconds=None)  # not symmetric
         return bool(right), "right" if right else "wrong answer" if answer else "no answer"
 
     compare("1", "\\boxed{1}")  # the first call is slow
@@ -487,8 +487,8 @@ VERIFIER = f"import json, re, signal, sys\n\n{inspect.getsource(verify_lines)}\n
 
 
 class MathVerifier:
-    """math-verify in a process that a time limit kills: some expressions take for ever, and its own limit needs
-    a main thread and waits for the end of an operation on big numbers."""
+    """math-verify in a process of its own, which SIGALRM kills when an expression takes for ever. (math-verify's
+    own time limit needs the main thread, and waits for the end of an operation on big numbers.)"""
 
     def __init__(self) -> None:
         self.process, self.lock = None, threading.Lock()
@@ -496,7 +496,7 @@ class MathVerifier:
     def __call__(self, gold: str, completion: str, timeout_s: float) -> tuple[bool, str]:
         """(whether the last \\boxed{} of the completion is the answer, why)."""
         with self.lock:
-            for _ in range(2):  # if the machine has killed the process, the completion is not wrong: once more
+            for _ in range(2):  # if the machine killed the process, that is no verdict: once more
                 if self.process is None or self.process.returncode is not None:
                     # a session of its own, because a terminal sends Ctrl-C to all processes of a session
                     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -839,7 +839,7 @@ def main(args: Args) -> None:
     optimizer = new_optimizer(model, args.learning_rate, args.weight_decay)
     rollouts, models = Rollouts(model, tokenizer, args, ranks), {"policy": model}
     state = run.restore(models, optimizer) if run.state else {"update": 0, "cursor": 0, "before": None}
-    interrupt, hints, after, size = Interrupt(ranks), dict(HINTS), None, args.group_size
+    interrupt, hints, after = Interrupt(ranks), dict(HINTS), None
     try:
         if state["before"] is None:
             state["before"], _ = evaluate(rollouts, heldout, args, run, 0, interrupt.check)
@@ -850,20 +850,20 @@ def main(args: Args) -> None:
                 # 1 sample, 2 score
                 drawn = draw_problems(cursor, args.prompts_per_update, len(train), args.seed)
                 cursor += len(drawn)
-                problems = [train[i] for i in drawn for _ in range(size)]  # G rows of each
+                problems = [train[i] for i in drawn for _ in range(args.group_size)]  # G rows of each
                 noise = uniforms([len(problems), args.max_new_tokens], args.seed, update, attempt)
                 scored, took = rollouts(problems, noise, args.temperature, interrupt.check)
                 samples += scored
                 seconds.update(took)
 
                 # 3 advantage
-                rewards = torch.tensor([s.reward for s in scored]).view(-1, size)  # [N, G]
+                rewards = torch.tensor([s.reward for s in scored]).view(-1, args.group_size)  # [N, G]
                 advantages = group_advantages(rewards, args.normalize_std)  # [N, G]
                 for sample, advantage in zip(scored, advantages.flatten().tolist()):
                     sample.advantage = advantage
                 spread = (rewards.amax(1) > rewards.amin(1)).tolist()  # a group without it teaches nothing
-                kept = [n for n, differ in enumerate(spread) if differ or not args.dynamic_sampling]
-                groups += [scored[n * size : (n + 1) * size] for n in kept]
+                parts = [scored[i : i + args.group_size] for i in range(0, len(scored), args.group_size)]
+                groups += [group for group, good in zip(parts, spread) if good or not args.dynamic_sampling]
                 if len(groups) >= args.prompts_per_update:
                     break
 
@@ -875,7 +875,7 @@ def main(args: Args) -> None:
             # 5 log, evaluate, save
             state |= {"update": update, "cursor": cursor}
             metrics = {
-                "update": update, **sample_metrics(samples, size), **learnt, **seconds,
+                "update": update, **sample_metrics(samples, args.group_size), **learnt, **seconds,
                 "rollout/groups": len(groups), "data/epoch": cursor / len(train),
                 "perf/tokens_per_s": sum(map(len, samples)) / sum(seconds.values()),
             }  # fmt: skip

@@ -359,6 +359,12 @@ def test_metrics_count_what_passed_and_the_run_says_what_cannot_be_learnt(toy, m
     assert "wrong</span> (half: &lt;b&gt;, reward 0.5" in page and "<b>" not in page
 
 
+def test_samples_colour_thoughts_and_comments():
+    for text, coloured in (("f('a')  # <b>\ng()", "# &lt;b&gt;"), ("<think>1 < 2\n</think> x", "&lt;think&gt;1 &lt; 2\n&lt;/think&gt;")):
+        block = grpo_rlvr.block(Problem("p", "", [], {}), Sample([], [], [], text=text))
+        assert re.findall('<span class="thought">(.*?)</span>', block, re.DOTALL) == [coloured]
+
+
 # ---------------------------------------------------------------- data
 
 
