@@ -823,9 +823,8 @@ class Run:
     """One folder per run: args.json, env.txt, sources, metrics.jsonl, samples.html, curves.png, checkpoints.
 
     data: the sources that it reads, for `fingerprint`. `state` is what the last good checkpoint holds in
-    state.json (None for a fresh run); `started` the time at which the run was first started (seconds).
-    UserError if the folder cannot be written, if there is nothing to resume, or if the arguments that define
-    the run, or its data, differ.
+    state.json (None for a fresh run). UserError if the folder cannot be written, if there is nothing to
+    resume, or if the arguments that define the run, or its data, differ.
     """
 
     def __init__(self, args, script: str, ranks: Ranks, data: Sequence[str] = ()) -> None:
@@ -837,7 +836,6 @@ class Run:
         self.path = Path(all_gather_list([path], ranks)[0])
         self.state = together(self._open, ranks)
         together(self._prepare, ranks)  # when no rank refuses
-        self.started = json.loads((self.path / "data.json").read_text(encoding="utf-8"))["started"]
         self.writer = self.tracker = self.first_log = None
         self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
         self.seconds_before = 0.0  # of this run, before it was resumed
@@ -875,18 +873,16 @@ class Run:
         if self.args.resume not in ("", "auto") and found is None:
             raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
         now = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
-        data = {"fingerprint": fingerprint(self.data), "started": time.time()}
+        data = {"data_fingerprint": fingerprint(self.data)}
         if self.args.resume and (self.path / "args.json").exists():
             before = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
             differ = [k for k in now if k not in NOT_DEFINING and now[k] != before.get(k)]
             if differ:
                 changes = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in differ)
                 raise UserError(f"cannot resume {self.path}: the arguments differ ({changes})")
-            earlier = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
-            if earlier["fingerprint"] != data["fingerprint"]:
+            if not data.items() <= before.items():
                 raise UserError(f"cannot resume {self.path}: the data have changed ({', '.join(self.data)})")
-            data = earlier
-        self.written = {"data.json": json.dumps(data), "args.json": json.dumps(now, indent=1)}
+        self.written = {"args.json": json.dumps(now | data, indent=1)}
         outputs = [self.path / name for name in ("metrics.jsonl", "bootstrapped.jsonl")]
         if found is None and self.args.resume != "auto" and any(file.exists() for file in outputs):
             raise UserError(f"{self.path} already holds a run; choose another --output-dir, or --resume auto")

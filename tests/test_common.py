@@ -519,7 +519,7 @@ def test_what_may_change_on_resume(folder, tmp_path):
     run.save({"update": 1}, {"policy": load(folder)}, None)
     options["resume"] = "auto"
     again = start(folder, **options, updates=99, eval_every=7, em_iterations=4)
-    assert again.state["update"] == 1 and again.started == run.started
+    assert again.state["update"] == 1
     with pytest.raises(UserError, match="--penalty 0.1 -> 0.2"):
         start(folder, **options, penalty=0.2)
     source.write_text('{"text": "b"}\n')
@@ -590,7 +590,7 @@ def test_which_run_is_resumed(folder, tmp_path, monkeypatch):
     # RA3's --bootstrap-only has no checkpoints, but a file that it continues
     (second.path / "bootstrapped.jsonl").write_text("{}\n")
     third = Arguments(folder, resume="auto", bootstrap_only=True)
-    (second.path / "args.json").write_text(json.dumps(dataclasses.asdict(third)))
+    (second.path / "args.json").write_text(json.dumps(dataclasses.asdict(third) | {"data_fingerprint": common.fingerprint([])}))
     assert start(folder, resume="auto", bootstrap_only=True).path == second.path
 
 
