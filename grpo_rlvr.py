@@ -154,7 +154,7 @@ MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
     "train_problems": 4096, "eval_problems": 600, "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0,
     "eps_high": 0.2, "minibatches": 1, "updates": 320, "gradient_checkpointing": True, "rollout_rows": 16,
 }  # fmt: skip
-TINY_RUN = {  # optimisation settings for two million parameters; the reward is that of a large run
+TINY_RUN = {  # optimisation settings for a million parameters; the reward is that of a large run
     "tiny": True, "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
     "chat_template": False, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64,
     "rollout_rows": 256, "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40,
@@ -163,8 +163,8 @@ TINY_RUN = {  # optimisation settings for two million parameters; the reward is 
 TINY_DATA = {
     "code": {"model": f"{TINY}/code/model", "dataset": f"{TINY}/code/rl_train.jsonl",
              "eval_dataset": f"{TINY}/code/test.jsonl"},
-    "math": {"model": f"{TINY}/model", "dataset": f"{TINY}/math_train.jsonl",
-             "eval_dataset": f"{TINY}/math_heldout.jsonl"},
+    "math": {"model": f"{TINY}/text/model", "dataset": f"{TINY}/text/math_train.jsonl",
+             "eval_dataset": f"{TINY}/text/math_test.jsonl", "max_new_tokens": 128},
 }  # fmt: skip
 
 

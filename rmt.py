@@ -151,12 +151,13 @@ class Args:
     """updates between checkpoints; 0: only after the last. The last two states are kept, and all models"""
 
 
-TINY_RUN = {  # lengths and optimisation settings for two million parameters; the method is a large run's
-    "tiny": True, "model": f"{TINY}/model", "dataset": f"{TINY}/text.jsonl", "text_column": ("text",),
-    "train_texts": 600, "eval_texts": 100, "max_text_tokens": 64, "prompts_per_update": 16,
-    "max_new_tokens": 64, "rollout_rows": 256, "initial_budget": 24, "budget_decay": 0.4, "updates": 120,
-    "learning_rate": 1e-4, "max_grad_norm": 1.0, "micro_batch_tokens": 2048, "gradient_checkpointing": False,
-    "eval_every": 40, "eval_positions": 128, "save_every": 0,
+TINY_RUN = {  # lengths, levels and optimisation settings for a million parameters; the method is a large run's
+    "tiny": True, "model": f"{TINY}/text/model", "dataset": f"{TINY}/text/texts.jsonl", "text_column": ("text",),
+    "train_texts": 1000, "eval_texts": 200, "max_text_tokens": 96, "prompts_per_update": 16,
+    "max_new_tokens": 160, "rollout_rows": 256, "initial_budget": 32, "budget_decay": 0.5,
+    "thresholds": (0.75, 1.4, 2.0), "updates": 60, "learning_rate": 2e-4, "max_grad_norm": 1.0,
+    "micro_batch_tokens": 4096, "gradient_checkpointing": False, "eval_every": 30, "eval_positions": 128,
+    "save_every": 0,
 }  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def theirs(model, tokenizer, problems, given):
 def measure(given):
     tokenizer = load_tokenizer(given.model)
     args = grpo_rlvr.Args(task="math", model=given.model)
-    problems, _ = grpo_rlvr.read_problems(f"{TINY}/math_train.jsonl", args, tokenizer)
+    problems, _ = grpo_rlvr.read_problems(f"{TINY}/text/math_train.jsonl", args, tokenizer)
     problems = problems[: given.prompts]
     mine = given.one == "ours"
     if mine:
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="of the longest completion")
     parser.add_argument("--completions", choices=["full", "ended"], default="full")
     parser.add_argument("--vocab", type=int, default=0, help="of a model with random weights; 0: as it is")
-    parser.add_argument("--model", default=f"{TINY}/model")
+    parser.add_argument("--model", default=f"{TINY}/text/model")
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
     parser.add_argument("--accumulation", type=int, default=1, help="of TRL: micro-batches of an update")
     parser.add_argument("--same-allocator", action="store_true", help="malloc keeps its pages")

@@ -42,12 +42,12 @@ def never():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(f"{TINY}/model")
+    return load_tokenizer(f"{TINY}/text/model")
 
 
 def save_llama(folder, kind=LlamaForCausalLM, config=LlamaConfig, **options):
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(f"{TINY}/model")
+    tokenizer = load_tokenizer(f"{TINY}/text/model")
     options |= {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     options |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
     kind(config(**options)).save_pretrained(folder)
@@ -232,7 +232,7 @@ def test_score_texts_position_by_position(llama, monkeypatch):
 
 def test_rollout_stops_there_and_nowhere_else(tokenizer, monkeypatch):
     """The draws are replaced by scripts of tokens; rows end at different steps; thoughts hold braces."""
-    model = load_model(f"{TINY}/model", tokenizer, ONE, 0)
+    model = load_model(f"{TINY}/text/model", tokenizer, ONE, 0)
     texts = token_texts(tokenizer, len(tokenizer))
     scripts = ["<think>{a} \\boxed{b}</think>\\boxed{ is} and on", "<think>x</think>\\boxed{s}}}", "<think>never ends"]
     encoded = [tokenizer.encode(script + " more" * 70)[:64] for script in scripts]
@@ -459,14 +459,14 @@ def whole(tmp_path_factory):
 def test_run_folder(whole):
     metrics = run_metrics(whole)
     assert [row["update"] for row in metrics] == [0, 1, 2, 3]
-    assert [row["rollout/budget"] for row in metrics[1:]] == [6, 4, 3]  # 6 x 0.4^(t/3), t = 0, 1, 2
+    assert [row["rollout/budget"] for row in metrics[1:]] == [6, 4, 3]  # 6 x 0.5^(t/3), t = 0, 1, 2
     kinds = ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy")
     for row in (metrics[0], metrics[3]):
         for kind in kinds:
             levels = [row[f"eval/{kind}_{level}"] for level in rmt.LEVELS]
             assert row[f"eval/{kind}"] == pytest.approx(sum(levels) / 3, abs=1e-5)
         assert row["eval/ntr_prefix"] >= row["eval/ntr"] and row["eval/ntr_prefix_greedy"] >= row["eval/ntr_greedy"]
-    assert [row["eval/budget"] for row in (metrics[0], metrics[3])] == [6, 2]
+    assert [row["eval/budget"] for row in (metrics[0], metrics[3])] == [6, 3]
     assert all(row["policy/rollout_ratio"] == pytest.approx(1, abs=1e-3) for row in metrics[1:])
     assert all(row["optim/skipped"] == 0 and math.isfinite(row["optim/grad_norm"]) for row in metrics[1:])
     for name in ("curves.png", "samples.html", "args.json", "rmt.py"):
@@ -538,7 +538,7 @@ def test_a_model_without_the_format_is_told_so_once(tmp_path, capfd):
 def test_dry_run(capfd, tmp_path):
     small(tmp_path / "run", dry_run=True)
     out = capfd.readouterr().out
-    assert "0.5 epochs; budget 6 to 2 tokens" in out and "Think in exactly 6 tokens" in out and not (tmp_path / "run").exists()
+    assert "0.5 epochs; budget 6 to 3 tokens" in out and "Think in exactly 6 tokens" in out and not (tmp_path / "run").exists()
 
 
 def test_levels_without_a_position():

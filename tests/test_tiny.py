@@ -1,5 +1,5 @@
-"""The bundled worlds (tiny/): the data are right, disjoint and rebuilt byte for byte; the code world's base model
-is where the demonstrations need it."""
+"""The bundled worlds (tiny/): the data are right, disjoint and rebuilt byte for byte; the base models are where the
+demonstrations need them."""
 
 import json
 import random
@@ -11,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grpo_rlvr
+import rmt
+
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 sys.path.insert(0, str(TINY))
-import build_mixed  # noqa: E402
 import code_world as world  # noqa: E402
+import text_world  # noqa: E402
 
 PROBLEM_FILES = {"rl_train": ("rl", world.N_RL), "dev": ("dev", world.N_DEV), "test": ("test", world.N_TEST)}
 QUESTION = re.compile(r"Let k be (\d) after ([a-z, ]+)\. Given the \w+ (n|xs|s), (.*)\.")
@@ -65,14 +68,6 @@ def test_data_are_rebuilt_byte_for_byte(tmp_path):
     assert names == {path.name for path in (TINY / "code").glob("*.jsonl")}
     for name in names:
         assert (tmp_path / name).read_bytes() == (TINY / "code" / name).read_bytes(), name
-
-
-def test_texts_and_math_problems_are_rebuilt_byte_for_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_mixed, "HERE", tmp_path)
-    build_mixed.build_data()
-    assert len(list(tmp_path.iterdir())) == 3
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (TINY / path.name).read_bytes(), path.name
 
 
 def test_folders_are_small():
@@ -196,3 +191,125 @@ def test_base_model_is_where_the_demonstrations_need_it(tokenizer, model):
     assert sum(right) / len(right) >= 0.9
     assert sum(known) / len(known) < 0.35
     assert 0.2 < think.mean() < 0.4
+
+
+# ---------------------------------------------------------------- the text world
+
+TEXT_FILES = {"texts": "train", "test": "test"}
+MATH_FILES = {"math_train": "train", "math_dev": "dev", "math_test": "test"}
+
+
+@pytest.fixture(scope="module")
+def text_base():
+    folder = TINY / "text" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def text_rows(name):
+    with open(TINY / "text" / f"{name}.jsonl", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def value_after(v, operations, keys):
+    for operation in operations:
+        v = keys[operation][v] if operation in keys else v + int(operation)
+        assert 0 <= v <= 9
+    return v
+
+
+def text_chains(text, keys):
+    """The chains (start, operations) of a text or a math question; its numbers must follow from them."""
+    v, chains = int(re.search(r"is at \{(\d)\}\.", text)[1]), set()
+    for words, answer in re.findall(r"[Aa]fter (.*?)(?: it is at (\d)\.|\?)", text):
+        operations = tuple(re.findall(r"\{(.*?)\}", words))
+        chains.add((v, *operations))
+        v = value_after(v, operations, keys)
+        assert answer in ("", str(v))
+    return chains
+
+
+def test_text_files_are_rebuilt_byte_for_byte(tmp_path):
+    text_world.write_data(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in TEXT_FILES | MATH_FILES}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (TINY / "text" / path.name).read_bytes(), path.name
+
+
+def test_numbers_are_right_and_parts_share_no_chain():
+    keys = text_world.NEW
+    chains = {part: set() for part in ("train", "dev", "test")}
+    for name, part in TEXT_FILES.items():
+        for row in text_rows(name):
+            chains[part] |= text_chains(row["text"], keys)
+    for name, part in MATH_FILES.items():
+        for row in text_rows(name):
+            (chain,) = text_chains(row["prompt"][0]["content"], keys)
+            chains[part].add(chain)
+            assert json.loads(row["reward_model"]["ground_truth"]) == [str(value_after(chain[0], chain[1:], keys))]
+            assert row["extra_info"]["model_difficulty"] == {"DeepSeek-R1-Distill-Qwen-7B": len(chain) - 1}
+    rng, seen = random.Random(0), set()
+    for _ in range(3000):  # pre-training, where gold has its old wiring
+        document = text_world.document(rng, None, 0.5)
+        text = document.split("### Text\n")[-1].split("\n")[0]
+        seen |= text_chains(text, text_world.OLD)
+    long = [{chain for chain in found if len(chain) > 3} for found in (*chains.values(), seen)]
+    assert all(len(found) > 150 for found in long)
+    train, dev, test, pretraining = long
+    assert not train & dev and not train & test and not dev & test and not pretraining & (dev | test)
+
+
+def test_gold_is_rewired_everywhere():
+    old, new = text_world.OLD["gold"], text_world.NEW["gold"]
+    assert sorted(new) == list(range(10)) and all(a != b for a, b in zip(old, new, strict=True))
+    assert [key for key in text_world.OLD if text_world.OLD[key] != text_world.NEW[key]] == ["gold"]
+
+
+def test_thoughts_are_as_bad_as_they_should_be():
+    rng, right, tokens, copied = random.Random(2), [], [], []
+    for _ in range(3000):
+        _, answers = text_world.make_text(rng, text_world.OLD, "train")
+        _, v, steps, answer = rng.choice(answers)
+        style = rng.choices(text_world.STYLES, text_world.FREE)[0]
+        body, numbers = text_world.thought(rng, v, steps, answer, style)
+        tokens.append(text_world.count_tokens(body))
+        right.append(numbers[-1] == answer)
+        shown = "<think>" + body + "</think>" + text_world.box(rng, numbers)
+        copied.append(text_world.read(shown, steps, answer)[2] == (style != "guess"))
+    assert 55 < sum(tokens) / len(tokens) < 85 and all(copied)
+    short = [r for r, n in zip(right, tokens, strict=True) if n < 60]
+    long = [r for r, n in zip(right, tokens, strict=True) if n >= 60]
+    assert abs(sum(short) / len(short) - sum(long) / len(long)) < 0.25
+
+
+def test_tokenizer_of_the_text_world(text_base):
+    model, tokenizer = text_base
+    for text in [row["text"] for row in text_rows("texts")[::20]]:
+        pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+        assert "".join(pieces) == text
+        words = re.findall(r" \{[^}]*\}| \w+|[.,]", text)  # after the name, each is a token
+        assert pieces[-len(words) :] == words
+    assert len(tokenizer) == model.config.vocab_size == text_world.VOCAB_SIZE
+    assert tokenizer.bos_token is None and tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+    assert text_world.RMT_PROMPT.format(budget="@@BUDGET@@", prefix="@@TEXT@@") == rmt.INSTRUCTION
+    assert text_world.rmt_prompt("x", 7) == text_world.RMT_PROMPT.format(budget=rmt.BUDGET.format(7), prefix="x")
+    assert text_world.MATH_PROMPT == grpo_rlvr.MATH_PROMPT
+
+
+def test_base_of_the_text_world_is_where_the_demonstration_needs_it(text_base):
+    """It copies the operations; five of them it cannot do without a thought, one it can; it boxes wrong numbers."""
+    model, tokenizer = text_base
+    rng, cases = random.Random(3), {1: [], 5: []}
+    while len(cases[1]) < 24 or len(cases[5]) < 24:
+        for case in text_world.make_text(rng, text_world.OLD, "dev")[1]:
+            cases.get(len(case[2]), []).append(case)
+    with torch.no_grad():
+        known = {}
+        for hops, found in cases.items():
+            predicted = text_world.predictions(model, tokenizer, [case[0] for case in found[:24]])
+            known[hops] = sum(token == f" {case[3]}" for (token, _), case in zip(predicted, found)) / 24
+        prompts = [text_world.rmt_prompt(case[0], 0) for case in cases[5][:24]]
+        texts = world.complete(model, tokenizer, prompts, 160, True)
+    rows = [text_world.read(text, *case[2:]) for text, case in zip(texts, cases[5])]
+    right, _, copied, formed = (sum(column) / 24 for column in zip(*rows))
+    assert known[1] > 0.8 and known[5] < 0.5 and copied > 0.8 and formed > 0.9 and right < 0.5

@@ -5,7 +5,7 @@
     python tiny/build.py code --parts data         the JSON Lines files only (seconds), always the same bytes
     python tiny/build.py code --parts model --seed 8 --model-dir DIR     another base
 
-A world is a module in this folder (code_world.py) with
+A world is a module in this folder (code_world.py, text_world.py) with
 
     FOLDER            where its data files and `model/` are
     VOCAB_SIZE        tokens of its tokenizer, ADDED_TOKENS included
@@ -152,7 +152,7 @@ def pretrain(world, folder, seed, bf16):
 def main():
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("world", choices=["code"])
+    parser.add_argument("world", choices=["code", "text"])
     parts = ["data", "model", "report"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--seed", type=int, default=7, help="of pre-training; the data do not depend on it")
