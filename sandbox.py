@@ -177,19 +177,20 @@ SCALARS = {type(None), bool, int, float, str}
 CHANGEABLE = {"list", "dict", "set", "collections.deque", "collections.Counter", "numpy.ndarray"}
 
 
-class Given:
-    """The lists, dicts, ... that come with a request, numbered alike on both sides."""
+class Numbered:
+    """Objects that both sides know by number: what stays on one side, or the lists, dicts, ... of one request."""
 
     def __init__(self):
         self.values, self.numbers, self.open = [], {}, True
 
-    def add(self, name, value):
-        if self.open and name in CHANGEABLE:
+    def number(self, value):
+        if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.values)
             self.values.append(value)
+        return self.numbers[id(value)]
 
 
-NOTHING = Given()
+NOTHING = Numbered()
 NOTHING.open = False
 
 
@@ -211,7 +212,8 @@ def pack(value, peer, given=NOTHING, whole=False):
     if name is None:
         return peer.outgoing(value)
     parts = [pack(part, peer, given) for part in PLAIN[name][0](value)]
-    given.add(name, value)
+    if given.open and name in CHANGEABLE:
+        given.number(value)
     return [name, *parts]
 
 
@@ -225,7 +227,8 @@ def unpack(message, peer, given=NOTHING):
     if name not in PLAIN:
         return peer.incoming(name, *parts)
     value = PLAIN[name][1](*[unpack(part, peer, given) if type(part) is list else part for part in parts])
-    given.add(name, value)
+    if given.open and name in CHANGEABLE:
+        given.number(value)
     return value
 
 
@@ -255,17 +258,11 @@ class Peer:
 
     def __init__(self, pipes):
         (self.reader, self.writer), self.lock = pipes, _thread.RLock()  # a program's threads may call back
-        self.shown, self.numbers = [], {}  # objects that the other side knows by number; their numbers by id
-
-    def number_of(self, value):
-        if id(value) not in self.numbers:
-            self.numbers[id(value)] = len(self.shown)
-            self.shown.append(value)
-        return self.numbers[id(value)]
+        self.shown = Numbered()  # what the other side has a handle of
 
     def ask(self, request, *args):
         with self.lock:
-            given = Given()
+            given = Numbered()
             message = [request, deep(pack, args, self, given)]
             given.open = False
             result, error = self.exchange(message, given)
@@ -292,7 +289,7 @@ class Peer:
         return result, None
 
     def answer(self, request, args):
-        given = Given()
+        given = Numbered()
         try:
             args = deep(unpack, args, self, given)
             given.open = False
@@ -380,11 +377,11 @@ class Candidate(Peer):
             return ["named", "builtins", value.__name__]
         if isinstance(value, type) and issubclass(value, BaseException):
             return self.exception_class(value)
-        return ["mine", self.number_of(value)]
+        return ["mine", self.shown.number(value)]
 
     def incoming(self, tag, *parts):
         if tag == "yours":
-            return self.shown[parts[0]]
+            return self.shown.values[parts[0]]
         if tag == "named":
             module, name = parts
             return operator.attrgetter(name)(importlib.import_module(module))
@@ -398,7 +395,7 @@ class Candidate(Peer):
         if kind.__module__ == "builtins":
             return kind.__name__
         bases = [self.exception_class(base) for base in kind.__bases__ if issubclass(base, BaseException)]
-        return ["exception", self.number_of(kind), kind.__name__, *bases]
+        return ["exception", self.shown.number(kind), kind.__name__, *bases]
 
     def describe(self, error):
         kind, text = self.exception_class(type(error)), str(error)[:500]
@@ -450,11 +447,11 @@ class Program(Peer):
 
     def perform(self, request, args):
         if request == "next":
-            return next(self.shown[args[0]])
+            return next(self.shown.values[args[0]])
         if request != "call":
             raise ValueError(request)
         number, args, named = args
-        return self.shown[number](*args, **dict(named))
+        return self.shown.values[number](*args, **dict(named))
 
     def ask(self, request, *args):
         self.used |= request not in ("load", "find")
@@ -485,9 +482,9 @@ class Program(Peer):
                 if operator.attrgetter(name)(sys.modules[home]) == value:
                     return ["named", home, name]  # C uses its own: with T's `eval` it could forge
         if hasattr(type(value), "__next__"):
-            return ["mine", self.number_of(value), "next"]
+            return ["mine", self.shown.number(value), "next"]
         if isinstance(value, CALLABLE):
-            return ["mine", self.number_of(value), "call"]
+            return ["mine", self.shown.number(value), "call"]
         raise TypeError(f"a test cannot pass a {type(value).__name__} to the program")
 
     def incoming(self, tag, *parts):
@@ -1042,7 +1039,7 @@ class Worker:
                     raise SandboxError(f"a program that is right has failed: {verdict['reason']}")
         except BaseException as error:
             self.close()
-            if isinstance(error, (OSError, EOFError, SandboxError)):
+            if isinstance(error, (OSError, SandboxError)):
                 raise SandboxError(f"the sandbox does not start: {error!r}") from error
             raise
         if self.missing and not Worker.warned:
@@ -1084,8 +1081,8 @@ class Worker:
         """-> verdict"""
         script = program["cases"] and not program["fn_name"]
         passed, reason = (self.run_script if script else self.run_judged)(program, memory_mb)
-        reason = "".join(letter if letter.isprintable() else " " for letter in (reason or "passed")[:300])
-        verdict = {"passed": reason == "passed", "reason": reason}
+        text = "".join(letter if letter.isprintable() else " " for letter in (reason or "passed")[:300])
+        verdict = {"passed": not reason, "reason": text}
         if program["all_cases"]:
             verdict |= {"passed_cases": passed, "total_cases": len(program["cases"]) or 1}
         return verdict

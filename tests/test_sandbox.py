@@ -264,7 +264,7 @@ def f(x):
     import gc
     for p in gc.get_objects():
         if type(p).__name__ == "Candidate": p.requests["call"] = lambda *a: None
-        if type(p).__name__ == "Given": p.values[:] = [[1, 2]] * 9; p.numbers.clear()
+        if type(p).__name__ == "Numbered": p.values[:] = [[1, 2]] * 9; p.numbers.clear()
     return 3""", "want = [1, 2]\nassert f([2, 1]) == want"),
     "again without end": ("import os\ndef f(x):\n    t = b'[\"value\", null, [\"list\", [\"again\", 99]]]'\n"
                           "    os.write(3, len(t).to_bytes(8, 'little') + t)", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
