@@ -17,26 +17,25 @@ latent z_t: *act* (write nothing) or *think* (write one comment line). The algor
       4 update     next-token prediction on it; the result is pi_{i+1}  (4.2)
     5 log, evaluate, save
 
-Notation: pi `pi`, q `q`, z_t latent, a_t action, l_t `line`, c `penalty`, G `group_size`.
+Notation: pi `pi`, q `q`, z_t latent, a_t action, l_t `line_likelihoods`, c `penalty`, G `group_size`.
 Shapes: S snippets, G rollouts of each, R = S*G rows, W tokens of a row, T actions, V vocabulary, N decisions.
 
 Where this differs from the paper, or the paper leaves a choice open (docs/ra3.md has the full list):
   D1 The model decides with the first token of the line itself: a token that begins with "#" opens a thought,
      any other means act. So the code keeps its tokenisation, and the model sees the line's indentation when
-     it decides. In the paper it writes "\\n" or "\\n#" after a line without its newline.
+     it decides. In the paper it writes "\\n" or "\\n#" at the end of the line before.
   D2 l_t is a mean over the line's tokens. The paper prints a sum; its c = 0.05 fits the mean.
-  D3 A malformed thought costs 2 instead of c. In the paper its reward is 0, in the authors' code -2; both are
-     more than the reward of a hard line (l_t < -2), and so would reward breaking the format there.
+  D3 A malformed thought costs 2 instead of c. In the paper its reward is 0, in the authors' code -2. The
+     reward of a hard line is less than that (l_t < -2), so a malformed thought would pay there.
   D4 The first 10 updates, without the penalty, are those of the first E-step only.
-  D5 l_t is the likelihood of the line *given* that a thought was or was not opened: its first token's
-     probability is renormalised without "#". Otherwise any thought would gain what pi gives to "#" there.
+  D5 l_t is the likelihood of the line *given* the decision: the probability of its first token is
+     renormalised without "#". Otherwise every thought would gain the probability that pi gives to "#" there.
 
   python ra3.py --tiny                                                     # this machine: no network, no GPU
   python ra3.py --model Qwen/Qwen2.5-1.5B --rl-batch-size 256              # one GPU
   torchrun --nproc_per_node 8 ra3.py --model Qwen/Qwen2.5-1.5B             # the paper's, one EM iteration
 """
 
-import ast
 import contextlib
 import copy
 import html
@@ -62,7 +61,7 @@ import numpy as np
 import torch
 import tyro
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from common import (
     EVENT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum,
@@ -175,22 +174,23 @@ TINY_DEFAULTS = Args(  # a thought in these programs serves the next line only; 
 )  # fmt: skip
 WEIGHTS = {Args.dataset: (0.95, 0.05), TINY_DEFAULTS.dataset: (0.9, 0.1)}  # the paper's 2.36M and 129K snippets; ours
 MALFORMED_PENALTY = 2.0  # nats per token, in place of c (D3)
+BETAS = (0.9, 0.95)  # of AdamW
 EVAL_TOKENS = 96  # longest completion of an evaluation problem
 
 
 # ---------------------------------------------------------------- data 1: where a thought may stand
 
 MAX_LINE = 10_000  # characters; `tokenize` takes quadratic time on longer lines in some versions
-# the indentation of a line, and what says that it continues the statement above
+# a line's indentation; the whole line if it continues the statement above, so that a cut there comes last
 INDENTED = re.compile(r"[ \t\f]*(?:(?:[)\]}]|(?:elif|else|except|finally)\b).*)?")
 
 
 def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, list[tuple[int, str]] | None, bool]]:
-    """A text in pieces of at most max_chars: (piece, its actions, whether the text ends with it). Nothing is
-    lost.
+    """A text in pieces of at most max_chars: (piece, its actions, whether the text ends with it).
 
-    Cut before the least indented action in the second half of what fits, else before any action, else after a
-    line. A text that needs no cut comes without its actions: see action_starts.
+    The pieces together are the text. It is cut before the least indented action in the second half of what
+    fits, else before any action, else after a line. A text that needs no cut comes without its actions, which
+    `segment` finds.
     """
     if 0 < len(text) <= max_chars:
         yield text, None, True
@@ -242,8 +242,8 @@ def legal_lines(text: str) -> list[tuple[int, str, str]]:
 
 def action_starts(text: str) -> list[tuple[int, str]]:
     """(offset, kind of its code line) of each action: a line of code with the comment, blank and docstring
-    lines before it; the offset is that of its first non-blank line. A text's first action is a kind of its
-    own."""
+    lines before it. The offset is that of its first non-blank line.
+    """
     starts: list[tuple[int, str]] = []
     pending = None
     for offset, line, kind in legal_lines(text):
@@ -256,19 +256,20 @@ def action_starts(text: str) -> list[tuple[int, str]]:
     return starts
 
 
-KINDS = ("assign", "constant", "control", "def", "first", "import", "other", "return")
-STATEMENTS = {"def": "def", "class": "def", "async": "def", "import": "import", "from": "import", "return": "return"}
-CONTROL = {"if", "elif", "else", "for", "while", "try", "except", "finally", "with", "assert", "raise", "del"}
+KINDS = {  # kind of a line of code -> how it begins; the first that fits. The metrics split the think rate by it
+    "import": r"(import|from)\b",
+    "def": r"(def|class|async)\b",
+    "return": r"return\b",
+    "control": r"(if|elif|else|for|while|try|except|finally|with|assert|raise|del)\b",
+    "constant": r"\w+ = (-?\d+(\.\d+)?|'[^']*'|\"[^\"]*\"|True|False|None)\s*$",
+    "assign": r".*(?<!=)(==)*=(?!=)",
+    "first": r"(?!)",  # a text's first line, whatever it does
+    "other": r"",
+}
 
 
 def line_kind(line: str) -> str:
-    """What a line of code does, by which the metrics split the think rate. `constant` assigns a literal."""
-    first = re.match(r"\s*(\w*)", line)[1]
-    if first in STATEMENTS or first in CONTROL:
-        return STATEMENTS.get(first, "control")
-    if re.match(r"\s*\w+ = (-?\d+(\.\d+)?|'[^']*'|\"[^\"]*\"|True|False|None)\s*$", line):
-        return "constant"
-    return "assign" if "=" in line.replace("==", "") else "other"
+    return next(kind for kind, pattern in KINDS.items() if re.match(rf"\s*{pattern}", line))
 
 
 # ---------------------------------------------------------------- data 2: from text to tokens
@@ -281,10 +282,11 @@ CLOSING = "\n"  # the token that ends a malformed one
 
 
 class Vocabulary:
-    """What each token's text means for a thought: bool [V] on the device, and the same as sets of ids.
+    """The tokenizer, and what each token's text means for a thought.
 
-    opens    at a decision, such a token opens a thought
-    over     a thought ends with this token: it holds a newline, or would break the source inside a comment
+    opens, opens_ids    tokens that open a thought at a decision: bool [V] on the device, and as a set of ids
+    ends_ids            tokens that end a thought: they hold a newline, or would break the source in a comment
+    broken              those of ends_ids that make any thought malformed
     """
 
     def __init__(self, tokenizer, size: int, device) -> None:
@@ -299,24 +301,22 @@ class Vocabulary:
         halves = {i for i, name in enumerate(names) if re.fullmatch("<0x[89A-F][0-9A-F]>", name or "")}
         self.broken = self.special | halves | set(range(known, size))  # the last: rows of the embedding, no token
         self.opens_ids = {i for i, text in enumerate(self.text) if OPENING.match(text)}
-        self.over_ids = {i for i, text in enumerate(self.text) if set("\n\r\0") & set(text)} | self.broken
-        self.opens, self.over = torch.zeros(2, size, dtype=torch.bool, device=device)
-        self.opens[list(self.opens_ids)] = self.over[list(self.over_ids)] = True
+        self.ends_ids = {i for i, text in enumerate(self.text) if set("\n\r\0") & set(text)} | self.broken
+        self.opens = torch.zeros(size, dtype=torch.bool, device=device)
+        self.opens[list(self.opens_ids)] = True
         canonical = tokenizer(f"a{CLOSING}", add_special_tokens=False).input_ids[-1]
         closing = [i for i in (canonical, *range(known)) if self.text[i] == CLOSING and i not in self.special]
         if not closing or not self.opens_ids:
             raise UserError("this tokenizer has no token for a newline or for '#': it cannot write a comment")
         self.closing = closing[0]  # the one that the tokenizer itself would write, if that is a token alone
-        has_bos = tokenizer.bos_token_id is not None
-        self.separator = tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id
+        self.separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def malformed(self, thought: list[int]) -> bool:
-        """Whether a thought, read up to the first token that is `over`, has not ended as it should."""
+        """Whether a thought, read up to the first token that ends it, has not ended as it should."""
         return thought[-1] in self.broken or not THOUGHT.fullmatch(self.decode([thought])[0])
 
     def encode(self, text: str, after: str = "") -> list[int]:
-        """Tokens of `text` in a line that follows `after`; some tokenizers put a space before a text's
-        start."""
+        """Tokens of `text` where it follows `after`. Some tokenizers put a space before the start of a text."""
         before = self.tokenizer(after, add_special_tokens=False).input_ids
         both = self.tokenizer(after + text, add_special_tokens=False).input_ids
         return both[len(before) :] if both[: len(before)] == before else self.encode(text)
@@ -333,20 +333,16 @@ class Vocabulary:
         Of several tokens that share a character the first is said to hold it. The tokenizer's own offsets are
         not used: some kinds leave the white space out of them.
         """
-        starts, pieces, offset, pending = [0], [], 0, []
+        starts, spelt, pending = [0], "", []
         for token in ids:
-            piece = self.text[token]
-            if pending or "\ufffd" in piece:  # a part of a character: decode the parts together
-                pending.append(token)
-                piece = self.decode([pending])[0]
-                if piece.endswith("\ufffd") and len(pending) < 8:
-                    starts.append(offset + 1)
-                    continue
-                pending = []
-            pieces.append(piece)
-            offset += len(piece)
-            starts.append(offset)
-        spelt = "".join(pieces)
+            pending.append(token)
+            piece = self.text[token] if len(pending) == 1 else self.decode([pending])[0]
+            if piece.endswith("\ufffd") and len(pending) < 8:  # a part of a character: decode the parts together
+                starts.append(len(spelt) + 1)
+                continue
+            spelt += piece
+            pending = []
+            starts.append(len(spelt))
         if spelt == " " + text:  # the tokenizer put a space before the text
             return [max(0, start - 1) for start in starts]
         return starts if spelt == text else None
@@ -354,8 +350,7 @@ class Vocabulary:
 
 @dataclass
 class Snippet:
-    """A text, or a piece of one. Token k of `ids` is text[starts[k]:starts[k + 1]]; ids[0] is the
-    separator."""
+    """A text, or a part of one. Token k of `ids` is text[starts[k]:starts[k + 1]]."""
 
     text: str
     source: str
@@ -403,11 +398,11 @@ def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str
 
 
 def segment(piece: tuple[str, list | None, bool], source: str, v: Vocabulary, args: Args, context: int):
-    """The snippets of a piece that cut_text made, [] if it cannot be used. Again nothing is lost.
+    """The snippets of a piece that cut_text made, which together are the piece; [] if it cannot be used.
 
     A snippet has at most max_snippet_tokens tokens, and at most `context` with the longest thoughts. What is
-    longer is cut in two, before the action nearest to its middle, else after a line, else anywhere. Only a
-    text's end has eos.
+    longer is cut in two, before the action nearest to its middle, else after a line, else anywhere. Only the
+    end of a text gets eos.
     """
     text, actions, last = piece
     if not text.strip() or max(map(len, text.split("\n"))) > MAX_LINE:
@@ -449,18 +444,18 @@ def bootstrap_text(snippet: Snippet, latents: dict[int, str]) -> str:
 
 
 class SnippetStream:
-    """Endless, seeded stream of the snippets of one part of the data.
+    """Endless, seeded stream of the snippets of one part of the data: `E` or `M`; or `all`, once and in order.
 
-    part: `E` or `M`, or `all` (everything once, in order). A text's part follows from a hash of it, or of its
-    path: the parts and the held-out texts are disjoint, and NTP sees what RA3's M-step sees. cursor: (pieces
-    taken, snippets of the next piece that are used). Every rank reads all texts but tokenises only its share.
+    A hash of a text, or of its path, says which part it is in. So E, M and the held-out texts are disjoint,
+    and NTP sees what RA3's M-step sees. Every rank reads all texts, but tokenises only its share.
+    cursor: (pieces taken, snippets of the next piece that are used).
     """
 
     def __init__(self, args: Args, part: str, v: Vocabulary, context: int, ranks: Ranks, cursor=(0, 0)) -> None:
         self.args, self.part, self.ranks, self.limits = args, part, ranks, (v, args, context)
         self.taken, self.skip = cursor
         self.ready: list[tuple[int, int, Snippet]] = []  # (number of its piece, number within it, snippet)
-        self.counts = Counter()  # pieces, unusable ones, snippets, decisions, tokens of each source
+        self.counts = Counter()
         self.pieces = itertools.islice(self._pieces(), self.taken, None)
 
     @property
@@ -473,7 +468,7 @@ class SnippetStream:
             pieces = list(itertools.islice(self.pieces, size - len(self.ready)))
             if not pieces:
                 break
-            mine = [segment(p, source, *self.limits) for p, source in pieces[self.ranks.share(len(pieces))]]
+            mine = [segment(piece, source, *self.limits) for piece, source, _ in pieces[self.ranks.share(len(pieces))]]
             for snippets in all_gather_list(mine, self.ranks):
                 self.ready += [(self.taken, i, s) for i, s in enumerate(snippets) if i >= self.skip]
                 self.taken, self.skip = self.taken + 1, 0
@@ -481,80 +476,67 @@ class SnippetStream:
             if self.counts["pieces"] == self.counts["unusable"] >= 1000:
                 raise UserError(f"none of the first 1000 texts of {', '.join(self.args.dataset)} can be used")
         snippets, self.ready = [s for _, _, s in self.ready[:size]], self.ready[size:]
-        for s in snippets:
-            self.counts.update({"snippets": 1, "decisions": len(s.kinds), f"tokens/{s.source}": len(s.ids)})
+        self.counts.update(snippets=len(snippets), decisions=sum(len(s.kinds) for s in snippets))
         return snippets
 
     def metrics(self) -> dict[str, float]:
-        c, sources = self.counts, [key for key in self.counts if key.startswith("tokens/")]
-        tokens = sum(c[key] for key in sources)
-        return {
-            "data/pieces": self.taken, "data/unusable": c["unusable"] / max(1, c["pieces"]),
-            "data/decisions": c["decisions"] / max(1, c["snippets"]),
-            **{f"data/token_share/{key[7:]}": c[key] / tokens for key in sources},
-        }  # fmt: skip
+        c = self.counts
+        unusable, decisions = c["unusable"] / max(1, c["pieces"]), c["decisions"] / max(1, c["snippets"])
+        return {"data/unusable": unusable, "data/decisions": decisions}
 
-    def _pieces(self) -> Iterator[tuple[tuple, str]]:
+    def _pieces(self) -> Iterator[tuple[tuple, str, int]]:
         args = self.args
+        if self.part == "all":
+            yield from itertools.chain.from_iterable(source_pieces(source, args) for source in args.dataset)
+            return
+        # E has the share of the texts that it needs, but at least a tenth and at most a half
         e, m = args.rl_updates * args.rl_batch_size, args.ntp_updates * args.ntp_batch_size
         e_share = 1000 * min(0.5, max(0.1, e / max(1, e + m)))
         for epoch in itertools.count():
-            items = interleaved(self.args)
-            if self.part != "all":
-                items = (i for i in items if i[2] % 20 and (i[2] // 20 % 1000 < e_share) == (self.part == "E"))
-                items = shuffled(items, random.Random(f"{self.args.seed} {self.part} {epoch}"))
-            empty = True
-            for piece, source, _ in items:
-                empty = False
-                yield piece, source
-            if self.part == "all":
-                return
-            if empty:
-                raise UserError(f"{', '.join(self.args.dataset)}: no text for the {self.part}-step; give more data")
+            items = (i for i in interleaved(args) if i[2] % 20 and (i[2] // 20 % 1000 < e_share) == (self.part == "E"))
+            items = shuffled(items, random.Random(f"{args.seed} {self.part} {epoch}"))
+            first = next(items, None)
+            if first is None:
+                raise UserError(f"{', '.join(args.dataset)}: no text for the {self.part}-step; give more data")
+            yield first
+            yield from items
 
 
 def held_out(args: Args, v: Vocabulary, context: int, ranks: Ranks) -> list[Snippet]:
     """eval_snippets snippets of every source, from every twentieth of its texts, the same on all ranks."""
     found = []
     for source in args.dataset:
-        pieces = (piece for piece, _, key in source_pieces(source, args) if key % 20 == 0)
-        pieces = list(itertools.islice(pieces, 2 * args.eval_snippets))
-        random.Random("held out").shuffle(pieces)
-        name = short_name(source)
-        mine = [segment(piece, name, v, args, context) for piece in pieces[ranks.share(len(pieces))]]
+        items = (item for item in source_pieces(source, args) if item[2] % 20 == 0)
+        items = list(itertools.islice(items, 2 * args.eval_snippets))
+        random.Random("held out").shuffle(items)
+        mine = [segment(piece, name, v, args, context) for piece, name, _ in items[ranks.share(len(items))]]
         found += [s for snippets in all_gather_list(mine, ranks) for s in snippets][: args.eval_snippets]
     return found
 
 
-def short_name(source: str) -> str:
-    return Path(source.split(":")[-1].split("/*")[0]).name.split(".")[0]
-
-
 def source_pieces(source: str, args: Args) -> Iterator[tuple[tuple, str, int]]:
-    """(piece, short name, hash of its text) of one source; OpenCoder's rows name `lang` or `program_lang`."""
+    """(piece, short name of the source, hash of the text) for every piece of a source's Python texts."""
+    name = Path(source.split(":")[-1].split("/*")[0]).name.split(".")[0]
     for row in read_rows(source):
         text = column(row, args.text_column, source)
-        language = row.get("lang") or row.get("program_lang") or "python"
+        language = row.get("lang") or row.get("program_lang") or "python"  # OpenCoder's columns
         if isinstance(text, str) and text.strip() and language.lower() == "python":
             text = text.encode("utf-8", "replace").decode()  # lone surrogates
             key = zlib.crc32((row.get("path") or text).encode())
             for piece in cut_text(text, 4 * args.max_snippet_tokens):
-                yield piece, short_name(source), key
-
-
-def source_weights(args: Args) -> tuple[float, ...]:
-    return args.dataset_weights or WEIGHTS.get(args.dataset) or (1.0,) * len(args.dataset)
+                yield piece, name, key
 
 
 def interleaved(args: Args) -> Iterator[tuple[tuple, str, int]]:
-    """Pieces of all sources, drawn by their weights, until the first source is exhausted."""
-    weights, owed = source_weights(args), [0.0] * len(args.dataset)
-    sources = [source_pieces(source, args) for source in args.dataset]
+    """Pieces of all sources, each as often as its weight says, until the first source is exhausted."""
+    weights = args.dataset_weights or WEIGHTS.get(args.dataset) or (1.0,) * len(args.dataset)
+    sources, owed = [source_pieces(source, args) for source in args.dataset], [0.0] * len(args.dataset)
     while True:
         owed = [o + w for o, w in zip(owed, weights)]
         chosen = owed.index(max(owed))
         owed[chosen] -= sum(weights)
-        if (item := next(sources[chosen], None)) is None:
+        item = next(sources[chosen], None)
+        if item is None:
             return
         yield item
 
@@ -580,197 +562,164 @@ DRAFT = 4  # decisions of a row that share a forward pass; memory and speed only
 
 @dataclass
 class Rollout:
-    """One rolled-out snippet; arrays [W] over its tokens, of which the first is the separator."""
+    """One rolled-out snippet: the separator, then the code with q's thoughts in it. Arrays [W] over its tokens."""
 
     snippet: Snippet
+    thoughts: dict[int, list[int]]  # action -> the tokens that q drew before it, if it did not act
+    malformed: list[int]  # those of these actions whose thought had to be closed
     ids: np.ndarray
-    targets: np.ndarray  # FORCED, or what q drew at this place: a token, or EVENT for act
-    actions: np.ndarray  # action that a token belongs to (the code's) or leads to (a latent's); -1: none
+    targets: np.ndarray  # what q drew at this place: a token, EVENT for act, or FORCED if nothing
+    actions: np.ndarray  # the action that a token belongs to (the code's) or leads to (a thought's); -1: none
     expert: np.ndarray  # bool: a token of the code
-    malformed: np.ndarray  # bool: the thought was closed here
     advantages: np.ndarray | None = None  # [T]
 
-    def thinks(self) -> list[int]:
-        """The actions before which q thought, well-formed or not."""
-        return np.unique(self.actions[self.targets >= 0]).tolist()
-
     def without_malformed(self) -> "Rollout":
-        """The same with every malformed thought (and the indentation forced after it) replaced by act."""
-        keep = self.expert | ~np.isin(self.actions, self.actions[self.malformed])
-        keep[0] = True
-        return Rollout(self.snippet, *(getattr(self, name)[keep] for name in ARRAYS))
+        """The same with act in place of every malformed thought and of the indentation after it."""
+        keep = self.expert | ~np.isin(self.actions, self.malformed)
+        thoughts = {t: thought for t, thought in self.thoughts.items() if t not in self.malformed}
+        return Rollout(self.snippet, thoughts, [], *(getattr(self, name)[keep] for name in ARRAYS))
 
-    def thoughts(self, v: Vocabulary) -> dict[int, str]:
+    def texts(self, v: Vocabulary) -> dict[int, str]:
         """Action -> its thought, newline included; the well-formed ones."""
-        r = self.without_malformed()
-        rows = [r.ids[(r.actions == t) & (r.targets >= 0)].tolist() for t in r.thinks()]
-        return dict(zip(r.thinks(), v.decode(rows)))
+        thoughts = self.without_malformed().thoughts
+        return dict(zip(thoughts, v.decode(list(thoughts.values()))))
 
 
-ARRAYS = ("ids", "targets", "actions", "expert", "malformed")  # of a Rollout
+ARRAYS = ("ids", "targets", "actions", "expert")  # of a Rollout
 
 
-def all_act(snippet: Snippet) -> Rollout:
-    """The rollout in which every latent is act: the plain snippet, for the NTP baseline and as a draft."""
-    size = len(snippet.ids)
-    actions = np.searchsorted(snippet.boundaries, np.arange(size), side="right") - 1
-    expert, nothing = np.arange(size) > 0, np.zeros(size, dtype=bool)
-    return Rollout(snippet, snippet.ids, np.full(size, FORCED), actions, expert, nothing)
+def all_act(s: Snippet) -> Rollout:
+    """The rollout in which q always acts: the plain snippet."""
+    size = len(s.ids)
+    targets = np.full(size, FORCED)
+    targets[s.boundaries] = EVENT
+    actions = np.searchsorted(s.boundaries, np.arange(size), side="right") - 1
+    return Rollout(s, {}, [], s.ids, targets, actions, np.arange(size) > 0)
+
+
+def written(s: Snippet, t: int, drawn: list[int], v: Vocabulary) -> list[int]:
+    """What stands before action t if q drew this thought: the thought and the indentation once more.
+
+    A malformed thought is closed: its last token becomes CLOSING.
+    """
+    return [*drawn[:-1], v.closing if v.malformed(drawn) else drawn[-1], *s.indents[t]]
+
+
+def rolled_out(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary) -> Rollout:
+    """The rollout in which q drew these thoughts, and act before every other action."""
+    r = all_act(s)
+    r.thoughts, r.malformed = thoughts, [t for t, drawn in thoughts.items() if v.malformed(drawn)]
+    for t, drawn in sorted(thoughts.items(), reverse=True):  # from the end, so that earlier places stay
+        place, tokens = s.boundaries[t], written(s, t, drawn, v)
+        r.targets[place] = FORCED
+        for name, values in zip(ARRAYS, (tokens, drawn + [FORCED] * len(s.indents[t]), t, False)):
+            setattr(r, name, np.insert(getattr(r, name), [place] * len(tokens), values))
+    return r
 
 
 def turns(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary, longest: int):
-    """All turns of one snippet, as a coroutine: it is sent the token that q draws at the next place, and
-    yields the token to write there. Fills in `thoughts`: action -> the tokens that q drew for it.
-
-    A thought is over with a token that is `over`, or when it is `longest` tokens long; then the indentation is
-    written again, and the line of code follows.
+    """All turns of one snippet, as a coroutine. It is sent the token that q draws at the next place, and yields
+    the token to write there. Notes in `thoughts` what q drew: action -> tokens.
     """
     action_at = {boundary: t for t, boundary in enumerate(s.boundaries.tolist())}
     drawn = yield
     for place, token in enumerate(s.ids[1:].tolist(), start=1):
         t = action_at.get(place)
         if t is not None and drawn in v.opens_ids:  # at every other boundary q acts
-            thoughts[t], over = [], False
-            while not over:
+            thoughts[t] = [drawn]
+            while not (drawn in v.ends_ids or len(thoughts[t]) == longest):
+                drawn = yield drawn
                 thoughts[t].append(drawn)
-                over = drawn in v.over_ids or len(thoughts[t]) == longest
-                drawn = yield v.closing if over and v.malformed(thoughts[t]) else drawn
-            for indent in s.indents[t]:
-                drawn = yield indent
+            for last in written(s, t, thoughts[t], v)[len(thoughts[t]) - 1 :]:
+                drawn = yield last
         drawn = yield token
+    while True:  # other rows are longer
+        yield v.tokenizer.eos_token_id
 
 
 class Forcing(LogitsProcessor):
-    """Lets `generate` write what the rows' coroutines say. The token in column p is drawn with noise[:,
-    p]."""
+    """Lets `generate` write what the rows' coroutines say. The token in column p is drawn with noise[:, p]."""
 
     def __init__(self, rows: list, noise: torch.Tensor, temperature: float) -> None:
-        self.rows, self.noise, self.temperature, self.going = rows, noise, temperature, True
+        self.rows, self.noise, self.temperature = rows, noise, temperature
         for row in rows:
             next(row)
 
     def __call__(self, input_ids, scores):
         probs = (scores.float() / self.temperature).softmax(-1)
         drawn = inverse_cdf(probs, self.noise[:, input_ids.shape[1]]).tolist()
-        token = [self.send(row, one) for row, one in zip(self.rows, drawn)]
-        self.going = any(one is not None for one in token)
-        return only(torch.tensor([one or 0 for one in token], device=scores.device), scores)
-
-    def send(self, row, drawn: int) -> int | None:
-        try:
-            return row.send(drawn)
-        except StopIteration:
-            return None  # the snippet has ended
-
-
-class Until(StoppingCriteria):
-    """Ends `generate` when `done(ids)`, bool [B], holds for every row."""
-
-    def __init__(self, done) -> None:
-        self.done = done
-
-    def __call__(self, input_ids, scores, **kw):
-        return self.done(input_ids)
+        tokens = [row.send(token) for row, token in zip(self.rows, drawn)]
+        return only(torch.tensor(tokens, device=scores.device), scores)
 
 
 def rollout_forced(model, snippets: list[Snippet], noise, v: Vocabulary, args: Args) -> list[Rollout]:
-    """Token by token: one call of generate writes all snippets through all their turns. For every
-    architecture."""
+    """Token by token, for every architecture: one call of generate writes all snippets through all their turns."""
     thoughts: list[dict] = [{} for _ in snippets]
-    coroutines = [turns(s, t, v, args.max_latent_tokens) for s, t in zip(snippets, thoughts)]
-    forcing = Forcing(coroutines, noise, args.temperature)
+    rows = [turns(s, own, v, args.max_latent_tokens) for s, own in zip(snippets, thoughts)]
     ids = torch.tensor([[int(s.ids[0])] for s in snippets], device=noise.device)
-    until = Until(lambda ids: ids.new_full((len(ids),), not forcing.going, dtype=torch.bool))
     model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=noise.shape[1] - 1, synced_gpus=False,
-        logits_processor=LogitsProcessorList([forcing]), stopping_criteria=StoppingCriteriaList([until]),
+        logits_processor=LogitsProcessorList([Forcing(rows, noise, args.temperature)]),
+        eos_token_id=v.tokenizer.eos_token_id,
     )  # fmt: skip
-    rollouts = [all_act(s) for s in snippets]
-    for r, own in zip(rollouts, thoughts):
-        r.targets[r.snippet.boundaries] = EVENT
-        moved = 0
-        for t, tokens in own.items():
-            place = int(r.snippet.boundaries[t]) + moved
-            r.targets[place] = FORCED
-            moved += insert_thought(r, place, t, tokens, v)
-    return rollouts
+    return [rolled_out(s, own, v) for s, own in zip(snippets, thoughts)]
+
+
+@dataclass
+class Draft:
+    """How far a row of rollout_drafted is."""
+
+    snippet: Snippet
+    thoughts: dict[int, list[int]]  # that q drew
+    turn: int = 0  # the next action
+    code: int = 0  # tokens of the code that are read
+    read: int = 0  # tokens of the row that are read
+    unread: Sequence[int] = ()  # a thought and the indentation after it: written, but not read
 
 
 def rollout_drafted(model, snippets: list[Snippet], noise, v: Vocabulary, args: Args) -> list[Rollout]:
     """The same rollouts in fewer passes, for models whose only state is attention to all tokens.
 
-    A row is a whole text at any time: what is decided, then the code as if every latent to come were act. One
-    pass reads the next DRAFT actions and draws the decision before each. Those up to a row's first thought
-    hold; what was read after it is masked in the cache for good. `generate` writes the thought on a copy of
-    the cache.
+    One pass reads the code before the next DRAFT actions of each row, as if q acted before all of them, and
+    draws these decisions. Those up to a row's first thought hold; what was read after it is masked in the
+    cache for good. `generate` writes the thought on a copy of the cache.
     """
-    device, rows, cache = model.device, [all_act(s) for s in snippets], DynamicCache(config=model.config)
-    turn, seen, moved = np.zeros((3, len(rows)), dtype=np.int64)  # next action, tokens read, tokens inserted
-    alive, mask = np.arange(len(rows)), torch.zeros(len(rows), 0, dtype=torch.long, device=device)
+    device, cache = model.device, DynamicCache(config=model.config)
+    rows = going = [Draft(s, {}) for s in snippets]  # going: those that have actions left
+    mask = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
     while True:
-        keep = torch.tensor([k for k, i in enumerate(alive) if turn[i] < len(snippets[i].boundaries)], device=device)
-        if not len(keep):
-            return rows
-        if len(keep) < len(alive):
-            cache.reorder_cache(keep)
-            mask, alive = mask[keep], alive[keep.cpu().numpy()]
-        places = [snippets[i].boundaries[turn[i] : turn[i] + DRAFT] + moved[i] for i in alive]
-        chunks = [rows[i].ids[seen[i] : p[-1]].tolist() for i, p in zip(alive, places)]
-        hidden = model.run(read_on, chunks, seen[alive], mask, cache)  # [B, C, D]
-        width = hidden.shape[1]
-        # the decision before the action at place p is drawn after token p - 1
-        columns = [width - len(c) + p - 1 - seen[i] for i, p, c in zip(alive, places, chunks)]
-        row = torch.from_numpy(np.repeat(np.arange(len(alive)), list(map(len, places)))).to(device)  # [N]
-        column, place = (torch.from_numpy(np.concatenate(x)).to(device) for x in (columns, places))
-        who = torch.from_numpy(alive).to(device)
-        drawn = draw(model, hidden[row, column], noise[who[row], place], args)  # [N]
-        opens = np.split(v.opens[drawn].cpu().numpy(), np.cumsum(list(map(len, places)))[:-1])
-        read, thinking, first = np.zeros(len(alive), dtype=np.int64), [], []
-        for k, (i, p, o) in enumerate(zip(alive, places, opens)):
-            acts = int(o.argmax()) if o.any() else len(p)
-            rows[i].targets[p[:acts]] = EVENT
-            place = int(p[: acts + 1][-1])
-            read[k], seen[i], turn[i] = place - seen[i], place, turn[i] + acts
-            if acts < len(p):
-                thinking.append(k)
-                first.append(sum(map(len, places[:k])) + acts)
-        pads = torch.tensor([width - len(c) for c in chunks], device=device)
-        new = torch.arange(width, device=device) - pads[:, None]  # [B, C] index in the chunk
-        kept = (new >= 0) & (new < torch.from_numpy(read).to(device)[:, None])
-        mask = torch.cat([mask, kept.long()], 1)
+        keep = [k for k, row in enumerate(going) if row.turn < len(row.snippet.boundaries)]
+        if not keep:
+            return [rolled_out(row.snippet, row.thoughts, v) for row in rows]
+        if len(keep) < len(going):
+            index = torch.tensor(keep, device=device)
+            cache.reorder_cache(index)
+            going, mask, noise = [going[k] for k in keep], mask[index], noise[index]
+        ahead = [row.snippet.boundaries[row.turn : row.turn + DRAFT] for row in going]
+        chunks = [[*row.unread, *row.snippet.ids[row.code : to[-1]].tolist()] for row, to in zip(going, ahead)]
+        hidden = model.run(read_on, chunks, [row.read for row in going], mask, cache)  # [B, C, D]
+        # a chunk ends where its last boundary is; the others are counted back from there
+        decisions = [(k, boundary - to[-1]) for k, to in enumerate(ahead) for boundary in to]
+        index, back = torch.tensor(decisions, device=device).T  # [N]
+        ends = torch.tensor([row.read + len(chunk) for row, chunk in zip(going, chunks)], device=device)  # [B]
+        drawn = iter(draw(model, hidden[index, back - 1], noise[index, ends[index] + back], args).tolist())  # [N]
+        thinking, holds = [], np.zeros(hidden.shape[:2], dtype=np.int64)  # [B, C] 1: stays in the cache
+        for k, (row, to, chunk) in enumerate(zip(going, ahead, chunks)):
+            tokens = list(itertools.islice(drawn, len(to)))
+            acts = next((i for i, token in enumerate(tokens) if token in v.opens_ids), len(to))
+            row.code = to[min(acts, len(to) - 1)]
+            vain = to[-1] - row.code  # tokens that were read after the place of the thought
+            holds[k, holds.shape[1] - len(chunk) : holds.shape[1] - vain] = 1
+            row.turn, row.read, row.unread = row.turn + acts, row.read + len(chunk) - vain, ()
+            if acts < len(to):
+                thinking.append((k, tokens[acts], row.read))
+        mask = torch.cat([mask, torch.from_numpy(holds).to(device)], 1)
         if thinking:
-            index = torch.tensor(thinking, device=device)
-            at = torch.from_numpy(seen[alive[thinking]]).to(device)
-            thoughts = think(model, cache, mask, index, drawn[first], noise[who[index]], at, v, args)
-            for i, tokens in zip(alive[thinking], thoughts):
-                moved[i] += insert_thought(rows[i], int(seen[i]), int(turn[i]), tokens, v)
-                turn[i] += 1
-
-
-def think(model, cache, mask, index, token, noise, at, v: Vocabulary, args: Args) -> list[list[int]]:
-    """The thoughts of the rows `index` [B] of the cache, each from the `token` [B] that opened it at place
-    `at` [B].
-
-    A thought is over with a token that is `over`, or after max_latent_tokens. noise [B, W].
-    """
-    own = copy.copy(cache)  # of the layers, too; reordering makes new tensors
-    own.layers = [copy.copy(layer) for layer in cache.layers]
-    own.reorder_cache(index)
-    mask = torch.cat([mask[index], torch.ones_like(token)[:, None]], 1)
-    ids, start = torch.zeros_like(mask), mask.shape[1]
-    ids[:, -1] = token
-    places = (at[:, None] + torch.arange(1, args.max_latent_tokens, device=at.device)).clamp(max=noise.shape[1] - 1)
-    sampler = Sampler(noise.gather(1, places), start, args.temperature, noise.device)
-    if args.max_latent_tokens > 1:
-        ids = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=args.max_latent_tokens - 1, synced_gpus=False,
-            logits_processor=LogitsProcessorList([sampler]), **{cache_argument(model): own},
-            stopping_criteria=StoppingCriteriaList([Until(lambda ids: v.over[ids[:, start - 1 :]].any(1))]),
-        )  # fmt: skip
-    tokens = ids[:, start - 1 :]
-    over = v.over[tokens]
-    lengths = torch.where(over.any(1), over.int().argmax(1) + 1, tokens.shape[1]).tolist()
-    return [row[:length] for row, length in zip(tokens.tolist(), lengths)]
+            index, token, place = torch.tensor(thinking, device=device).T
+            for k, thought in zip(index.tolist(), think(model, cache, mask, index, token, noise, place, v, args)):
+                row = going[k]
+                row.thoughts[row.turn], row.unread = thought, written(row.snippet, row.turn, thought, v)
+                row.turn += 1
 
 
 def draw(model, hidden, noise, args: Args) -> torch.Tensor:
@@ -780,28 +729,36 @@ def draw(model, hidden, noise, args: Args) -> torch.Tensor:
     return torch.cat([inverse_cdf((head(h).float() / args.temperature).softmax(-1), u) for h, u in parts])
 
 
-def insert_thought(r: Rollout, place: int, t: int, tokens: list[int], v: Vocabulary) -> int:
-    """Put a thought before action t, which begins at `place`, and the indentation after it; tokens inserted.
+def think(model, cache, mask, index, token, noise, place, v: Vocabulary, args: Args) -> list[list[int]]:
+    """What q draws in the rows `index` [B] of the cache: a thought that begins with `token` [B] at `place` [B].
 
-    A malformed thought is closed: its last token becomes CLOSING.
+    noise: of all rows of the cache. The cache itself stays as it is.
     """
-    malformed = v.malformed(tokens)
-    ids, indent = tokens[:-1] + [v.closing if malformed else tokens[-1]], r.snippet.indents[t]
-    size = len(ids) + len(indent)
-    closed = (np.arange(size) == len(ids) - 1) & malformed
-    for name, values in zip(ARRAYS, (ids + indent, tokens + [FORCED] * len(indent), t, False, closed)):
-        setattr(r, name, np.insert(getattr(r, name), [place] * size, values))
-    return size
+    own = copy.copy(cache)  # of the layers, too; reordering makes new tensors
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    own.reorder_cache(index)
+    ids = torch.cat([torch.zeros_like(mask[index]), token[:, None]], 1)  # what is in the cache needs no ids
+    mask, start = torch.cat([mask[index], torch.ones_like(token)[:, None]], 1), ids.shape[1]
+    places = place[:, None] + torch.arange(1, args.max_latent_tokens, device=place.device)
+    own_noise = noise[index].gather(1, places.clamp(max=noise.shape[1] - 1))
+    if args.max_latent_tokens > 1:
+        ids = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=args.max_latent_tokens - 1, synced_gpus=False,
+            logits_processor=LogitsProcessorList([Sampler(own_noise, start, args.temperature, noise.device)]),
+            eos_token_id=sorted(v.ends_ids), **{cache_argument(model): own},
+        )  # fmt: skip
+    thoughts = ids[:, start - 1 :].tolist()
+    ends = [next((i for i, token in enumerate(row) if token in v.ends_ids), len(row)) for row in thoughts]
+    return [row[: end + 1] for row, end in zip(thoughts, ends)]
 
 
 @torch.no_grad()
 def sample(
     model, batches: list[list[Snippet]], key: str, first: int, v: Vocabulary, args: Args, ranks: Ranks
 ) -> list[list[Rollout]]:
-    """This rank's rollouts of each of the global batches, all sampled at once; without a model every latent
-    is act.
+    """This rank's rollouts of each of the global batches, all sampled at once. Without a model q always acts.
 
-    The snippets are numbered from `first` on, through all batches; each has the noise of (seed, key, number),
+    The snippets are numbered from `first` on, through all batches. Each has the noise of (seed, key, number),
     so that draws are the same on any number of ranks. Rows of similar length are rolled out together.
     """
     numbers = accumulate([first, *map(len, batches)])
@@ -829,40 +786,34 @@ def sample(
 def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, given_decision=False):
     """Log-probability of each token of the code given all before it, thoughts included: one array a rollout.
 
-    With `given_decision` an action's first token is conditioned on not opening a thought: log p - log(1 -
+    With `given_decision` the first token of an action is conditioned on not opening a thought: log p - log(1 -
     sum_H p), unless the code itself has a comment there (D5). Equal rows are scored once.
     """
-    texts = [r.ids.tobytes() for r in rollouts]
-    distinct = list({text: i for i, text in enumerate(texts)}.values())
-    scored: dict[bytes, np.ndarray] = {}
+    keys = [r.ids.tobytes() + r.expert.tobytes() for r in rollouts]
+    distinct, scored = list(dict(zip(keys, rollouts)).items()), {}
     with gathered(model):
-        for batch in micro_batches([len(rollouts[i].ids) for i in distinct], args.micro_batch_tokens):
-            chosen = [rollouts[distinct[i]] for i in batch]
-            where = [np.flatnonzero(r.expert) for r in chosen]
-            options, n = {}, sum(map(len, where))
-            targets = np.concatenate([r.ids[w] for r, w in zip(chosen, where)])
-            if given_decision:  # the probability of act, too, where an action begins
-                begins = [np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(chosen, where)]
-                acts = [w[b & ~np.isin(r.ids[w], list(v.opens_ids))] for r, w, b in zip(chosen, where, begins)]
-                order = [np.concatenate([w, a]) for w, a in zip(where, acts)]
-                targets = [np.append(r.ids[w], np.full(len(a), EVENT)) for r, w, a in zip(chosen, where, acts)]
-                targets = np.concatenate(targets)
-                where, options = order, {"event": ~v.opens}
+        for batch in micro_batches([len(r.ids) for _, r in distinct], args.micro_batch_tokens):
+            names, chosen = zip(*(distinct[i] for i in batch))
+            code = [np.flatnonzero(r.expert) for r in chosen]
+            acts = [c[:0] for c in code]  # where the probability of act is wanted, too
+            if given_decision:
+                acts = [c[np.diff(r.actions[c], prepend=-1) > 0] for r, c in zip(chosen, code)]
+                acts = [a[~np.isin(r.ids[a], list(v.opens_ids))] for r, a in zip(chosen, acts)]
+            targets = [np.append(r.ids[c], np.full(len(a), EVENT)) for r, c, a in zip(chosen, code, acts)]
+            where = [np.append(c, a) for c, a in zip(code, acts)]
             logprobs, _ = token_logprobs(
-                model, [r.ids for r in chosen], where, targets=torch.from_numpy(targets).to(v.opens.device), **options
-            )
+                model, [r.ids for r in chosen], where, event=~v.opens,
+                targets=torch.from_numpy(np.concatenate(targets)).to(v.opens.device),
+            )  # fmt: skip
             parts = np.split(logprobs.double().cpu().numpy(), np.cumsum(list(map(len, where)))[:-1])
-            for r, w, part in zip(chosen, where, parts):
-                n = int(r.expert.sum())
-                own = part[:n].copy()
-                own[np.searchsorted(w[:n], w[n:])] -= part[n:]
-                scored[r.ids.tobytes()] = own
-    return [scored[text] for text in texts]
+            for name, c, a, part in zip(names, code, acts, parts):
+                part[np.searchsorted(c, a)] -= part[len(c) :]
+                scored[name] = part[: len(c)]
+    return [scored[key] for key in keys]
 
 
 def line_likelihoods(rollout: Rollout, logprobs: np.ndarray) -> np.ndarray:
-    """l_t of every action [T]: the mean log-probability of its tokens (D2); logprobs: of the tokens of the
-    code."""
+    """l_t of every action [T]: the mean of the log-probabilities of its tokens (D2)."""
     actions = rollout.actions[rollout.expert]
     return np.array([logprobs[actions == t].mean() for t in range(len(rollout.snippet.boundaries))])
 
@@ -870,8 +821,8 @@ def line_likelihoods(rollout: Rollout, logprobs: np.ndarray) -> np.ndarray:
 def step_rewards(rollout: Rollout, logprobs: np.ndarray, penalty: float) -> np.ndarray:
     """r_t of every action [T], eq. (4.1) with the fixed penalty of Algorithm 1 in place of the KL."""
     costs = np.zeros(len(rollout.snippet.boundaries))
-    costs[rollout.thinks()] = penalty
-    costs[rollout.actions[rollout.malformed]] = MALFORMED_PENALTY  # D3
+    costs[list(rollout.thoughts)] = penalty
+    costs[rollout.malformed] = MALFORMED_PENALTY  # D3
     return line_likelihoods(rollout, logprobs) - costs  # eq. (4.1), Algorithm 1 line 3
 
 
@@ -887,11 +838,9 @@ def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
     if horizon < 0:
         raise ValueError(f"the horizon must be 0 (to the end) or positive, got {horizon}")
     to_the_end = rewards.flip(-1).cumsum(-1).flip(-1)
-    if horizon == 0 or horizon >= rewards.shape[-1]:
+    if horizon == 0:
         return to_the_end
-    beyond = torch.zeros_like(to_the_end)
-    beyond[..., :-horizon] = to_the_end[..., horizon:]
-    return to_the_end - beyond
+    return to_the_end - torch.nn.functional.pad(to_the_end, (0, horizon))[..., horizon:]
 
 
 def group_baseline_advantages(returns: torch.Tensor) -> torch.Tensor:
@@ -917,7 +866,7 @@ def policy_gradient_loss(model, rollouts: list[Rollout], v: Vocabulary, args: Ar
     where = [np.flatnonzero(r.targets != FORCED) for r in rollouts]
     targets = torch.from_numpy(np.concatenate([r.targets[w] for r, w in zip(rollouts, where)])).to(device)
     advantages = np.concatenate([r.advantages[r.actions[w]] for r, w in zip(rollouts, where)])
-    # at each decision, also where q has opened a thought, all that means act is one outcome of z_t
+    # in the entropy of a decision, all tokens that mean act are one outcome
     decisive = np.concatenate([np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(rollouts, where)])
     logprobs, entropy = token_logprobs(
         model, [r.ids for r in rollouts], where, targets=targets, event=~v.opens,
@@ -943,7 +892,7 @@ def ntp_loss(model, rollouts: list[Rollout], mask_latents: bool, tokens: float):
 def update(model, optimizer, rollouts, loss_of, args: Args, ranks: Ranks, interrupt: Interrupt):
     """One optimizer step on all ranks' rollouts: (global loss, sum of the second value, gradient norm).
 
-    loss_of(rollouts) -> (part of the global loss, a sum to report). If the loss or gradient is not finite,
+    loss_of(rollouts) -> (part of the global loss, a sum to report). If the loss or the gradient is not finite,
     nothing changes and the norm is NaN.
     """
     total, reported = 0.0, 0.0
@@ -956,6 +905,9 @@ def update(model, optimizer, rollouts, loss_of, args: Args, ranks: Ranks, interr
         reported += weight * extra.item()
     norm = optimizer_step(model, optimizer, total, args.max_grad_norm, ranks)
     return *all_sum([total, reported], ranks), norm
+
+
+# ---------------------------------------------------------------- one update of either step
 
 
 def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks, interrupt: Interrupt) -> dict:
@@ -980,264 +932,23 @@ def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks,
     for r, row in zip(rollouts, group_baseline_advantages(returns).flatten(0, 1).numpy()):
         r.advantages = row
     # 4 update
-    sums = rollout_sums(rollouts) | {"reward": rewards.sum().item(), "act": act_rewards}
-    sums = all_sum(sums, ranks)
-    _, entropy, norm = update(
-        q, optimizer, rollouts, lambda part: policy_gradient_loss(q, part, v, args, sums["decisions"]), args, ranks,
-        interrupt,
-    )  # fmt: skip
+    sums = all_sum(rollout_sums(rollouts) | {"reward": rewards.sum().item(), "act": act_rewards}, ranks)
+    decisions = max(1, sums["decisions"])
+
+    def loss_of(part):
+        return policy_gradient_loss(q, part, v, args, decisions)
+
+    _, entropy, norm = update(q, optimizer, rollouts, loss_of, args, ranks, interrupt)
     clock.append(time.perf_counter())
     return {
-        "reward/mean": sums["reward"] / sums["decisions"],
-        "reward/gain": (sums["reward"] - sums["act"]) / sums["decisions"],
-        "reward/penalty": penalty, "policy/entropy": entropy / sums["decisions"], "optim/grad_norm": norm,
-        **rollout_metrics(sums), **timing(clock, sums["tokens"]),
+        "reward/mean": sums["reward"] / decisions, "reward/gain": (sums["reward"] - sums["act"]) / decisions,
+        "reward/penalty": penalty, "policy/entropy": entropy / decisions, "optim/grad_norm": norm,
+        **shared_metrics(sums, clock),
     }  # fmt: skip
-
-
-def m_step(pi, optimizer, rollouts: list[Rollout], seconds: float, args: Args, ranks: Ranks, interrupt) -> dict:
-    """One M-step update of pi on this rank's rollouts, which took `seconds` to sample. Returns metrics."""
-    clock = [time.perf_counter() - seconds, *[time.perf_counter()] * 2]  # nothing to score
-    sums = rollout_sums(rollouts)
-    rollouts = [r.without_malformed() for r in rollouts]
-    sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
-    sums = all_sum(sums, ranks)
-    # 4 update
-    loss, code_loss, norm = update(
-        pi, optimizer, rollouts, lambda part: ntp_loss(pi, part, args.mask_latents, sums["trained"]), args, ranks,
-        interrupt,
-    )  # fmt: skip
-    clock.append(time.perf_counter())
-    return {
-        "train/loss": loss, "train/ce_code": code_loss / sums["expert_tokens"], "optim/grad_norm": norm,
-        **rollout_metrics(sums), **timing(clock, sums["tokens"]),
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------- 5 log, evaluate, save
-
-CONSOLE = (
-    "{phase}", "gain {reward/gain:+.3f}", "loss {train/loss:.3f}", "think {rollout/think_rate:5.1%}",
-    "format {rollout/format_rate:.0%}", "grad {optim/grad_norm:.2f}",
-    "{time/rollout_s:.1f} + {time/score_s:.1f} + {time/update_s:.1f} s", "{perf/tokens_per_s:.0f} tokens/s",
-    "{perf/peak_memory_gib:.1f} GiB",
-)  # fmt: skip
-HELDOUT = ("held-out ce {eval/ce_code:.4f}", "pass@1 {eval/pass@1:.3f}")
-SHOWN = ("constant", "assign", "return")  # kinds of line
-PANELS = (
-    ("reward per line, over never thinking (nats)", {"reward/gain": "E-step"}, "update"),
-    ("think rate", {"rollout/think_rate": "all lines", **{f"rollout/think_rate/{k}": k for k in SHOWN}}, "update"),
-    ("cross-entropy of the code, training (nats per token)", {"train/ce_code": "M-step"}, "update"),
-    ("cross-entropy of held-out code (nats per token)",
-     {"eval/ce_code": "with its thoughts", "eval/ce_code_act": "without"}, "update"),
-    ("pass@1, greedy", {"eval/pass@1": ""}, "update"),
-    ("share of thoughts that are well-formed", {"rollout/format_rate": ""}, "update"),
-    ("reward over wall time", {"reward/gain": "E-step"}, "time/wall_s"),
-    ("gradient norm", {"optim/grad_norm": ""}, "update"),
-)  # fmt: skip
-LEGEND = "Thoughts in green. After each: l_t, the line's mean log-likelihood per token, with the thought and without."
-
-
-def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
-    """Counts to be added up over ranks, the same keys on all: of/KIND decisions and at/KIND thoughts."""
-    of = Counter(kind for r in rollouts for kind in r.snippet.kinds)
-    at = Counter(r.snippet.kinds[t] for r in rollouts for t in r.thinks())
-    return {
-        "decisions": of.total(), "thoughts": at.total(), "malformed": sum(int(r.malformed.sum()) for r in rollouts),
-        "latent_tokens": sum(int((r.targets >= 0).sum()) for r in rollouts),
-        "tokens": sum(len(r.ids) for r in rollouts), "expert_tokens": sum(int(r.expert.sum()) for r in rollouts),
-        **{f"{name}/{kind}": count[kind] for name, count in (("of", of), ("at", at)) for kind in KINDS},
-    }  # fmt: skip
-
-
-def think_rates(sums: dict[str, float], name: str) -> dict[str, float]:
-    return {f"{name}/{kind}": sums[f"at/{kind}"] / sums[f"of/{kind}"] for kind in KINDS if sums[f"of/{kind}"]}
-
-
-def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
-    return {
-        "rollout/think_rate": sums["thoughts"] / max(1, sums["decisions"]),
-        "rollout/format_rate": 1 - sums["malformed"] / max(1, sums["thoughts"]),
-        "rollout/latent_tokens": sums["latent_tokens"] / max(1, sums["thoughts"]),
-        **think_rates(sums, "rollout/think_rate"),
-    }
-
-
-def timing(clock: list[float], tokens: float) -> dict[str, float]:
-    seconds = np.diff(clock)
-    names = ("time/rollout_s", "time/score_s", "time/update_s")
-    return dict(zip(names, seconds)) | {"perf/tokens_per_s": tokens / sum(seconds)}
-
-
-def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, run: Run) -> tuple[dict, list[str]]:
-    """Cross-entropy (nats per token) of held-out code with the model's own thoughts and without; pass@1.
-
-    The same noise every time, one draw of the thoughts; malformed ones become act, as in the M-step. Returns
-    the metrics, and the two snippets as text in which thoughts helped most.
-    """
-    (drawn,) = sample(model, [snippets], "eval", 0, v, args, run.ranks)
-    rollouts = [r.without_malformed() for r in drawn]
-    plain = [all_act(r.snippet) for r in rollouts]
-    thinking, acting = (expert_logprobs(model, rows, v, args) for rows in (rollouts, plain))
-    metrics, everything = {}, Counter()
-    for source in sorted({s.source for s in snippets}):
-        mine = [i for i, r in enumerate(rollouts) if r.snippet.source == source]
-        sums = rollout_sums([drawn[i] for i in mine])
-        for name, logprobs in (("ce_code", thinking), ("ce_code_act", acting)):
-            sums[name] = -sum(logprobs[i].sum() for i in mine)
-        sums = all_sum(sums, run.ranks)
-        everything.update(sums)
-        for name in ("ce_code", "ce_code_act"):
-            metrics[f"eval/{name}"] = everything[name] / everything["expert_tokens"]  # the last one holds
-            metrics[f"eval/{name}/{source}"] = sums[name] / sums["expert_tokens"]
-        metrics |= think_rates(sums, f"eval/think_rate/{source}")
-    if problems:
-        metrics["eval/pass@1"] = pass_at_1(model, problems, v, args, run.ranks)
-    shown = []
-    for r, p, lp, lp_act in zip(rollouts, plain, thinking, acting):
-        lines = np.stack([line_likelihoods(r, lp), line_likelihoods(p, lp_act)])  # [2, T]
-        gains = (lines[0] - lines[1])[r.thinks()]
-        shown.append((max(gains, default=-math.inf), r, dict(zip(r.thinks(), lines.T[r.thinks()].tolist()))))
-    shown.sort(key=lambda item: -item[0])
-    blocks = [f"<pre>{rendered(r, v, HTML, html.escape, lines)}</pre>" for _, r, lines in shown[:6] + shown[6::40]]
-    run.samples(title, LEGEND, blocks)
-    return metrics, [rendered(r, v, TERMINAL, str, lines) for gain, r, lines in shown[:2] if gain > 0]
-
-
-HTML, TERMINAL = ("<span class=thought>", "</span>"), ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
-
-
-def rendered(r: Rollout, v: Vocabulary, marks: tuple[str, str], escape, lines: dict[int, list[float]]) -> str:
-    """A rollout's text with each thought between the two marks, and l_t with and without it."""
-    marked = {}
-    for t, thought in r.thoughts(v).items():
-        note = "   [l_t {:.2f}, without {:.2f}]".format(*lines[t]) if t in lines else ""
-        marked[t] = f"\x02{thought.rstrip()}\x03{note}\n"
-    return escape(bootstrap_text(r.snippet, marked)).replace("\x02", marks[0]).replace("\x03", marks[1])
-
-
-@torch.no_grad()
-def pass_at_1(model, problems: list[dict], v: Vocabulary, args: Args, ranks: Ranks) -> float:
-    """Share of problems (HumanEval's columns) whose greedy completion, up to text in column 0, passes its
-    tests."""
-    programs, mine, eos = [], problems[ranks.share(len(problems))], v.tokenizer.eos_token_id
-    with gathered(model):
-        for first in range(0, len(mine), args.rollout_rows):
-            batch = mine[first : first + args.rollout_rows]
-            ids, mask = pad_left([[v.separator, *v.encode(row["prompt"])] for row in batch], model.device)
-            width = ids.shape[1]
-            sampler = Sampler(torch.zeros(len(batch), EVAL_TOKENS), width, 0.0, model.device)
-            until = Until(lambda ids, width=width: (ids[:, width:] == eos).any(1))
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=EVAL_TOKENS, synced_gpus=False,
-                logits_processor=LogitsProcessorList([sampler]), stopping_criteria=StoppingCriteriaList([until]),
-            )  # fmt: skip
-            rows = [row[: row.index(eos)] if eos in row else row for row in out[:, width:].tolist()]
-            for row, text in zip(batch, v.decode(rows)):
-                body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
-                tests = f"{row['test']}\ncheck({row['entry_point']})"
-                programs.append({"code": row["prompt"] + body, "tests": tests})
-    passed = [verdict["passed"] for verdict in run_tests(programs, timeout_s=3.0, memory_mb=1024, workers=0)]
-    return all_sum(float(sum(passed)), ranks) / len(problems)
-
-
-def print_end(stages: list[tuple[str, dict]], shown: list[str], run: Run) -> None:
-    """What the run did: a row for each metric on held-out data, a column for each stage; then two samples."""
-    last = stages[-1][1]
-    wanted = [k for k in last if "pass@1" in k or k.startswith("eval/ce_code")]
-    wanted += [k for k in last if k.startswith("eval/think_rate") and any(m.get(k, 0) >= 0.005 for _, m in stages)]
-    name = max((len(k) for k in wanted), default=5) - len("eval/")
-    run.say("\nheld out".ljust(name + 3) + "".join(f"{title:>12}" for title, _ in stages))
-    for key in wanted:
-        values = "".join(f"{m.get(key, math.nan):12.3f}" for _, m in stages)
-        run.say(f"  {key.removeprefix('eval/').ljust(name)}{values}")
-    run.say("ce_code: cross-entropy of the code, nats per token, with the model's thoughts; _act: without\n")
-    for text in shown:
-        run.say("\n".join(text.splitlines()[:16]) + "\n")
-    if run.args.algo == "ra3" and not shown:
-        run.say("No thought helped: the base model writes no useful comments here, or the penalty is too large.\n")
-    run.say(f"samples {run.path}/samples.html   curves {run.path}/curves.png   models {run.path}/checkpoints/")
-
-
-def bootstrap(model, v: Vocabulary, context: int, run: Run, args: Args, ranks: Ranks) -> None:
-    """--bootstrap-only: bootstrapped.jsonl, one object a snippet: text, bootstrapped, latents [{line, text}].
-
-    With --resume auto, an earlier file is continued.
-    """
-    target, started = run.path / "bootstrapped.jsonl", time.perf_counter()
-    # without the last line's end, a run was killed there: that line is torn
-    earlier = target.read_text(encoding="utf-8").split("\n")[:-1] if target.exists() else []
-    count = first = len(earlier)
-    all_sum(0.0, ranks)  # every rank has read the file before rank 0 cuts it
-    if ranks.main:
-        write_whole(target, "".join(line + "\n" for line in earlier))
-    stream = SnippetStream(args, "all", v, context, ranks)
-    stream.batch(count)
-    while snippets := stream.batch(args.rollout_rows * ranks.world_size):
-        lines = []
-        (rollouts,) = sample(model, [snippets], "bootstrap", count, v, args, ranks)
-        for r in rollouts:
-            text, thoughts = r.snippet.text, r.thoughts(v)
-            numbers = [text.count("\n", 0, r.snippet.starts[r.snippet.boundaries[t]]) for t in thoughts]
-            latents = [{"line": n, "text": z.strip()} for n, z in zip(numbers, thoughts.values())]
-            lines.append({"text": text, "bootstrapped": bootstrap_text(r.snippet, thoughts), "latents": latents})
-        lines = all_gather_list(lines, ranks)
-        count += len(snippets)
-        if ranks.main:
-            with open(target, "a", encoding="utf-8") as handle:
-                handle.writelines(json.dumps(line) + "\n" for line in lines)
-        run.say(f"{count} snippets  {(count - first) / (time.perf_counter() - started):.1f}/s")
-
-
-# ---------------------------------------------------------------- main
-
-
-def check(args: Args, ranks: Ranks) -> None:
-    """UserError for sizes that cannot work, naming the nearest that can."""
-    for name in ("rl_batch_size", "ntp_batch_size"):
-        size, flag = getattr(args, name), name.replace("_", "-")
-        if size <= 0 or size % ranks.world_size:
-            nearest = max(ranks.world_size, size // ranks.world_size * ranks.world_size)
-            raise UserError(f"--{flag} {size} does not divide by {ranks.world_size} ranks: use {nearest}")
-    positive = "em_iterations ntp_updates max_latent_tokens temperature rollout_rows save_every micro_batch_tokens"
-    not_negative = "rl_updates return_horizon penalty_warmup eval_every eval_snippets rl_learning_rate"
-    check_sizes(args, f"{positive} max_grad_norm", f"{not_negative} ntp_learning_rate weight_decay entropy_coef")
-    if args.algo == "ntp" and args.q_model:
-        raise UserError("--algo ntp has no thoughts, so it takes no --q-model")
-    if args.group_size < 2:
-        raise UserError("--group-size must be at least 2: advantages compare rollouts of one snippet")
-    if args.dataset_weights and len(args.dataset_weights) != len(args.dataset):
-        raise UserError(f"--dataset-weights needs {len(args.dataset)} numbers, one for each --dataset")
-    if min(args.dataset_weights, default=1) <= 0:
-        raise UserError(f"--dataset-weights must be positive, got {args.dataset_weights}")
-    if args.max_snippet_tokens < 4:
-        raise UserError(f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code")
-
-
-def dry_run(model, v: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
-    """Print the plan, one bootstrapped snippet and a memory estimate."""
-    stream = SnippetStream(args, "M", v, context, ranks)
-    snippets = stream.batch(64 * ranks.world_size)
-    (rollouts,) = sample(model, [snippets], "dry run", 0, v, args, ranks)
-    rows = args.rollout_rows, max(s.width(args.max_latent_tokens) for s in snippets)
-    frozen = 0 if args.algo == "ntp" else 4
-    memory = memory_plan(args.model, ranks, rows, args.micro_batch_tokens, args.gradient_checkpointing, frozen)
-    rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
-    if ranks.main:
-        mean = stream.counts["decisions"] / len(snippets)
-        tokens = sum(len(s.ids) for s in snippets) / len(snippets)
-        print(
-            f"data {', '.join(args.dataset)}; a snippet has {tokens:.0f} tokens and {mean:.1f} decisions on average\n"
-            f"{args.em_iterations} EM iteration(s) of {rl} E-step updates ({args.rl_batch_size} snippets x "
-            f"{args.group_size} rollouts) and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets):\n"
-            f"  {args.em_iterations * (rl * args.rl_batch_size + args.ntp_updates * args.ntp_batch_size)} snippets\n"
-            f"{memory}\n\n{rendered(rollouts[0], v, TERMINAL, str, {})}"
-        )
 
 
 def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args, ranks: Ranks):
-    """M-step 1, for `count` updates from number `first` on: (this rank's rollouts, seconds, the stream's
-    cursor then).
+    """M-step 1, for `count` updates from number `first` on: (this rank's rollouts, seconds, the stream's cursor).
 
     q is frozen, so several updates are sampled at once: a GPU takes about as long for many rows as for a few.
     """
@@ -1249,6 +960,227 @@ def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args
         rolled = sample(q, [b for b, _ in batches], "M", begin * args.ntp_batch_size, v, args, ranks)
         seconds = (time.perf_counter() - clock) / len(batches)
         yield from ((rollouts, seconds, cursor) for rollouts, (_, cursor) in zip(rolled, batches))
+
+
+def m_step(pi, optimizer, rollouts: list[Rollout], seconds: float, args: Args, ranks: Ranks, interrupt) -> dict:
+    """One M-step update of pi on this rank's rollouts, which took `seconds` to sample. Returns metrics."""
+    clock = [time.perf_counter() - seconds, *[time.perf_counter()] * 2]  # nothing to score
+    sums = rollout_sums(rollouts)
+    rollouts = [r.without_malformed() for r in rollouts]
+    sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
+    sums = all_sum(sums, ranks)
+
+    def loss_of(part):
+        return ntp_loss(pi, part, args.mask_latents, sums["trained"])
+
+    # 4 update
+    loss, code_loss, norm = update(pi, optimizer, rollouts, loss_of, args, ranks, interrupt)
+    clock.append(time.perf_counter())
+    return {
+        "train/loss": loss, "train/ce_code": code_loss / sums["expert_tokens"], "optim/grad_norm": norm,
+        **shared_metrics(sums, clock),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- 5 log, evaluate, save
+
+CONSOLE = (
+    "{phase}", "gain {reward/gain:+.3f}", "loss {train/loss:.3f}", "think {rollout/think_rate:5.1%}",
+    "format {rollout/format_rate:.0%}", "grad {optim/grad_norm:.2f}",
+    "{time/rollout_s:.1f} + {time/score_s:.1f} + {time/update_s:.1f} s", "{perf/tokens_per_s:.0f} tokens/s",
+    "{perf/peak_memory_gib:.1f} GiB", "held-out ce {eval/ce_code:.4f}", "pass@1 {eval/pass@1:.3f}",
+)  # fmt: skip
+KINDS_SHOWN = {f"rollout/think_rate/{kind}": kind for kind in ("constant", "assign", "return")}
+PANELS = (
+    ("reward per line, over never thinking (nats)", {"reward/gain": "E-step"}, "update"),
+    ("think rate", {"rollout/think_rate": "all lines"} | KINDS_SHOWN, "update"),
+    ("cross-entropy of the code, training (nats per token)", {"train/ce_code": "M-step"}, "update"),
+    ("cross-entropy of held-out code (nats per token)",
+     {"eval/ce_code": "with its thoughts", "eval/ce_code_act": "without"}, "update"),
+    ("pass@1, greedy", {"eval/pass@1": ""}, "update"),
+    ("share of thoughts that are well-formed", {"rollout/format_rate": ""}, "update"),
+)  # fmt: skip
+LEGEND = "Thoughts in green. After each: l_t, the line's mean log-likelihood per token, with the thought and without."
+
+
+def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
+    """Counts to be added up over ranks, the same keys on all; some by the kind of the line that follows."""
+    decisions = Counter(kind for r in rollouts for kind in r.snippet.kinds)
+    thoughts = Counter(r.snippet.kinds[t] for r in rollouts for t in r.thoughts)
+    return {
+        "decisions": decisions.total(), "thoughts": thoughts.total(),
+        "malformed": sum(len(r.malformed) for r in rollouts),
+        "latent_tokens": sum(len(thought) for r in rollouts for thought in r.thoughts.values()),
+        "tokens": sum(len(r.ids) for r in rollouts), "expert_tokens": sum(int(r.expert.sum()) for r in rollouts),
+        **{f"decisions/{kind}": decisions[kind] for kind in KINDS},
+        **{f"thoughts/{kind}": thoughts[kind] for kind in KINDS},
+    }  # fmt: skip
+
+
+def think_rates(sums: dict[str, float], name: str) -> dict[str, float]:
+    """Share of decisions to think, for each kind of line that there is."""
+    kinds = [kind for kind in KINDS if sums[f"decisions/{kind}"]]
+    return {f"{name}/{kind}": sums[f"thoughts/{kind}"] / sums[f"decisions/{kind}"] for kind in kinds}
+
+
+def shared_metrics(sums: dict[str, float], clock: list[float]) -> dict[str, float]:
+    """Metrics of both steps. clock: when the rollout, the scores and the update began, and the end (s)."""
+    seconds = np.diff(clock)
+    return {
+        "rollout/think_rate": sums["thoughts"] / max(1, sums["decisions"]),
+        "rollout/format_rate": 1 - sums["malformed"] / max(1, sums["thoughts"]),
+        "rollout/latent_tokens": sums["latent_tokens"] / max(1, sums["thoughts"]),
+        **think_rates(sums, "rollout/think_rate"), "perf/tokens_per_s": sums["tokens"] / sum(seconds),
+        **dict(zip(("time/rollout_s", "time/score_s", "time/update_s"), seconds)),
+    }  # fmt: skip
+
+
+def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, run: Run) -> tuple[dict, list[str]]:
+    """Cross-entropy (nats per token) of held-out code with the model's own thoughts and without; pass@1.
+
+    The noise is the same every time. Malformed thoughts become act, as in the M-step. Returns the metrics and
+    the texts of the two snippets in which thoughts helped most.
+    """
+    (drawn,) = sample(model, [snippets], "eval", 0, v, args, run.ranks)
+    rollouts, plain = [r.without_malformed() for r in drawn], [all_act(r.snippet) for r in drawn]
+    thinking, acting = (expert_logprobs(model, rows, v, args) for rows in (rollouts, plain))
+    metrics, totals = {}, Counter()
+    for source in sorted({s.source for s in snippets}):
+        mine = [i for i, r in enumerate(drawn) if r.snippet.source == source]
+        sums = rollout_sums([drawn[i] for i in mine])
+        for name, logprobs in (("ce_code", thinking), ("ce_code_act", acting)):
+            sums[name] = -sum(logprobs[i].sum() for i in mine)
+        sums = all_sum(sums, run.ranks)
+        totals.update(sums)
+        for name in ("ce_code", "ce_code_act"):
+            metrics[f"eval/{name}"] = totals[name] / totals["expert_tokens"]  # the last one holds
+            metrics[f"eval/{name}/{source}"] = sums[name] / sums["expert_tokens"]
+        metrics |= think_rates(sums, f"eval/think_rate/{source}")
+    if problems:
+        metrics["eval/pass@1"] = pass_at_1(model, problems, v, args, run.ranks)
+    samples = []
+    for r, p, logprobs, logprobs_act in zip(rollouts, plain, thinking, acting):
+        lines, lines_act = line_likelihoods(r, logprobs), line_likelihoods(p, logprobs_act)
+        marked = {  # the marks become HTML
+            t: f"\x02{text.rstrip()}\x03   [l_t {lines[t]:.2f}, without {lines_act[t]:.2f}]\n"
+            for t, text in r.texts(v).items()
+        }
+        samples.append((max((lines - lines_act)[list(marked)], default=-math.inf), bootstrap_text(r.snippet, marked)))
+    samples.sort(key=lambda item: -item[0])
+    blocks = [f"<pre>{html.escape(text)}</pre>" for _, text in samples[:6] + samples[6::40]]
+    blocks = [block.replace("\x02", "<span class=thought>").replace("\x03", "</span>") for block in blocks]
+    run.samples(title, LEGEND, blocks)
+    return metrics, [re.sub("[\x02\x03]", "", text) for gain, text in samples[:2] if gain > 0]
+
+
+@torch.no_grad()
+def pass_at_1(model, problems: list[dict], v: Vocabulary, args: Args, ranks: Ranks) -> float:
+    """Share of problems (HumanEval's columns) whose greedy completion, up to text in column 0, passes its tests."""
+    programs, mine, eos = [], problems[ranks.share(len(problems))], v.tokenizer.eos_token_id
+    with gathered(model):
+        for first in range(0, len(mine), args.rollout_rows):
+            batch = mine[first : first + args.rollout_rows]
+            ids, mask = pad_left([[v.separator, *v.encode(row["prompt"])] for row in batch], model.device)
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=EVAL_TOKENS, eos_token_id=eos, synced_gpus=False
+            )
+            rows = [row[: row.index(eos)] if eos in row else row for row in out[:, ids.shape[1] :].tolist()]
+            for row, text in zip(batch, v.decode(rows)):
+                body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
+                tests = f"{row['test']}\ncheck({row['entry_point']})"
+                programs.append({"code": row["prompt"] + body, "tests": tests})
+    passed = [verdict["passed"] for verdict in run_tests(programs, timeout_s=3.0, memory_mb=1024, workers=0)]
+    return all_sum(float(sum(passed)), ranks) / len(problems)
+
+
+def print_end(stages: list[tuple[str, dict]], shown: list[str], run: Run) -> None:
+    """What the run did: the metrics on held-out data before and after each step; then two samples."""
+    last = stages[-1][1]
+    keys = [k for k in sorted(last) if "think_rate" not in k or any(m[k] >= 0.005 for _, m in stages)]
+    width = max(map(len, keys), default=10)
+    run.say(f"\n{'held out':{width}}" + "".join(f"{title:>12}" for title, _ in stages))
+    for key in keys:
+        run.say(f"{key:{width}}" + "".join(f"{m[key]:12.3f}" for _, m in stages))
+    run.say("ce_code: cross-entropy of the code, nats per token, with the model's thoughts; _act: without\n")
+    for text in shown:
+        run.say("\n".join(text.splitlines()[:16]) + "\n")
+    if run.args.algo == "ra3" and last.get("eval/ce_code", 0) >= last.get("eval/ce_code_act", 1):
+        run.say("Thoughts did not help: the base model writes no useful comments here, or the penalty is too large.\n")
+    run.say(f"samples {run.path}/samples.html   curves {run.path}/curves.png   models {run.path}/checkpoints/")
+
+
+def bootstrap(model, v: Vocabulary, context: int, run: Run, args: Args, ranks: Ranks) -> None:
+    """--bootstrap-only: bootstrapped.jsonl, one object a snippet: text, bootstrapped, latents [{line, text}].
+
+    With --resume auto, an earlier file is continued.
+    """
+    target = run.path / "bootstrapped.jsonl"
+    # a last line without its end is torn: the run was killed there
+    earlier = target.read_text(encoding="utf-8").split("\n")[:-1] if target.exists() else []
+    all_sum(0.0, ranks)  # every rank has read the file before rank 0 cuts it
+    if ranks.main:
+        write_whole(target, "".join(line + "\n" for line in earlier))
+    stream, count = SnippetStream(args, "all", v, context, ranks), len(earlier)
+    stream.batch(count)
+    while snippets := stream.batch(args.rollout_rows * ranks.world_size):
+        lines = []
+        (rollouts,) = sample(model, [snippets], "bootstrap", count, v, args, ranks)
+        for r in rollouts:
+            text, thoughts = r.snippet.text, r.texts(v)
+            numbers = [text.count("\n", 0, r.snippet.starts[r.snippet.boundaries[t]]) for t in thoughts]
+            latents = [{"line": n, "text": thought.strip()} for n, thought in zip(numbers, thoughts.values())]
+            lines.append({"text": text, "bootstrapped": bootstrap_text(r.snippet, thoughts), "latents": latents})
+        lines = all_gather_list(lines, ranks)
+        count += len(snippets)
+        if ranks.main:
+            with open(target, "a", encoding="utf-8") as handle:
+                handle.writelines(json.dumps(line) + "\n" for line in lines)
+        run.say(f"{count} snippets")
+
+
+# ---------------------------------------------------------------- main
+
+
+def check(args: Args, ranks: Ranks) -> None:
+    """UserError for sizes that cannot work, naming the nearest that can."""
+    n = ranks.world_size
+    for flag, size in (("rl", args.rl_batch_size), ("ntp", args.ntp_batch_size)):
+        if size <= 0 or size % n:
+            raise UserError(f"--{flag}-batch-size {size} does not divide by {n} ranks: use {max(n, size // n * n)}")
+    positive = "em_iterations ntp_updates max_latent_tokens temperature rollout_rows save_every micro_batch_tokens"
+    not_negative = "rl_updates return_horizon penalty_warmup eval_every eval_snippets rl_learning_rate"
+    check_sizes(args, f"{positive} max_grad_norm", f"{not_negative} ntp_learning_rate weight_decay entropy_coef")
+    weights, sources = args.dataset_weights, len(args.dataset)
+    wrong = {
+        "--algo ntp has no thoughts, so it takes no --q-model": args.algo == "ntp" and args.q_model,
+        "--group-size must be at least 2: advantages compare rollouts of one snippet": args.group_size < 2,
+        f"--dataset-weights needs {sources} numbers, one for each --dataset": weights and len(weights) != sources,
+        f"--dataset-weights must be positive, got {weights}": min(weights, default=1) <= 0,
+        f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code": args.max_snippet_tokens < 4,
+    }
+    for message, found in wrong.items():
+        if found:
+            raise UserError(message)
+
+
+def dry_run(model, v: Vocabulary, context: int, args: Args, ranks: Ranks) -> None:
+    """Print the plan, one bootstrapped snippet and a memory estimate."""
+    stream = SnippetStream(args, "M", v, context, ranks)
+    snippets = stream.batch(64 * ranks.world_size)
+    (rollouts,) = sample(model, [snippets], "dry run", 0, v, args, ranks)
+    rows = args.rollout_rows, max(s.width(args.max_latent_tokens) for s in snippets)
+    frozen = 0 if args.algo == "ntp" else 4
+    memory = memory_plan(args.model, ranks, rows, args.micro_batch_tokens, args.gradient_checkpointing, frozen)
+    rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
+    tokens, decisions = sum(len(s.ids) for s in snippets) / len(snippets), stream.metrics()["data/decisions"]
+    if ranks.main:
+        print(
+            f"data {', '.join(args.dataset)}; on average {tokens:.0f} tokens and {decisions:.1f} decisions a snippet\n"
+            f"{args.em_iterations} EM iteration(s) of {rl} E-step updates ({args.rl_batch_size} snippets x "
+            f"{args.group_size} rollouts) and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets):\n"
+            f"  {args.em_iterations * (rl * args.rl_batch_size + args.ntp_updates * args.ntp_batch_size)} snippets\n"
+            f"{memory}\n\n{bootstrap_text(rollouts[0].snippet, rollouts[0].texts(v))}"
+        )
 
 
 def main(args: Args) -> None:
@@ -1280,46 +1212,41 @@ def main(args: Args) -> None:
     learns_q = q is not None and not args.q_model
     total = args.em_iterations * (args.rl_updates * learns_q + args.ntp_updates)
     state = run.state or {
-        "update": 0, "iteration": 0, "phase": "E" if learns_q else "M", "done": 0, "optimizer": False, "stages": [],
+        "update": 0, "iteration": 0, "phase": "E" if learns_q else "M", "done": 0, "stages": [],
         "cursors": {"E": (0, 0), "M": (0, 0)},
     }  # fmt: skip
+    # what a checkpoint holds: the model that learns, and the other one if it learns in its turn
+    models = {"E": {"policy": q, "frozen": pi}, "M": {"policy": pi} | ({"frozen": q} if learns_q else {})}
     optimizer, stages, shown, interrupt = None, state["stages"], [], Interrupt(ranks)
-
-    def models() -> dict:  # the one that learns, and the other one if it learns in its turn
-        learner, other = (q, pi) if state["phase"] == "E" else (pi, q)
-        return {"policy": learner} | ({"frozen": other} if learns_q else {})
+    if run.state:
+        optimizer = new_optimizer(models[state["phase"]]["policy"], 0.0, args.weight_decay, BETAS)
+        run.restore(models[state["phase"]], optimizer)  # with its learning rate
+    streams = {part: SnippetStream(args, part, v, longest, ranks, state["cursors"][part]) for part in ("E", "M")}
 
     def finish(metrics: dict, cursor, last: bool) -> list[str]:
-        """5 log, evaluate, save: the end of an update of the step that `state` names."""
+        """5 log, evaluate, save: the end of an update of the step that `state` names. Returns samples to print."""
         phase, iteration = state["phase"], state["iteration"] + 1
-        state["update"], state["done"], state["optimizer"] = state["update"] + 1, state["done"] + 1, True
-        state["cursors"][phase], shown = cursor, []
-        evaluated = last or (args.eval_every and state["update"] % args.eval_every == 0)
-        if evaluated:
-            title = f"after {phase}{iteration}" if last else f"update {state['update']}"
-            held, shown = evaluate(models()["policy"], snippets, problems, title, v, args, run)
-            metrics |= held
-            if last:
-                stages.append((title, held))
-        metrics |= {"update": state["update"], "phase": phase, "iteration": iteration, **streams[phase].metrics()}
-        run.log(metrics, CONSOLE + HELDOUT * evaluated, total, math.isnan(metrics["optim/grad_norm"]))
-        if state["update"] == 1 and metrics["data/decisions"] < 1:
+        state["update"], state["done"], state["cursors"][phase] = state["update"] + 1, state["done"] + 1, cursor
+        update, learner, held, shown = state["update"], models[phase]["policy"], {}, []
+        if last or (args.eval_every and update % args.eval_every == 0):
+            title = f"after {phase}{iteration}" if last else f"update {update}"
+            held, shown = evaluate(learner, snippets, problems, title, v, args, run)
+        metrics |= {"update": update, "phase": phase, "iteration": iteration, **streams[phase].metrics(), **held}
+        run.log(metrics, CONSOLE, total, math.isnan(metrics["optim/grad_norm"]))
+        if update == 1 and metrics["data/decisions"] < 1:
             run.say("warning: next to no line can be decided about; is --dataset code? RA3 is then plain prediction")
         if last:
-            run.export(models()["policy"], f"em_{iteration:03d}" + "_q" * (phase == "E"))
+            stages.append((title, held))
+            run.export(learner, f"em_{iteration:03d}" + "_q" * (phase == "E"))
             run.curves(PANELS)
-        if last or state["update"] % args.save_every == 0:
-            run.save(state, models(), optimizer)
+        if last or update % args.save_every == 0:
+            run.save(state, models[phase], optimizer)
         return shown
 
-    if run.state:
-        optimizer = new_optimizer(models()["policy"], 0.0, args.weight_decay, BETAS) if state["optimizer"] else None
-        run.restore(models(), optimizer)  # with its learning rate
-    streams = {part: SnippetStream(args, part, v, longest, ranks, state["cursors"][part]) for part in ("E", "M")}
     if not stages:
         held, _ = evaluate(pi, snippets, problems, "before", v, args, run)
         stages.append(("before", held))
-        run.log({"update": 0, "phase": state["phase"], **held}, HELDOUT, total)
+        run.log({"update": 0, "phase": state["phase"], **held}, CONSOLE, total)
     try:
         for iteration in range(state["iteration"], args.em_iterations):
             state["iteration"] = iteration
@@ -1332,7 +1259,7 @@ def main(args: Args) -> None:
                     batch, number = streams["E"].batch(args.rl_batch_size), iteration * args.rl_updates + k
                     metrics = e_step(q, pi, optimizer, batch, number, v, args, ranks, interrupt)
                     shown = finish(metrics, streams["E"].cursor, k + 1 == args.rl_updates)
-                state |= {"phase": "M", "done": 0, "optimizer": False}
+                state |= {"phase": "M", "done": 0}
                 optimizer = None
             # M-step: pi learns the code with q's thoughts
             if optimizer is None:
@@ -1341,15 +1268,13 @@ def main(args: Args) -> None:
             for rollouts, seconds, cursor in bootstrapped(q, streams["M"], first, count, v, args, ranks):
                 metrics = m_step(pi, optimizer, rollouts, seconds, args, ranks, interrupt)
                 shown = finish(metrics, cursor, state["done"] + 1 == args.ntp_updates)
+            state |= {"phase": "E" if learns_q else "M", "done": 0}
             if args.algo == "ra3":  # NTP keeps its optimizer through all iterations
                 optimizer = None
-            state |= {"phase": "E" if learns_q else "M", "done": 0, "optimizer": optimizer is not None}
     except Stop:
-        run.stopped(state, models(), optimizer if state["optimizer"] else None)
+        run.stopped(state, models[state["phase"]], optimizer)
     print_end(stages, shown, run)
 
-
-BETAS = (0.9, 0.95)  # AdamW
 
 if __name__ == "__main__":
     launch(main, tyro.cli(Args, default=TINY_DEFAULTS if "--tiny" in sys.argv else Args()))
