@@ -125,9 +125,9 @@ class Args:
     penalty: float = 0.05
     """c: what a thought must add to the line's mean log-likelihood (nats per token)"""
     penalty_warmup: int = 10
-    """the first so many RL updates use c = 0"""
+    """RL updates at the start that use c = 0"""
     return_horizon: int = 5
-    """a return is the sum of so many rewards; 0: of all that follow, as in the other manuscript"""
+    """how many rewards a return adds up; 0: all that follow, as in the other manuscript"""
     entropy_coef: float = 0.001
     """weight of the entropy of q(z_t)"""
     mask_latents: bool = False
@@ -159,7 +159,7 @@ class Args:
     eval_problems: str = ""
     """a file with HumanEval's columns: also report pass@1 (greedy) on it"""
     eval_every: int = 0
-    """also evaluate every so many updates; 0: only at the start and at the end of each step"""
+    """updates between evaluations within a step; 0: only at the start and at the end of each step"""
     save_every: int = 50
     """updates between checkpoints for --resume; the last two are kept"""
     bootstrap_only: bool = False

@@ -253,7 +253,7 @@ def stream_of(args, part, ranks=RANKS, **kw):
 
 def test_all_of_a_file_is_in_one_part_and_a_cursor_continues_in_the_middle_of_a_piece(tmp_path):
     rows = [
-        {"path": f"{i // 2}.py", "text": "".join(f"name_{i // 2}_{k} = {i}\n" for k in range(1 + i % 15))} for i in range(96)
+        {"path": f"{i // 2}.py", "text": "".join(f"name_{i // 2}_{k} = {i}\n" for k in range(1 + i % 15))} for i in range(60)
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = dataclasses.replace(ARGS, dataset=(str(tmp_path / "x.jsonl"),), max_snippet_tokens=40, eval_snippets=10**6)
@@ -266,7 +266,7 @@ def test_all_of_a_file_is_in_one_part_and_a_cursor_continues_in_the_middle_of_a_
     held = files(ra3.held_out(args, vocabulary("qwen"), 512, RANKS))
     for updates in (1, 1000):  # they move the border between E and M
         changed = dataclasses.replace(args, rl_updates=updates)
-        e, m = (files(stream_of(changed, part).batch(140)) for part in "EM")
+        e, m = (files(stream_of(changed, part).batch(200)) for part in "EM")
         assert held and e and m and not e & m and not held & (e | m) and e | m | held == files(whole)
         sizes.append(len(e))
     assert sizes[0] < sizes[1]
@@ -277,7 +277,7 @@ def test_all_of_a_file_is_in_one_part_and_a_cursor_continues_in_the_middle_of_a_
         middle += stream.cursor[1] > 0
         assert [s.text for _ in range(2) for s in stream.batch(15)] == [s.text for s in again.batch(30)]
     # and in the next epoch
-    stream.batch(140)
+    stream.batch(200)
     again = stream_of(args, "M", cursor=stream.cursor)
     assert [s.text for s in stream.batch(20)] == [s.text for s in again.batch(20)] and middle
 
@@ -882,11 +882,6 @@ def test_two_ranks_give_the_same_weights(quick, whole, tmp_path):
             torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=0)
     close = [[row.get("reward/mean", row.get("train/loss", 0)) for row in rows_of(folder)] for folder in (whole, tmp_path / "b")]
     assert np.allclose(*close, atol=1e-4)
-
-
-def test_resume_refuses_other_arguments(whole, quick):
-    with pytest.raises(UserError, match="--penalty 0.05 -> 0.1"):
-        run(quick, whole, resume="auto", penalty=0.1)
 
 
 def test_forced_and_drafted_runs_are_the_same(quick, whole, tmp_path):
