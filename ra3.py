@@ -455,7 +455,7 @@ class SnippetStream:
         self.args, self.part, self.ranks, self.limits = args, part, ranks, (v, args, context)
         self.taken, self.skip = cursor
         self.ready: list[tuple[int, int, Snippet]] = []  # (number of its piece, number within it, snippet)
-        self.counts = Counter()
+        self.counts, self.tokens = Counter(), Counter()  # tokens: of each source
         self.pieces = itertools.islice(self._pieces(), self.taken, None)
 
     @property
@@ -477,12 +477,15 @@ class SnippetStream:
                 raise UserError(f"none of the first 1000 texts of {', '.join(self.args.dataset)} can be used")
         snippets, self.ready = [s for _, _, s in self.ready[:size]], self.ready[size:]
         self.counts.update(snippets=len(snippets), decisions=sum(len(s.kinds) for s in snippets))
+        for s in snippets:
+            self.tokens[s.source] += len(s.ids)
         return snippets
 
     def metrics(self) -> dict[str, float]:
         c = self.counts
         unusable, decisions = c["unusable"] / max(1, c["pieces"]), c["decisions"] / max(1, c["snippets"])
-        return {"data/unusable": unusable, "data/decisions": decisions}
+        shares = {f"data/token_share/{name}": n / self.tokens.total() for name, n in self.tokens.items()}
+        return {"data/unusable": unusable, "data/decisions": decisions, **shares}
 
     def _pieces(self) -> Iterator[tuple[tuple, str, int]]:
         args = self.args
@@ -999,6 +1002,7 @@ PANELS = (
      {"eval/ce_code": "with its thoughts", "eval/ce_code_act": "without"}, "update"),
     ("pass@1, greedy", {"eval/pass@1": ""}, "update"),
     ("share of thoughts that are well-formed", {"rollout/format_rate": ""}, "update"),
+    ("reward over wall time", {"reward/gain": "E-step"}, "time/wall_s"),
 )  # fmt: skip
 LEGEND = "Thoughts in green. After each: l_t, the line's mean log-likelihood per token, with the thought and without."
 

@@ -291,7 +291,9 @@ def test_sources_are_mixed_by_their_weights(tmp_path):
         assert [name for _, name, _ in pieces].count("a") == 40 * share
     stream = stream_of(args, "all")  # everything, whatever the weights
     assert "".join(s.text for s in stream.batch(1000)) == "".join(row["text"] for file in files for row in read_rows(file))
-    assert stream.metrics() == {"data/unusable": 0, "data/decisions": 1}
+    tokens = {name: sum(len(s.ids) for s in snippets if s.source == name) for name in ("short", "long")}
+    shares = {f"data/token_share/{name}": n / sum(tokens.values()) for name, n in tokens.items()}
+    assert stream.metrics() == {"data/unusable": 0, "data/decisions": 1, **shares}
 
 
 def test_prose_and_unreadable_texts_are_counted_and_refused_when_there_is_nothing_else(tmp_path):
