@@ -290,8 +290,9 @@ def test_sources_are_mixed_by_their_weights(tmp_path):
         pieces = itertools.islice(ra3.interleaved(dataclasses.replace(args, dataset_weights=weights)), 40)
         assert [name for _, name, _ in pieces].count("a") == 40 * share
     stream = stream_of(args, "all")  # everything, whatever the weights
-    assert "".join(s.text for s in stream.batch(1000)) == "".join(row["text"] for file in files for row in read_rows(file))
-    tokens = {name: sum(len(s.ids) for s in snippets if s.source == name) for name in ("short", "long")}
+    snippets = stream.batch(1000)
+    assert "".join(s.text for s in snippets) == "".join(row["text"] for file in files for row in read_rows(file))
+    tokens = {name: sum(len(s.ids) for s in snippets if s.source == name) for name in "ab"}
     shares = {f"data/token_share/{name}": n / sum(tokens.values()) for name, n in tokens.items()}
     assert stream.metrics() == {"data/unusable": 0, "data/decisions": 1, **shares}
 
