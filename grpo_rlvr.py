@@ -164,7 +164,7 @@ TINY_DATA = {
     "code": {"model": f"{TINY}/code/model", "dataset": f"{TINY}/code/rl_train.jsonl",
              "eval_dataset": f"{TINY}/code/test.jsonl"},
     "math": {"model": f"{TINY}/text/model", "dataset": f"{TINY}/text/math_train.jsonl",
-             "eval_dataset": f"{TINY}/text/math_test.jsonl", "max_new_tokens": 128},
+             "eval_dataset": f"{TINY}/text/math_test.jsonl", "max_new_tokens": 128, "updates": 20},
 }  # fmt: skip
 
 
