@@ -35,7 +35,7 @@ from common import TINY, load_tokenizer
 
 SCRIPTS = ("ra3", "rmt", "grpo_rlvr")
 ROOT = Path(common.__file__).parent
-TOKENIZER = str(next(TINY.rglob("tokenizer.json")).parent)
+TOKENIZER = str(TINY / "code" / "model")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["test_robust", *SCRIPTS, "torch.utils.tensorboard", "matplotlib.figure"])
 
