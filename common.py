@@ -1,6 +1,7 @@
-"""Helpers that ra3.py, rmt.py, grpo_rlvr.py and eval_code.py share. No algorithm is in here.
+"""Helpers that ra3.py, rmt.py, grpo_rlvr.py and eval_code.py share.
 
-What changes a gradient stands in the scripts, with one exception: `token_logprobs`, which tests pin.
+The algorithms are in the scripts. Of what changes a gradient, only this is here: `token_logprobs`, which tests
+pin, and `new_optimizer` and `optimizer_step` (AdamW, clipping).
 
     1 errors and signals     UserError, launch, Interrupt
     2 processes              setup, Ranks, all_sum
@@ -112,7 +113,7 @@ def launch(main: Callable, args) -> None:
 
 def disk_error(error: OSError) -> str:
     hint = " (is the disk full or the folder read-only?)" * (error.errno in DISK)
-    return f"{error.strerror or error}: {error.filename or ''}{hint}"
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{hint}"
 
 
 def first_line(error: BaseException) -> str:
@@ -262,11 +263,10 @@ def token_texts(tokenizer, vocab_size: int) -> list[str]:
 def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = True, recompute: bool = False):
     """The causal language model `name` (hub id or folder) on this rank's device, ready for `token_logprobs`.
 
-    longest: tokens of the longest row that the run can have; 0 for a model that only samples. train: fp32
-    weights that get gradients; else bf16 on a GPU. More than one rank, or a GPU: sharded (FSDP2, bf16 compute
-    on a GPU). recompute: gradient checkpointing. UserError if there is no such model, if the tokenizer has
-    tokens that it lacks, if `longest` is beyond its context, or if training and sampling would not agree on
-    it.
+    longest: tokens of the longest row of the run; 0 for a model that only samples. train: fp32 weights with
+    gradients; else none, and bf16 on a GPU. On a GPU, or with several ranks, it is sharded (FSDP2; bf16 compute
+    on a GPU). recompute: gradient checkpointing. UserError if it does not load, if it has fewer tokens than the
+    tokenizer, if `longest` exceeds its context, or if `check_forward` refuses it.
     """
     on_cpu = ranks.device.type == "cpu"
     try:
@@ -313,9 +313,9 @@ def run_function(model, function: Callable, *args, **kw):
 
 
 def check_forward(model, name: str, longest: int) -> None:
-    """UserError unless `token_logprobs` gives, on one short row, what the model's own forward and its
-    `generate` give, also when the row is padded to `longest`. Notes whether completions may continue on their
-    prompt's cache.
+    """UserError unless, on short rows, `token_logprobs` agrees with the model's own forward and with `generate`,
+    also when a row is padded to `longest`. Sets model.shares_prompts (may completions continue on their
+    prompt's cache?) and model.can_draft (may parts of that cache be masked, too?).
     """
     vocab_size, close = model.config.get_text_config().vocab_size, 1e-3 if model.dtype == torch.float32 else 0.3
     generator = torch.Generator().manual_seed(0)
@@ -498,11 +498,11 @@ def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 class Sampler(LogitsProcessor):
-    """Draws each token for `generate` from the row's own noise, and notes its log-probability.
+    """Draws each token for `generate` from its row's own noise, and notes the token's log-probability.
 
-    generate is greedy and takes the one token that is left. noise [B, T]: of the t-th new token of each row;
-    start: columns of the prompts; temperature 0 is greedy. `rows`: the noise's rows that are still in the
-    batch.
+    All other tokens are masked, so generate, which is greedy, takes the drawn one. noise [B, T]: column t is
+    for the t-th new token; start: columns of the prompts; temperature 0: the most likely token. `rows`: the
+    rows of `noise` that are still in the batch.
     """
 
     def __init__(self, noise: torch.Tensor, start: int, temperature: float, device) -> None:
@@ -530,7 +530,10 @@ def only(token: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 def rank_share(groups: Sequence[list], ranks: Ranks) -> list:
-    """The rows of `groups` that this rank trains on: as many as the others', whole groups if they divide."""
+    """This rank's rows of `groups`: as many as every other rank's, give or take one, and about as many tokens.
+
+    Groups stay whole if the ranks divide their number.
+    """
     groups, n = sorted(groups, key=lambda rows: sum(map(len, rows))), ranks.world_size
     dealt = [row for rank in range(n) for rows in groups[rank::n] for row in rows]  # about equal work
     return dealt[ranks.share(len(dealt))]
@@ -541,10 +544,10 @@ def micro_batches(
 ) -> list[list[int]]:
     """Indices of rows, the longest first, cut into parts of at most max_tokens (at least one row each).
 
-    lengths: tokens of each row, counted with padding. prompts: each row's prompt (token ids), which is
-    counted once for all rows of a part that have it; rows with the same prompt come together. With `ranks`,
-    every rank returns the same number of parts (FSDP's collectives must pair up): the missing ones are empty
-    lists, for which the caller runs one row with weight zero.
+    lengths: tokens of each row; a part counts its rows times the longest (padding). prompts: each row's prompt
+    (token ids), then not in `lengths`: it counts once in a part, and rows that share it stay together. With
+    `ranks`, every rank returns the same number of parts (FSDP's collectives must pair up), if need be empty
+    ones, for which the caller runs one row with weight zero.
     """
     prompts = [()] * len(lengths) if prompts is None else prompts
     longest: dict = {}
@@ -683,10 +686,10 @@ def _logprob_chunk(head, hidden, targets, merged, event, temperature, entropy):
 def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     """Stream the rows of a data set, in order.
 
-    source: a .jsonl, .jsonl.gz, .json (a list), .parquet or .txt file; a folder (of .py files, unless it has
-    as many tables); `stdlib` (this Python's standard library); or a hub id, with a config or a data-file
-    pattern after a colon (`org/name:config`, `org/name:folder/*.arrow`). Raises UserError for what does not
-    exist or cannot be read.
+    source: a .jsonl, .jsonl.gz, .json (a list), .parquet, .txt or .py file; a folder: its .py files if they
+    outnumber its .jsonl, .jsonl.gz and .parquet files, else those, else its .txt files; `stdlib` (this Python's
+    standard library); or a hub id, with a config or a data-file pattern after a colon (`org/name:config`,
+    `org/name:folder/*.arrow`). UserError for what does not exist or cannot be read.
     """
     path = Path(source)
     if source == "stdlib":
@@ -791,6 +794,7 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
 # ---------------------------------------------------------------- 7 run folder
 
 # arguments that may differ on --resume: they change memory, speed, output, or how long the run goes on
+# (rmt.py's budget and curriculum follow --updates, too)
 NOT_DEFINING = {"resume", "output_dir", "dry_run", "workers", "track", "save_every", "eval_every", "updates"}
 NOT_DEFINING |= {"em_iterations", "micro_batch_tokens", "rollout_rows", "gradient_checkpointing"}
 MAX_SKIPPED = 3  # a run ends after so many updates in a row without a finite loss and gradient
@@ -838,7 +842,7 @@ class Run:
         together(self._prepare, ranks)  # when no rank refuses
         self.writer = self.tracker = self.first_log = None
         self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
-        self.seconds_before = 0.0  # of this run, before it was resumed
+        self.started, self.seconds_before = time.time(), 0.0  # the latter: of this run, before it was resumed
         resumed = f", resumed at update {self.state['update']}" if self.state else ""
         self.say(f"run folder {self.path}{resumed}")
 
@@ -918,7 +922,7 @@ class Run:
                 self.first_log = update, now
             first, begun = self.first_log
             own = {"optim/skipped": self.skipped, "perf/peak_memory_gib": peak_memory()}
-            own["time/wall_s"] = self.seconds_before + now - begun
+            own["time/wall_s"] = self.seconds_before + now - self.started
             metrics = {k: v for k, v in (metrics | own).items() if not isinstance(v, float) or math.isfinite(v)}
             self._write({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()})
             parts = [f"{update:{len(str(total))}}/{total}"]
@@ -961,8 +965,7 @@ class Run:
     def curves(self, panels: Sequence[tuple]) -> None:
         """Draw curves.png (rank 0): raw points faint, a running mean over them.
 
-        panels: at most eight of (title, keys of metrics.jsonl with their labels, x key); a panel without a
-        value is left out.
+        panels: (title, keys of metrics.jsonl with their labels, x key); a panel without a value is left out.
         """
         if not self.ranks.main or not (self.path / "metrics.jsonl").exists():
             return
@@ -999,8 +1002,8 @@ class Run:
             self.tracker.log({"curves": wandb.Image(str(self.path / "curves.png"))})
 
     def samples(self, title: str, legend: str, blocks: Sequence[str]) -> None:
-        """Add a section to samples.html (rank 0), or replace it if a resumed run evaluates again. All three are
-        HTML; SAMPLES has the classes of blocks."""
+        """Add a section to samples.html (rank 0); a resumed run replaces it and all after it. All arguments are
+        HTML; blocks may use the classes of SAMPLES."""
         path, head = self.path / "samples.html", f"{SAMPLES}{self.path.name}</h1>\n<p>{legend}</p>\n"
         if self.ranks.main and blocks:
             earlier = path.read_text(encoding="utf-8") if path.exists() else head
@@ -1043,9 +1046,8 @@ class Run:
         state: JSON-able, with `update`, which is done (and cursors, phase ...); models: name -> model, all
         saved; optimizer may be None.
         """
-        seconds = time.time() - self.first_log[1] if self.first_log else 0.0
         state = {**state, "skipped": [self.skipped, self.skipped_in_a_row]}
-        state["seconds"] = self.seconds_before + seconds
+        state["seconds"] = self.seconds_before + time.time() - self.started
         tensors = saved_tensors(models, optimizer)
 
         def write(aside: Path) -> None:
@@ -1086,7 +1088,7 @@ class Run:
             together(rename, self.ranks)
         except UserError as error:
             clear()  # on a full disk its place is needed
-            reason = f"cannot write {target} ({error}); is the disk full? Those before are intact"
+            reason = f"cannot write {target} ({error}). Earlier checkpoints are intact"
             raise UserError(reason) from None
 
     def _complete(self) -> list[Path]:

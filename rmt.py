@@ -106,7 +106,7 @@ class Args:
     initial_budget: int = 800
     """B_0 (tokens)"""
     budget_decay: float = 0.2
-    """gamma: the last budget is gamma x B_0"""
+    """gamma: the budget falls to gamma x B_0, which the last evaluation uses"""
     length_weight: float = 0.2
     """w; below 0.5 any right response outranks any wrong one (not in the paper, nor r_max: here 1)"""
     match: Literal["exact", "prefix"] = "exact"
@@ -221,7 +221,7 @@ def prompt_frame(tokenizer, budget: int, args: Args) -> tuple[list[int], list[in
 def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]], str]:
     """(training texts, held-out texts, words about them); a text is token ids, with BOS if there is one."""
     texts, wanted, usable, unusable = [], args.train_texts + args.eval_texts, 0, []
-    for row in read_rows(args.dataset, split="test" if "Omni-MATH" in args.dataset else "train"):  # no other
+    for row in read_rows(args.dataset, split="test" if "Omni-MATH" in args.dataset else "train"):  # its only one
         values = [row.get(name) if isinstance(row, dict) else None for name in args.text_column]
         if not all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
             unusable.append(row)
@@ -354,9 +354,10 @@ def curriculum_probs(step: float, t1: float, t2: float, p1: Sequence, p2: Sequen
 
 
 def choose_positions(levels: list[np.ndarray], update: int, args: Args) -> list[tuple[int, int, int]]:
-    """C: as many different (text, position, level) as texts: the level by p^t, then uniformly in that level.
+    """C: as many different (text, position, level) as texts, from any of them; the level is drawn by p^t, the
+    position uniformly at that level.
 
-    A level without candidates gives its probability to the others; fewer come back if none has any.
+    A level without candidates gives its probability to the others; fewer come back if none of p^t > 0 has any.
     """
     everything = [(k, t, int(d)) for k, row in enumerate(levels) for t, d in enumerate(row) if d >= 0]
     probs, left, chosen = [1.0], [everything], []
@@ -384,8 +385,8 @@ class Sample:
     rollout_logprobs: list[float]  # noted while sampling
     ended: bool = False  # else truncated
     thought_tokens: int = -1  # -1: malformed
-    exact: bool = False  # the answer is right by the one rule
-    prefix: bool = False  # and by the other
+    exact: bool = False  # the answer is the next token
+    prefix: bool = False  # it is one or several whole tokens with which the text goes on
     length_reward: float = 0.0
     reward: float = 0.0
     advantage: float = 0.0
@@ -517,7 +518,7 @@ class Rollouts:
         return everyone, time.time() - start  # the slowest rank's time
 
     def reward(self, sample: Sample, budget: int, opened: bool) -> None:
-        """Step 2. Both rules are noted, whichever is rewarded."""
+        """Step 2. Notes both `exact` and `prefix`; --match says which one is rewarded."""
         if (response := read_response(sample.completion_ids, self.texts, opened)) is None:
             return  # D3
         sample.thought_tokens, answer = response
@@ -750,7 +751,7 @@ def plan(args: Args, ranks: Ranks, train: list[list[int]], longest: int, tokeniz
     """What --dry-run prints: sizes, memory, and one prompt."""
     reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # bytes a parameter
     sizes = ranks, (args.rollout_rows, longest), args.micro_batch_tokens, args.gradient_checkpointing
-    prompt = tokenizer.decode(frame[0] + train[0][: len(train[0]) // 2] + frame[1])
+    prompt = tokenizer.decode(frame[0] + train[0][len(bos_ids(tokenizer)) : len(train[0]) // 2] + frame[1])
     return (
         f"{args.updates} updates, {args.updates * args.prompts_per_update / len(train):.1f} epochs; budget "
         f"{budget_at(0, args)} to {budget_at(args.updates, args)} tokens\n"

@@ -493,7 +493,7 @@ def test_checkpoints_are_whole_or_absent(folder, unused, tmp_path, monkeypatch):
         raise OSError(28, "No space left")
 
     monkeypatch.setattr(common.dcp, "save", full)
-    with pytest.raises(UserError, match="No space left.*Those before are intact"):
+    with pytest.raises(UserError, match="No space left.*Earlier checkpoints are intact"):
         run.save({"update": 3, "cursor": 9}, {"policy": model}, optimizer)
     monkeypatch.undo()
     (tmp_path / "r" / "checkpoints" / "state_000004").mkdir()  # torn: no state.json

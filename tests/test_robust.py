@@ -388,7 +388,7 @@ def test_a_full_disk_ends_the_run_with_one_line(script, place, sizes, whole, tmp
     folder = tmp_path / "run"
     codes, errors = run(script, sizes, folder, fill, place)
     assert codes == [2]
-    one_line(errors[0], "No space left" if place == "log" else "is the disk full? Those before are intact")
+    one_line(errors[0], "No space left" if place == "log" else "Earlier checkpoints are intact")
     assert not list(folder.glob("checkpoints/.*"))
     if place != "log":
         assert states_of(folder)
