@@ -18,8 +18,8 @@ K completion tokens of all rows.
 Deviations from the papers, and what they leave open (docs/grpo_rlvr.md has all, with both values):
   D1 the ratio is clipped to 1 - 0.2 .. 1 + 0.28, as in the authors' scripts; the paper prints one epsilon.
   D2 the loss is a mean over all tokens of the update (`dapo`); the paper prints a mean over responses.
-  D3 a function's body ends with eos or with the token that opens a line in column 0; that token is trained.
-     The paper does not say what stops a base model, which goes on for ever.
+  D3 a function's body ends with eos or with the first token that puts text into column 0; this last token is
+     trained, too. The paper does not say what stops a base model, which never stops by itself.
   D4 problems that read stdin get the signature `def main():`, so that a base model can complete them as well.
 
   python grpo_rlvr.py --tiny                                                # here: no network, no GPU
@@ -74,7 +74,7 @@ class Args:
     output_dir: str = ""
     """folder of this run; empty: runs/grpo_rlvr_<task>__<model>__s<seed>__<time>"""
     seed: int = 0
-    """fixes the order of the problems and all sampling noise, on any number of ranks"""
+    """fixes the order of the problems, which are held out, and all sampling noise, on any number of ranks"""
     resume: str = ""
     """`auto`: continue the newest run of this task, model and seed (or --output-dir), if any; or a run folder"""
     dry_run: bool = False
@@ -91,7 +91,7 @@ class Args:
     train_problems: int = 0
     """use no more problems than this; 0: all"""
     eval_problems: int = 128
-    """number of held-out problems"""
+    """at most so many held-out problems; --seed chooses them"""
     max_prompt_tokens: int = 2048
     """problems with a longer prompt are left out (tokens)"""
     difficulty_key: str = ""
@@ -370,8 +370,9 @@ class Sample:
 
 
 def end_table(tokenizer, eos: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
-    """Three facts about every token, bool [3, V], all that is_end needs: it ends a completion by itself (eos or,
-    with `column_zero`, text after a newline, D3); it begins with a visible character; it ends with a newline."""
+    """What is_end needs about every token, bool [3, V]. Row 0: it ends a completion by itself (eos or, with
+    `column_zero`, text after a newline, D3). Row 1: it begins with a visible character. Row 2: it ends in a
+    newline."""
     table = torch.zeros(3, vocab_size, dtype=torch.bool)
     table[0, sorted(eos)] = True
     if column_zero:
@@ -434,8 +435,8 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
 
 
 def reward(problem: Problem, completion: str) -> tuple[float, bool, str]:
-    """(reward, whether the completion is right, why). The first trains; pass@1 and the metrics count the second,
-    so a fork changes only the first. Runs in a thread. Whatever a completion does, the worst is a 0."""
+    """(reward, right, why). The reward trains; pass@1 and the metrics count `right`, so a fork changes only the
+    reward. Runs in a thread. Whatever a completion does, the worst is a 0."""
     if "answer" in problem.checks:
         passed, reason = verify(problem.checks["answer"], completion, problem.checks["timeout_s"])
     else:

@@ -1,9 +1,9 @@
 """RMT, reinforcement mid-training: RL on a few uncertain tokens, next-token prediction on the rest.
 
-Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Without its three parts it is
-RPT, "Reinforcement Pre-Training", arXiv 2506.08007. What grpo_rlvr.py has, too, is the same word for word.
+Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Without budget, curriculum and NTP
+it is RPT, arXiv 2506.08007. Functions that grpo_rlvr.py has, too, are exact copies.
 
-  0 prepare    entropy of every position under a proxy model, once: easy, medium, hard; the rest takes no RL
+  0 prepare    once: a position's entropy under a proxy model makes it easy, medium, hard, or without RL
   1 sample     positions by the curriculum; G responses to each: think about B_t tokens, box the next token
                                                                                         eq. (1), (3), (4)
   2 score      is the boxed token right, and is the thought as long as asked                eq. (2), (5)
@@ -18,8 +18,8 @@ Shapes: N positions, G responses to each, B rows, T completion tokens, P positio
 
 Deviations from the paper, and what it leaves open (docs/rmt.md has all):
   D1 eq. (9) as printed adds an objective to a loss, and would lower the reward. Here: -L_RL + lambda L_NTP.
-  D2 as printed, (7) is a sum over the tokens of one response and (8) over those of one text. Here: the mean
-     of (7) over an update's responses, and the mean of (8) over its texts.
+  D2 as printed, (7) and (8) are sums over the tokens of one response and of one text. Here: the means of these
+     sums over an update's responses and over its texts.
   D3 a malformed response has reward 0, whatever its length.
   D4 p^{t1}, p^{t2}, w, r_max, beta, the thresholds and the number of RL positions are not in the paper.
 
