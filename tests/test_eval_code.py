@@ -617,9 +617,11 @@ def test_ctrl_c_leaves_no_process_and_no_file(tmp_path):
 
     def wait_for(condition) -> bool:
         deadline = time.monotonic() + 60
-        while not condition() and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if condition():
+                return True
             time.sleep(0.1)
-        return condition()
+        return False
 
     try:
         assert wait_for(lambda: len(offspring()) >= 4)  # of each worker at least a zygote and a program

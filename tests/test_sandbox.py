@@ -1200,9 +1200,11 @@ def start_script(programs, setup="", **options):
 def wait_for(condition, seconds=60):
     """-> whether it came true in time"""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if condition():
+            return True
         time.sleep(0.05)
-    return condition()
+    return False
 
 
 FORK = "run_tests([{'code': '', 'tests': 'True'}, {'code': '', 'tests': '1'}], workers=2)\n" \
@@ -1216,7 +1218,13 @@ def test_interrupted_in_the_middle(number, setup, tmp_path):
     busy = [{"code": f"while True: {i}", "tests": ASSERTS} for i in range(4)]
     script = start_script(busy, setup, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert script.stdout.readline() == "ready\n"
-    assert wait_for(lambda: len(descendants(script.pid)) == 6 + bool(setup))  # 2 x (Z, T, C)
+
+    def busy_in_all_workers():  # the same 2 x (Z, T, C) for a second: the checks of a new worker are over sooner
+        before = descendants(script.pid)
+        time.sleep(1)
+        return len(before) == 6 + bool(setup) and descendants(script.pid) == before
+
+    assert wait_for(busy_in_all_workers)
     children = [int(child) for child in Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()]
     pids = [pid for pid in descendants(script.pid) if not (setup and pid in children and not descendants(pid))]
     assert len(pids) == 6 and os.listdir(tmp_path) == []
