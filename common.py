@@ -1120,12 +1120,14 @@ class Run:
 
 
 def draw_series(axis, points: np.ndarray, label: str) -> None:
-    """points [n, 2]: faint dots, and their running mean over a tenth of them."""
+    """points [n, 2]: faint dots, and their running mean over a tenth of them, interrupted where there are none."""
     x, y = points.T
     width = max(1, len(y) // 10)
     sums = np.cumsum(np.pad(y, (1, 0)))
     ends, starts = np.arange(1, len(y) + 1), np.maximum(0, np.arange(1, len(y) + 1) - width)
-    (line,) = axis.plot(x, (sums[ends] - sums[starts]) / (ends - starts), linewidth=1.5, label=label)
+    steps = np.diff(x, prepend=x[0])
+    mean = np.where(steps > 10 * np.median(steps), np.nan, (sums[ends] - sums[starts]) / (ends - starts))
+    (line,) = axis.plot(x, mean, linewidth=1.5, label=label)
     axis.plot(x, y, ".", markersize=3, alpha=0.3 if width > 1 else 1.0, color=line.get_color())
 
 
