@@ -64,10 +64,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from common import (
-    EVENT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum,
-    cache_argument, check_sizes, column, context_of, copy_weights, gathered, inverse_cdf, launch, load_model,
-    load_tokenizer, memory_plan, micro_batches, new_optimizer, only, optimizer_step, pad_left, read_on, read_rows,
-    run_tests, setup, token_logprobs, uniforms, write_whole,
+    EVENT as ACT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list,
+    all_sum, cache_argument, check_sizes, column, context_of, copy_weights, gathered, inverse_cdf, launch,
+    load_model, load_tokenizer, memory_plan, micro_batches, new_optimizer, only, optimizer_step, pad_left,
+    read_on, read_rows, run_tests, setup, token_logprobs, uniforms, write_whole,
 )  # fmt: skip
 
 
@@ -559,7 +559,7 @@ def shuffled(items: Iterator, generator: random.Random, size: int = 10_000) -> I
 
 # ---------------------------------------------------------------- 1 sample
 
-FORCED = -2  # `targets` of a token that q did not choose
+FORCED = -2  # in `targets`: a token that q did not choose. ACT stands for "any token but one that opens a thought"
 DRAFT = 4  # decisions of a row that share a forward pass; memory and speed only
 
 
@@ -571,7 +571,7 @@ class Rollout:
     thoughts: dict[int, list[int]]  # action -> the tokens that q drew before it, if it did not act
     malformed: list[int]  # those of these actions whose thought had to be closed
     ids: np.ndarray
-    targets: np.ndarray  # what q drew at this place: a token, EVENT for act, or FORCED if nothing
+    targets: np.ndarray  # what q drew at this place: a token, ACT for act, or FORCED if nothing
     actions: np.ndarray  # the action that a token belongs to (the code's) or leads to (a thought's); -1: none
     expert: np.ndarray  # bool: a token of the code
     advantages: np.ndarray | None = None  # [T]
@@ -595,7 +595,7 @@ def all_act(s: Snippet) -> Rollout:
     """The rollout in which q always acts: the plain snippet."""
     size = len(s.ids)
     targets = np.full(size, FORCED)
-    targets[s.boundaries] = EVENT
+    targets[s.boundaries] = ACT
     actions = np.searchsorted(s.boundaries, np.arange(size), side="right") - 1
     return Rollout(s, {}, [], s.ids, targets, actions, np.arange(size) > 0)
 
@@ -802,7 +802,7 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
             if given_decision:
                 acts = [c[np.diff(r.actions[c], prepend=-1) > 0] for r, c in zip(chosen, code)]
                 acts = [a[~np.isin(r.ids[a], list(v.opens_ids))] for r, a in zip(chosen, acts)]
-            targets = [np.append(r.ids[c], np.full(len(a), EVENT)) for r, c, a in zip(chosen, code, acts)]
+            targets = [np.append(r.ids[c], np.full(len(a), ACT)) for r, c, a in zip(chosen, code, acts)]
             where = [np.append(c, a) for c, a in zip(code, acts)]
             logprobs, _ = token_logprobs(
                 model, [r.ids for r in chosen], where, event=~v.opens,
