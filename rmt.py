@@ -4,13 +4,12 @@ Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Wi
 it is RPT, arXiv 2506.08007. Functions that grpo_rlvr.py has, too, are exact copies.
 
   0 prepare    once: a position's entropy under a proxy model makes it easy, medium, hard, or without RL
-  1 sample     positions by the curriculum; G responses to each: think about B_t tokens, box the next token
-                                                                                        eq. (1), (3), (4)
-  2 score      is the boxed token right, and is the thought as long as asked                eq. (2), (5)
-  3 advantage  A^i = (r^i - mean) / std, within the group of one position                        eq. (6)
-  4 update     -L_RL on the responses + lambda L_NTP on the texts without the chosen positions
-                                                                                        eq. (7), (8), (9)
+  1 sample     positions by the curriculum (3, 4); G responses to each: think B_t tokens (1), box the next token
+  2 score      is the boxed token right, and is the thought as long as asked (2); reward (5)
+  3 advantage  A^i = (r^i - mean) / std, within the group of one position (6)
+  4 update     -L_RL (7) on the responses + lambda L_NTP (8) on the texts without the chosen positions (9)
   5 log, evaluate prediction (NTP) and reasoning (NTR) at held-out positions, save
+Numbers in parentheses are the paper's equations.
 
 Notation: tau_pos `truth[0]`, o^i `completion_ids`, c thought, y `answer`, l `thought_tokens`, B_t `budget`,
 r_len `length_reward`, w `length_weight`, C `chosen`, lambda `ntp_weight`.
@@ -31,7 +30,6 @@ Deviations from the paper, and what it leaves open (docs/rmt.md has all):
 import bisect
 import html
 import itertools
-import json
 import math
 import re
 import sys
@@ -39,7 +37,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -61,7 +58,7 @@ class Args:
 
     # ---- run
     tiny: bool = False
-    """use the bundled toy model and texts: minutes on two cores. Every flag still overrides"""
+    """use the bundled toy model and texts: minutes on two cores. Other flags still count"""
     output_dir: str = ""
     """folder of this run; empty: runs/rmt__<model>__s<seed>__<time>"""
     seed: int = 0
@@ -69,35 +66,35 @@ class Args:
     resume: str = ""
     """`auto`: continue the newest run of this model and seed (or --output-dir), if any; or a run folder"""
     dry_run: bool = False
-    """print the plan, one prompt and a memory estimate, and stop"""
+    """print the plan, a prompt and a memory estimate, then stop"""
     track: bool = False
     """send the metrics to Weights & Biases, too"""
     # ---- model and data
     model: str = "Qwen/Qwen3-14B"
     """the initial policy, which must know the format; also deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"""
     proxy_model: str = ""
-    """its entropies say how hard a position is; same tokenizer; empty: the initial model"""
+    """a model with the same tokenizer, whose entropies say how hard a position is; empty: --model"""
     dataset: str = "KbsdJames/Omni-MATH"
-    """texts: a hub id, a .jsonl, .parquet or .txt file, or a folder; see common.read_rows"""
+    """texts: a hub id, a .jsonl, .parquet or .txt file, or a folder (more: read_rows in common.py)"""
     text_column: tuple[str, ...] = ("problem", "solution")
-    """the columns that, joined by a newline, are the text"""
+    """columns; joined by newlines they are the text"""
     chat_template: bool = True
     """put the prompt into the tokenizer's chat template, if it has one"""
     train_texts: int = 4051
-    """texts to train on"""
+    """number of texts to train on"""
     eval_texts: int = 200
-    """held-out texts, of a random split that does not depend on the seed"""
+    """number of held-out texts; the split is random, and the same for every seed"""
     max_text_tokens: int = 2048
-    """longer texts are cut into several; so this limits the prefix, too"""
+    """a longer text is cut into several. So this limits the prefix in a prompt, too"""
     # ---- rollout
     prompts_per_update: int = 128
-    """texts of an update, over all ranks; as many positions take RL (their number is not in the paper)"""
+    """texts per update, over all ranks. As many positions take RL (the paper gives no number)"""
     group_size: int = 8
     """G, responses to each position"""
     max_new_tokens: int = 2048
     """responses are truncated here (tokens)"""
     temperature: float = 0.8
-    """of the sampled distribution, and so of every log-probability (RPT's; not in the paper)"""
+    """of sampling, and so of every log-probability (RPT's value; the paper gives none)"""
     rollout_rows: int = 16
     """responses that one rank generates at once; memory and speed only"""
     # ---- algorithm
@@ -106,13 +103,13 @@ class Args:
     initial_budget: int = 800
     """B_0 (tokens)"""
     budget_decay: float = 0.2
-    """gamma: the budget falls to gamma x B_0, which the last evaluation uses"""
+    """gamma: the budget falls from B_0 to gamma x B_0"""
     length_weight: float = 0.2
-    """w; below 0.5 any right response outranks any wrong one (not in the paper, nor r_max: here 1)"""
+    """w: share of the length reward. Below 0.5 a right answer always earns more than a wrong one (not in the paper)"""
     match: Literal["exact", "prefix"] = "exact"
-    """what is rewarded: the next token, or (RPT) also several whole tokens. Both are always evaluated"""
+    """which answers are right: the next token, or (RPT) also several whole tokens. Both are always evaluated"""
     thresholds: tuple[float, float, float] = (0.5, 1.0, 1.5)
-    """entropies (nats) at which easy, medium and hard begin (RPT's evaluation; not in the paper)"""
+    """entropies (nats) at which easy, medium and hard begin (from RPT's evaluation; not in the paper)"""
     curriculum: bool = True
     """off: uniform over all positions that are at least easy (table 4, w/o CAS)"""
     t1: float = 0.3
@@ -120,35 +117,35 @@ class Args:
     t2: float = 0.7
     """start of the late phase, as a fraction of all updates"""
     p1: tuple[float, float, float] = (0.6, 0.3, 0.1)
-    """p^{t1}: easy, medium, hard in the early phase (in the paper without numbers: easy and medium)"""
+    """p^{t1}: probability of easy, medium, hard in the early phase (the paper: easy and medium, no numbers)"""
     p2: tuple[float, float, float] = (0.1, 0.3, 0.6)
-    """p^{t2}: the same in the late phase (in the paper without numbers: hard)"""
+    """p^{t2}: the same in the late phase (the paper: hard, no numbers)"""
     beta: float = 0.0
-    """weight of the KL to the initial policy, loaded only if this is positive (RPT: 0; not in the paper)"""
+    """weight of the KL to the initial policy, which is loaded only if this is positive (RPT's; not in the paper)"""
     ntp_weight: float = 0.1
     """lambda: weight of next-token prediction; 0 leaves it out (table 4, w/o NTP)"""
     # ---- optimisation
     updates: int = 317
-    """T. Budget and curriculum follow it, so keep it on --resume; the paper: 10 epochs of 4051 texts, 128 at a time"""
+    """T (10 epochs of 4051 texts). Budget and curriculum depend on it, so keep it on --resume"""
     learning_rate: float = 1e-6
     """of AdamW, constant"""
     weight_decay: float = 0.01
-    """of AdamW (RPT's)"""
+    """of AdamW (RPT's value)"""
     max_grad_norm: float = 0.2
-    """the global gradient is clipped to this norm (RPT's)"""
+    """the global gradient is clipped to this norm (RPT's value)"""
     micro_batch_tokens: int = 16384
     """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
     gradient_checkpointing: bool = True
     """keep no activations inside layers, compute them again: much less memory, up to a third more time"""
     # ---- evaluation and saving
     eval_only: bool = False
-    """evaluate --model with the first budget, and stop. --proxy-model: the model that it was trained from"""
+    """evaluate --model at budget B_0, then stop; needs --proxy-model, the model from which it was trained"""
     eval_every: int = 20
     """updates between evaluations; 0: only before the first and after the last"""
     eval_positions: int = 200
-    """held-out positions per difficulty"""
+    """held-out positions of each difficulty"""
     save_every: int = 50
-    """updates between checkpoints; 0: only after the last. The last two states are kept, and all models"""
+    """updates between checkpoints; 0: only after the last. Of the states for --resume, two are kept"""
 
 
 TINY_RUN = {  # lengths, levels and optimisation settings for a million parameters; the method is a large run's
@@ -181,6 +178,8 @@ def check(args: Args) -> None:
         "--budget-decay must be between 0 and 1": not 0 < args.budget_decay < 1,
         "a budget needs 0 < --initial-budget < --max-new-tokens":
             args.budget and not 0 < args.initial_budget < args.max_new_tokens,
+        "--eval-only needs --proxy-model: the model from which --model was trained":
+            args.eval_only and not args.proxy_model,
     }  # fmt: skip
     for words, found in wrong.items():
         if found:
@@ -189,7 +188,7 @@ def check(args: Args) -> None:
 
 # ---------------------------------------------------------------- prompts and texts
 
-# The format of prompts and responses. All that reads a response follows from the first two lines
+# The format. All code that reads a response takes its tags from the first two lines
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 BOX_OPEN, BOX_CLOSE, NOT_IN_BOX = "\\boxed{", "}", "{}"  # the last: characters that cannot be boxed
 INSTRUCTION = (
@@ -197,7 +196,7 @@ INSTRUCTION = (
     f"then put the next token in {BOX_OPEN}{BOX_CLOSE}.\n### Text\n@@TEXT@@\n### Prediction\n"
 )
 BUDGET = " in exactly {} tokens"
-POOL = 20  # so many times more texts are read than used, from the start of the source; the choice is random
+POOL = 20  # at most so many times the texts that are used are read; the choice among them is random
 
 
 def bos_ids(tokenizer) -> list[int]:
@@ -219,30 +218,26 @@ def prompt_frame(tokenizer, budget: int, args: Args) -> tuple[list[int], list[in
 
 
 def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]], str]:
-    """(training texts, held-out texts, words about them); a text is token ids, with BOS if there is one."""
-    texts, wanted, usable, unusable = [], args.train_texts + args.eval_texts, 0, []
+    """(training texts, held-out texts, a line about them); a text is token ids, with BOS if there is one."""
+    texts, wanted, skipped = [], args.train_texts + args.eval_texts, 0
     for row in read_rows(args.dataset, split="test" if "Omni-MATH" in args.dataset else "train"):  # its only one
-        values = [row.get(name) if isinstance(row, dict) else None for name in args.text_column]
+        values = [column(row, name, args.dataset) for name in args.text_column]
         if not all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
-            unusable.append(row)
+            skipped += 1
             continue
-        usable += 1
         ids = tokenizer.encode("\n".join(map(str, values)), add_special_tokens=False, verbose=False)
         cuts = [ids[i : i + args.max_text_tokens] for i in range(0, len(ids), args.max_text_tokens)]
         texts += [bos_ids(tokenizer) + cut for cut in cuts if len(cut) > 1]
         if len(texts) >= POOL * wanted:
             break
-    if len(unusable) > usable:
-        for name in args.text_column:
-            column(unusable[0], name, args.dataset)  # says which columns there are
-        raise UserError(f"{args.dataset}: most rows have no text in {' '.join(args.text_column)}")
     order = uniforms([len(texts)], "split").argsort().tolist()[:wanted]  # not by the seed
     cut = round(len(order) * args.eval_texts / wanted)
     heldout, train = [texts[i] for i in order[:cut]], [texts[i] for i in order[cut:]]
-    words = f"{args.dataset}: {len(train)} training and {len(heldout)} held-out texts"
+    about = f"{args.dataset}: {len(train)} training and {len(heldout)} held-out texts"
+    about += f"; {skipped} rows without text skipped" * bool(skipped)
     if not train or not heldout:
-        raise UserError(f"{words}: give more data, or longer texts")
-    return train, heldout, words + f"; {len(unusable)} rows without text skipped" * bool(unusable)
+        raise UserError(f"{about}: give more data, or longer texts")
+    return train, heldout, about
 
 
 # ---------------------------------------------------------------- 0 prepare
@@ -273,41 +268,28 @@ def score_texts(model, texts: list[list[int]], max_tokens: int, ranks: Ranks) ->
     return all_gather_list(scores, ranks)
 
 
-def load_proxy(model, tokenizer, texts: list[list[int]], args: Args, ranks: Ranks):
-    """The proxy; it may be `model` itself. UserError if it has another tokenizer."""
-    if args.proxy_model == args.model:
-        return model
-    own, probe = load_tokenizer(args.proxy_model), [tokenizer.decode(text) for text in texts[:50]]
-    if own(probe).input_ids != tokenizer(probe).input_ids:
-        raise UserError(f"--proxy-model {args.proxy_model} and --model tokenise the texts differently")
-    return load_model(args.proxy_model, own, ranks, max(map(len, texts)), train=False)
+def proxy_entropies(model, tokenizer, texts: list[list[int]], args: Args, run: Run) -> list[np.ndarray]:
+    """Entropies of every position of every text under the proxy, which may be `model` itself.
 
-
-def proxy_entropies(proxy, texts: list[list[int]], args: Args, run: Run) -> list[np.ndarray]:
-    """Entropies of every position of every text under the proxy. A resumed run reads them from its folder."""
+    A resumed run reads them from its folder. UserError if the proxy has another tokenizer.
+    """
     lengths, path = [len(text) for text in texts], run.path / "entropies.npy"
     if run.state and path.exists():
         return np.split(np.load(path), np.cumsum(lengths)[:-1])
+    if args.proxy_model != args.model:
+        own, probe = load_tokenizer(args.proxy_model), [tokenizer.decode(text) for text in texts[:50]]
+        if own(probe).input_ids != tokenizer(probe).input_ids:
+            raise UserError(f"--proxy-model {args.proxy_model} and --model tokenise the texts differently")
+        model = load_model(args.proxy_model, own, run.ranks, max(lengths), train=False)
     run.say(f"entropies of {sum(lengths)} positions under {args.proxy_model}, once ...")
-    entropies = [scores[0] for scores in score_texts(proxy, texts, args.micro_batch_tokens, run.ranks)]
+    entropies = [scores[0] for scores in score_texts(model, texts, args.micro_batch_tokens, run.ranks)]
     if run.ranks.main:
         np.save(path, np.concatenate(entropies))
     return entropies
 
 
-def proxy_name(args: Args) -> str:
-    """Name of the proxy: --proxy-model, else --model; with --eval-only what the run folder of --model says."""
-    if args.proxy_model or not args.eval_only:
-        return args.proxy_model or args.model
-    try:
-        arguments = Path(args.model).resolve().parents[1] / "args.json"  # of RUN/checkpoints/final
-        return json.loads(arguments.read_text(encoding="utf-8"))["proxy_model"]
-    except (OSError, KeyError, IndexError):  # a trained model's own entropies would choose other positions
-        raise UserError("--eval-only needs --proxy-model: the model from which --model was trained") from None
-
-
 def difficulty(entropies: list, texts: list[list[int]], tokenizer, words: list[str], thresholds: tuple) -> list:
-    """Level of every position of every text: 0 easy, 1 medium, 2 hard; -1 takes no RL. words: of all tokens.
+    """Level of every position of every text: 0 easy, 1 medium, 2 hard; -1 takes no RL. words: texts of all tokens.
 
     What has no text before it, and what cannot be boxed, takes no RL whatever its entropy.
     """
@@ -494,12 +476,12 @@ class Rollouts:
         self.texts = token_texts(tokenizer, model.config.get_text_config().vocab_size)
         self.table = self.texts, eos_ids(tokenizer, args.model)
 
-    def __call__(self, places: list[tuple], noise, budget: int, temperature: float, stop: Callable):
-        """(a Sample for each of the global list `places`: (text, position, level), seconds).
+    def __call__(self, places: list[tuple], noise, budget: int, temperature: float, stop: Callable) -> list[Sample]:
+        """A Sample for each of the global list `places` of (text, position, level).
 
         stop: called between batches, by every rank equally often; it may raise Stop.
         """
-        start, samples, skip = time.time(), {}, len(bos_ids(self.tokenizer))  # no BOS inside a prompt
+        samples, skip = {}, len(bos_ids(self.tokenizer))  # no BOS inside a prompt
         head, tail, opened = prompt_frame(self.tokenizer, budget, self.args)
         share = range(len(places))[self.ranks.share(len(places))]
         mine, most = sorted(share, key=lambda i: places[i][1]), -(-len(places) // self.ranks.world_size)
@@ -514,8 +496,7 @@ class Rollouts:
                     truth = [self.texts[token] for token in text[t : t + 32]]
                     samples[i] = Sample(level, truth, ids, *row)
                     self.reward(samples[i], budget, opened)
-        everyone = all_gather_list([samples[i] for i in share], self.ranks)
-        return everyone, time.time() - start  # the slowest rank's time
+        return all_gather_list([samples[i] for i in share], self.ranks)
 
     def reward(self, sample: Sample, budget: int, opened: bool) -> None:
         """Step 2. Notes both `exact` and `prefix`; --match says which one is rewarded."""
@@ -629,24 +610,22 @@ def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: 
 
 # ---------------------------------------------------------------- 5 log, evaluate, save
 
-CURVES = (
-    ("right at held-out positions", {"eval/ntr": "reasoning, NTR", "eval/ntp": "prediction, NTP"}, "update"),
-    ("reasoning at held-out positions", {f"eval/ntr_{name}": name for name in LEVELS}, "update"),
-    ("right boxes in training, by level", {f"reward/match_{name}": name for name in LEVELS}, "update"),
-    ("tokens of a thought", {"rollout/thought_tokens": "written", "rollout/budget": "budget"}, "update"),
-    ("reward", {"reward/mean": "reward", "reward/length": "its length part"}, "update"),
-    ("shares that teach nothing", {
-        "rollout/malformed": "malformed responses", "reward/groups_without_spread": "groups of equal rewards",
-    }, "update"),
-    ("next-token loss of the texts (nats per token)", {"policy/ntp_ce": ""}, "update"),
-)  # fmt: skip
+CURVES = {  # title: keys of metrics.jsonl, and their labels
+    "right at held-out positions": {"eval/ntr": "reasoning, NTR", "eval/ntp": "prediction, NTP"},
+    "reasoning at held-out positions": {f"eval/ntr_{name}": name for name in LEVELS},
+    "right boxes in training, by level": {f"reward/match_{name}": name for name in LEVELS},
+    "tokens of a thought": {"rollout/thought_tokens": "written", "rollout/budget": "budget"},
+    "reward": {"reward/mean": "reward", "reward/length": "its length part"},
+    "shares that teach nothing": {"rollout/malformed": "malformed", "reward/groups_without_spread": "equal rewards"},
+    "next-token loss of the texts (nats per token)": {"policy/ntp_ce": ""},
+}
 CONSOLE = (
     "match {reward/match:.3f}", "thought {rollout/thought_tokens:5.1f}", "budget {rollout/budget:3}",
-    "malformed {rollout/malformed:4.0%}", "ntp {policy/ntp_ce:.3f}", "grad {optim/grad_norm:5.2f}",
-    "{time/rollout_s:.1f} + {time/update_s:.1f} s", "{perf/tokens_per_s:.0f} tokens/s",
+    "malformed {rollout/malformed:3.0%}", "ntp {policy/ntp_ce:.3f}", "grad {optim/grad_norm:5.2f}",
+    "{time/rollout_s:.1f} + {time/update_s:.1f} s",
 )  # fmt: skip
 HELDOUT = ("held-out NTR {eval/ntr:.3f}, NTP {eval/ntp:.3f}", "thought {eval/thought_tokens:5.1f}")
-LEGEND = "The end of a prompt, the response (its thought in green), and what the text has there."
+LEGEND = "The end of the prompt, the response (its thought in green), and the token that the text has there."
 HINTS = {  # said once, if the metric is 1
     "rollout/malformed": "every response is malformed, so RL learns nothing: start from a model that writes "
     f"{THINK_OPEN}...{THINK_CLOSE}{BOX_OPEN}...{BOX_CLOSE}, or raise --max-new-tokens",
@@ -685,48 +664,51 @@ def lengths(samples: list[Sample], group: str) -> dict:
     }
 
 
-def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int, stop):
+def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run, update: int, stop: Callable):
     """Tables 1 and 3 on held-out positions: (metrics, the sampled responses).
 
     Prediction (NTP): the most likely token. Reasoning (NTR): the box of a response, sampled and greedy.
     """
-    start, budget, metrics = time.time(), budget_at(update, args), {}
+    start, budget = time.time(), budget_at(update, args)
     scores = score_texts(rollouts.model, texts, args.micro_batch_tokens, run.ranks)
     predicted = [int(scores[k][1, t]) for k, t, _ in chosen]
-    noise = uniforms([len(chosen), args.max_new_tokens], args.seed, "evaluation")
     places = [(texts[k], t, level) for k, t, level in chosen]
-    sampled, seconds = rollouts(places, noise, budget, args.temperature, stop)
-    greedy, _ = rollouts(places, noise, budget, 0.0, stop)
-    right = {"ntp": [token == text[t] for token, (text, t, _) in zip(predicted, places)]}
-    for ending, samples in (("", sampled), ("_greedy", greedy)):
-        right[f"ntr{ending}"] = [s.exact for s in samples]
-        right[f"ntr_prefix{ending}"] = [s.prefix for s in samples]
+    noise = uniforms([len(places), args.max_new_tokens], args.seed, "evaluation")
+    sampled = rollouts(places, noise, budget, args.temperature, stop)
+    greedy = rollouts(places, noise, budget, 0.0, stop)
+    right = {
+        "ntp": [token == text[t] for token, (text, t, _) in zip(predicted, places)],
+        "ntr": [s.exact for s in sampled],
+        "ntr_prefix": [s.prefix for s in sampled],
+        "ntr_greedy": [s.exact for s in greedy],
+        "ntr_prefix_greedy": [s.prefix for s in greedy],
+    }
+    metrics = {"eval/budget": budget, **lengths(sampled, "eval")}
     for kind, values in right.items():
         for level, name in enumerate(LEVELS):
-            metrics[f"eval/{kind}_{name}"] = mean(v for v, place in zip(values, chosen) if place[2] == level)
+            metrics[f"eval/{kind}_{name}"] = mean(v for v, s in zip(values, sampled) if s.level == level)
         metrics[f"eval/{kind}"] = mean(metrics[f"eval/{kind}_{name}"] for name in LEVELS)  # the "Average"
-    metrics |= {"eval/budget": budget, "time/eval_rollout_s": seconds}
     for sample, token in zip(sampled, predicted):
         sample.predicted = rollouts.texts[token]
-    blocks = [html_sample(sample, rollouts.tokenizer) for sample in sampled[:: max(1, len(sampled) // 6)]]
+    blocks = [block(sample, rollouts.tokenizer) for sample in sampled[:: max(1, len(sampled) // 6)]]
     run.samples(f"update {update}", LEGEND, blocks)
-    return metrics | lengths(sampled, "eval") | {"time/eval_s": time.time() - start}, sampled
+    return metrics | {"time/eval_s": time.time() - start}, sampled
 
 
-def verdict(sample: Sample) -> str:
+def shown(sample: Sample, tokenizer) -> tuple[str, str, str]:
+    """(end of the prompt, response, verdict)"""
     word = "malformed" if sample.thought_tokens < 0 else "right" if sample.exact else "wrong"
-    level, truth = LEVELS[sample.level], sample.truth[0]
-    return f"{word}: {level}, the text has {truth!r}, without a thought {sample.predicted!r}"
+    verdict = f"{word}: {LEVELS[sample.level]}, the text has {sample.truth[0]!r}, prediction {sample.predicted!r}"
+    return tokenizer.decode(sample.prompt_ids)[-300:], tokenizer.decode(sample.completion_ids), verdict
 
 
-def html_sample(sample: Sample, tokenizer) -> str:
-    """A block of samples.html."""
-    prompt, response = tokenizer.decode(sample.prompt_ids)[-300:], tokenizer.decode(sample.completion_ids)
-    thought, close, rest = html.escape(response).rpartition(html.escape(THINK_CLOSE))
+def block(sample: Sample, tokenizer) -> str:
+    """A sample as HTML."""
+    prompt, response, verdict = map(html.escape, shown(sample, tokenizer))
+    thought, close, rest = response.rpartition(html.escape(THINK_CLOSE))
     response = f"<span class=thought>{thought}</span>{close}{rest}"
-    style, words = "good" if sample.exact else "bad", html.escape(verdict(sample))
-    prompt = f"<span class=note>{html.escape(prompt)}</span>"
-    return f"<pre>{prompt}{response}\n<span class={style}>{words}</span></pre>"
+    style = "good" if sample.exact else "bad"
+    return f"<pre><span class=note>{prompt}</span>{response}\n<span class={style}>{verdict}</span></pre>"
 
 
 def report(run: Run, stages: list[dict], answers: list[Sample], tokenizer) -> None:
@@ -739,9 +721,10 @@ def report(run: Run, stages: list[dict], answers: list[Sample], tokenizer) -> No
         lines.append(f"{kind:24}" + "".join(f"{cell:>16}" for cell in cells))
     for sign in (1, -1):  # right where prediction is wrong; wrong where prediction is right
         sample = max(answers, key=lambda s: (sign * (s.exact - (s.predicted == s.truth[0])), s.level))
-        text = tokenizer.decode(sample.prompt_ids)[-200:] + tokenizer.decode(sample.completion_ids)
-        lines += ["", verdict(sample), text]
-    run.say("\n".join([*lines, "", f"{run.path}/: samples.html, curves.png, checkpoints/final"]))
+        prompt, response, verdict = shown(sample, tokenizer)
+        lines += ["", verdict, prompt + response]
+    files = "samples.html" + ", curves.png, checkpoints/final" * (len(stages) > 1)
+    run.say("\n".join([*lines, "", f"{run.path}/: {files}"]))
 
 
 # ---------------------------------------------------------------- main
@@ -762,20 +745,20 @@ def plan(args: Args, ranks: Ranks, train: list[list[int]], longest: int, tokeniz
 def main(args: Args) -> None:
     check(args)
     ranks = setup(args.seed)
-    args = replace(args, proxy_model=proxy_name(args))
+    updates = 0 if args.eval_only else args.updates
+    args = replace(args, proxy_model=args.proxy_model or args.model, updates=updates)
     tokenizer = load_tokenizer(args.model)
     train, heldout, about = read_texts(args, tokenizer)
     all_texts, frame = train + heldout, prompt_frame(tokenizer, budget_at(0, args), args)
     longest = len(frame[0] + frame[1]) + max(map(len, all_texts)) + args.max_new_tokens
     learns, recompute = not args.eval_only, args.gradient_checkpointing
-    model = load_model(args.model, tokenizer, ranks, longest, train=learns, recompute=recompute and learns)
-    proxy = load_proxy(model, tokenizer, all_texts, args, ranks)
+    model = load_model(args.model, tokenizer, ranks, longest, train=learns, recompute=recompute)
     if ranks.main:
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"model {args.model}: {size:.1f}M parameters; proxy {args.proxy_model}\n{about}", flush=True)
-    if args.dry_run:
-        if ranks.main:
+        if args.dry_run:
             print(plan(args, ranks, train, longest, tokenizer, frame), flush=True)
+    if args.dry_run:
         return
     run = Run(args, __file__, ranks, data=[args.dataset])
     ref_model = load_model(args.model, tokenizer, ranks, longest, train=False) if args.beta else None
@@ -783,8 +766,7 @@ def main(args: Args) -> None:
     rollouts, models = Rollouts(model, tokenizer, args, ranks), {"policy": model}
 
     # 0 prepare; before a restore, because the default proxy is the initial model
-    entropies = proxy_entropies(proxy, all_texts, args, run)
-    del proxy
+    entropies = proxy_entropies(model, tokenizer, all_texts, args, run)
     levels = difficulty(entropies, all_texts, tokenizer, rollouts.texts, args.thresholds)
     counts = np.bincount(np.concatenate(levels) + 1, minlength=4)
     run.say("positions: " + ", ".join(f"{c} {name}" for c, name in zip(counts, ("without RL", *LEVELS))))
@@ -797,14 +779,16 @@ def main(args: Args) -> None:
             metrics, answers = evaluate(rollouts, heldout, to_evaluate, args, run, 0, interrupt.check)
             state["before"] = {key: value for key, value in metrics.items() if key.startswith("eval/")}
             run.log({"update": 0, **metrics}, HELDOUT, args.updates)
-        for update in range(state["update"] + 1, args.updates + 1 if learns else 0):
+        for update in range(state["update"] + 1, args.updates + 1):
             # 1 sample, 2 score
             drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
             texts, budget = [train[i] for i in drawn], budget_at(update - 1, args)
             chosen = choose_positions([levels[i] for i in drawn], update, args)  # C
             places = [(texts[k], t, level) for k, t, level in chosen for _ in range(args.group_size)]
             noise = uniforms([len(places), args.max_new_tokens], args.seed, update, "rollout")
-            samples, rollout_s = rollouts(places, noise, budget, args.temperature, interrupt.check)
+            begin = time.time()
+            samples = rollouts(places, noise, budget, args.temperature, interrupt.check)
+            rollout_s = time.time() - begin  # of the slowest rank: all get all samples
 
             # 3 advantage
             rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
@@ -844,10 +828,10 @@ def main(args: Args) -> None:
             if last or (args.save_every and update % args.save_every == 0):
                 run.export(model, "final" if last else f"update_{update:06d}")  # before the state
                 run.save(state, models, optimizer)
-                run.curves(CURVES)
+                run.curves([(title, keys, "update") for title, keys in CURVES.items()])
     except Stop:
         run.stopped(state, models, optimizer)
-    if after or not learns:
+    if answers:
         report(run, [state["before"], *filter(None, [after])], answers, tokenizer)
 
 
