@@ -10,7 +10,7 @@ arXiv 2509.25810v2), which evaluates with the BigCode harness:
 
 A sample's noise depends only on (seed, benchmark, task, temperature, sample), so results are the same on any
 number of ranks. A killed evaluation continues: give the same command again, with the same --output-dir.
-Shapes: B rows, N different prompts, P tokens of the longest prompt, M = max_new_tokens.
+Shapes: B rows, P tokens of the longest prompt, M = max_new_tokens.
 
 Deviations from BigCode (docs/eval_code.md has all):
   D1 MBPP's prompt is that of the authors' scripts (signature, two tests); BigCode's is --mbpp-prompt bigcode.
@@ -47,11 +47,10 @@ import tyro
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-import sandbox
 from common import (
-    TINY, Ranks, Sampler, UserError, all_gather_list, cache_argument, check_sizes, column, environment,
-    eos_ids, gathered, launch, load_model, load_tokenizer, pad_left, read_rows, setup, together, uniforms,
-    write_whole,
+    TINY, Ranks, Sampler, UserError, all_gather_list, cache_argument, check_sizes, column, context_of,
+    environment, eos_ids, gathered, launch, load_model, load_tokenizer, pad_left, read_rows, run_tests, setup,
+    together, uniforms, write_whole,
 )  # fmt: skip
 
 
@@ -73,8 +72,6 @@ class Args:
     """of humaneval, mbpp, humanevalplus, mbppplus, livecodebench, codeforces; name=FILE: a local file"""
     samples: str = ""
     """judge what this human-eval or evalplus file holds (`task_id`, `completion` or `solution`) instead"""
-    partial: bool = False
-    """with --samples: score a file that lacks some tasks on those it has"""
     limit: int = 0
     """only the first so many problems of each benchmark; 0: all"""
     mbpp_prompt: Literal["signature", "bigcode"] = "signature"
@@ -188,6 +185,11 @@ BENCHMARKS = {  # title, hub source, split, timeout in s (BigCode's; of the cont
 }
 
 
+def short_path(path: str) -> str:
+    """What a file, a folder or a hub id is called: the last three parts of its path from here."""
+    return "/".join(Path(os.path.relpath(path)).parts[-3:])
+
+
 def load_problems(args: Args) -> tuple[list[Problem], dict[str, str]]:
     """All problems, and benchmark -> title. A local file need not be the benchmark, so its path is the title.
 
@@ -201,7 +203,7 @@ def load_problems(args: Args) -> tuple[list[Problem], dict[str, str]]:
             raise UserError(f"unknown benchmark {name}; there are {', '.join(BENCHMARKS)}")
         title, hub, split, timeout_s, read = BENCHMARKS[name]
         source, earlier = file or hub, len(problems)
-        titles[name] = "/".join(Path(os.path.relpath(file)).parts[-3:]).lstrip("./") if file else title
+        titles[name] = short_path(file) if file else title
         rows = read_rows(source, split)
         if name == "livecodebench":
             first, last = LCB_WINDOW
@@ -252,9 +254,9 @@ def read_samples(args: Args, problems: list[Problem]) -> list[Job]:
         rows = found[problem.benchmark, problem.task_id] or found[None, problem.task_id]
         missing += [f"{problem.task_id} of {problem.benchmark}"] * (not rows)
         jobs += [(problem, {**known, "sample": number, **row}) for number, row in enumerate(rows)]
-    if missing and not (args.partial and jobs):
+    if missing:
         lacks = f"{args.samples} has no sample of {len(missing)} of {len(problems)} tasks ({missing[0]} ...)"
-        raise UserError(f"{lacks}; --partial scores the others alone" if jobs else lacks)
+        raise UserError(f"{lacks}; to score the others alone, give a file of their rows: --benchmarks name=FILE")
     return jobs
 
 
@@ -276,20 +278,11 @@ CHUNK = 16  # tokens between two looks for rows that have ended
 def complete(model, tokenizer, eos: set[int], batch: list[Job], args: Args) -> None:
     """Generate `completion` and `truncated` of each sample of the batch, all at one temperature.
 
-    A prompt that samples share is read once; rows that have ended leave. Call it inside `gathered(model)`.
+    Rows that have ended leave. Call it inside `gathered(model)`.
     """
     device, steps, temperature = model.device, args.max_new_tokens, batch[0][1]["temperature"]
-    prompts = list(dict.fromkeys(problem.prompt_ids for problem, _ in batch))
-    which = torch.tensor([prompts.index(problem.prompt_ids) for problem, _ in batch], device=device)  # [B]
-    ids, mask = pad_left(prompts, device)  # [N, P]
+    ids, mask = pad_left([problem.prompt_ids for problem, _ in batch], device)  # [B, P]
     start, cache = ids.shape[1], DynamicCache(config=model.config)
-    options = {"use_cache": True, cache_argument(model): cache}
-    if start > 1:  # all but the last token of a prompt, which generate reads
-        part = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        model(**{name: values[:, :-1] for name, values in part.items()}, logits_to_keep=1, **options)
-        cache.reorder_cache(which)  # a row for every sample
-    ids, mask = ids[which], mask[which]  # [B, P]
-
     names = [[sample[k] for k in ("benchmark", "task_id", "temperature", "sample")] for _, sample in batch]
     noise = torch.stack([uniforms([steps], args.seed, *name) for name in names])  # [B, M]
     sampler = Sampler(noise, start, 1.0 if temperature else 0.0, device)  # at 0 it is greedy
@@ -300,7 +293,7 @@ def complete(model, tokenizer, eos: set[int], batch: list[Job], args: Args) -> N
         new = min(CHUNK, start + steps - ids.shape[1])
         ids = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new, logits_processor=processors,
-            synced_gpus=False, **options,
+            synced_gpus=False, use_cache=True, **{cache_argument(model): cache},
         )  # fmt: skip
         going = []
         for place, (row, tokens) in enumerate(zip(sampler.rows.tolist(), ids[:, start:].tolist())):
@@ -327,8 +320,7 @@ def judge(jobs: list[Job], file: Path, args: Args) -> None:
         code = sample.get("solution") or problem.opening + sample.get("completion", "") + problem.closing
         imports = CONTEST_IMPORTS if "cases" in problem.checks else ""
         programs.append({"code": imports + code, **problem.checks})
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    verdicts = sandbox.run_tests(programs, workers=args.workers or max(1, cores))
+    verdicts = run_tests(programs, workers=args.workers)
     lines = [json.dumps({**sample, **verdict}) + "\n" for (_, sample), verdict in zip(jobs, verdicts)]
     write_whole(file, "".join(lines))
 
@@ -389,14 +381,6 @@ def report(folder: Path, files: list[Path], titles: dict[str, str], label: str, 
     print(f"\nsamples  {folder / 'samples.jsonl'}\nresults  {folder / 'results.json'}", flush=True)
 
 
-def label_of(path: str) -> str:
-    """What a row is called: run and checkpoint, `ra3__model__s0/em_001`, or the path's last two parts."""
-    parts = (Path(path).absolute() if Path(path).exists() else Path(path)).parts
-    if "checkpoints" in parts[1:-1]:
-        parts = re.sub(r"__\d{8}-\d{6}(_\d+)?$", "", parts[parts.index("checkpoints") - 1]), parts[-1]
-    return "/".join(parts[-2:])
-
-
 def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: Ranks) -> None:
     """Begin or continue an evaluation. UserError if its arguments, or what it is to judge, were others."""
     now, may_change = json.loads(json.dumps(asdict(args))), ("output_dir", "workers")
@@ -404,10 +388,10 @@ def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: Rank
     now["contents"] = zlib.crc32(json.dumps(contents).encode())  # files may have changed under their names
     if any((folder / "batches").glob("*.jsonl")):
         before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        changes = [(name, before.get(name), v) for name, v in now.items() if name not in may_change]
-        differ = [f"{name}: {old} -> {new}" for name, old, new in changes if old != new]
+        differ = [name for name in now if name not in may_change and now[name] != before.get(name)]
         if differ:
-            raise UserError(f"{folder} holds an evaluation with other arguments ({', '.join(differ)})")
+            changes = ", ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in differ)
+            raise UserError(f"{folder} holds an evaluation with other arguments ({changes})")
     folder.mkdir(parents=True, exist_ok=bool(args.output_dir))  # evaluations never share a new folder
     (folder / "batches").mkdir(exist_ok=True)
     write_whole(folder / "args.json", json.dumps(now, indent=1))
@@ -422,7 +406,7 @@ def main(args: Args) -> None:
     if not args.samples and max(args.k) > max(1, args.n_samples):  # pass@1 is greedy
         raise UserError(f"pass@{max(args.k)} needs --n-samples {max(args.k)} or more; or choose another --k")
     say = print if ranks.main else lambda *_: None
-    label = label_of(args.samples or args.model)
+    label = short_path(args.samples or args.model)
     name = f"{label.replace('/', '__')}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(all_gather_list([args.output_dir or f"runs/eval_code__{name}"], ranks)[0])  # that of rank 0
 
@@ -446,10 +430,9 @@ def main(args: Args) -> None:
             problem.prompt_ids = encode(tokenizer, problem.prompt)
         model = load_model(args.model, tokenizer, ranks, longest=0, train=False)
         longest = max(len(problem.prompt_ids) for problem in problems) + args.max_new_tokens
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-        if longest > context:
+        if longest > context_of(args.model):
             words = f"the longest prompt and --max-new-tokens take {longest} tokens"
-            raise UserError(f"{words}, and the model's context is {context}")
+            raise UserError(f"{words}, and the model's context is {context_of(args.model)}")
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         say(f"model   {label}: {millions:.1f}M parameters, {ranks.device}")
     count = f"{sum(len(batches[n]) for n in missing)} of {len(jobs)} completions to do"

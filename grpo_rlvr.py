@@ -154,26 +154,25 @@ MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
     "train_problems": 4096, "eval_problems": 600, "group_size": 8, "max_new_tokens": 4096, "temperature": 1.0,
     "eps_high": 0.2, "minibatches": 1, "updates": 320, "gradient_checkpointing": True, "rollout_rows": 16,
 }  # fmt: skip
-TINY_RUN = {  # optimisation settings for a million parameters; the reward is that of a large run
-    "tiny": True, "train_problems": 0, "eval_problems": 128, "difficulty_key": "",
-    "chat_template": False, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64,
-    "rollout_rows": 256, "temperature": 1.0, "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40,
-    "learning_rate": 1e-4, "micro_batch_tokens": 2048, "gradient_checkpointing": False, "save_every": 0,
+TINY_CODE = {  # for a model of a million parameters
+    "tiny": True, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64, "temperature": 1.0,
+    "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 1e-4,
+    "micro_batch_tokens": 2048, "save_every": 0, "model": f"{TINY}/code/model",
+    "dataset": f"{TINY}/code/rl_train.jsonl", "eval_dataset": f"{TINY}/code/test.jsonl",
 }  # fmt: skip
-TINY_DATA = {
-    "code": {"model": f"{TINY}/code/model", "dataset": f"{TINY}/code/rl_train.jsonl",
-             "eval_dataset": f"{TINY}/code/test.jsonl"},
-    "math": {"model": f"{TINY}/text/model", "dataset": f"{TINY}/text/math_train.jsonl",
-             "eval_dataset": f"{TINY}/text/math_test.jsonl", "max_new_tokens": 128, "updates": 20},
+TINY_MATH = TINY_CODE | {
+    "task": "math", "model": f"{TINY}/text/model", "dataset": f"{TINY}/text/math_train.jsonl",
+    "eval_dataset": f"{TINY}/text/math_test.jsonl", "eps_high": 0.2, "max_new_tokens": 128, "updates": 20,
 }  # fmt: skip
 
 
 def parse_args() -> Args:
     """tyro's command line over the defaults that --task and --tiny choose."""
-    task = "math" if re.search(r"--task[ =]math\b", " ".join(sys.argv)) else "code"
-    defaults = dict(MATH) if task == "math" else {}
-    if "--tiny" in sys.argv:
-        defaults |= TINY_RUN | TINY_DATA[task]
+    tiny = "--tiny" in sys.argv
+    if re.search(r"--task[ =]math\b", " ".join(sys.argv)):
+        defaults = TINY_MATH if tiny else MATH
+    else:
+        defaults = TINY_CODE if tiny else {}
     return tyro.cli(Args, default=Args(**defaults))
 
 
@@ -182,9 +181,9 @@ def check(args: Args) -> None:
     if args.group_size < 2:
         raise UserError("--group-size must be at least 2: advantages compare completions of one prompt")
     positive = "eval_problems max_prompt_tokens prompts_per_update max_new_tokens temperature rollout_rows"
-    more = "train_problems eps_low eps_high beta dynamic_sampling updates learning_rate weight_decay eval_every"
     positive += " reward_timeout_s minibatches max_grad_norm micro_batch_tokens"
-    check_sizes(args, positive, f"{more} save_every")
+    not_negative = "train_problems eps_low eps_high beta dynamic_sampling updates learning_rate weight_decay"
+    check_sizes(args, positive, f"{not_negative} eval_every save_every")
     if args.chat_template and args.task == "code":
         raise UserError("--chat-template is for --task math; a code problem is completed from its signature")
 
@@ -260,8 +259,7 @@ def code_problem(row: dict) -> tuple[str, dict]:
         cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:MAX_TESTS]
     if fn_name and all(isinstance(case["output"], list) and len(case["output"]) == 1 for case in cases):
         cases = [{**case, "output": case["output"][0]} for case in cases]  # TACO puts a result into a list
-    signature = row.get("signature") or row.get("starter_code")
-    signature = signature or signature_for(fn_name, row.get("solutions"), cases[0])
+    signature = row.get("signature") or row.get("starter_code") or signature_for(fn_name, row.get("solutions"), cases[0])
     checks = {"signature": signature.rstrip(), "cases": cases, "fn_name": fn_name}
     return CODE_PROMPT.format(question=question, **checks), checks
 
@@ -270,10 +268,11 @@ def signature_for(fn_name: str | None, solutions: str | list | None, case: dict)
     """The signature of the first solution that has one, else fn_name(arg1, arg2 ...). No fn_name: reads stdin."""
     if not fn_name:
         return STDIN_SIGNATURE
-    solutions = [solutions] if isinstance(solutions, str) else solutions or []
+    for solution in [solutions] if isinstance(solutions, str) else solutions or []:
+        if signature := signature_of(solution, fn_name):
+            return signature
     count = len(case["input"].splitlines() if isinstance(case["input"], str) else case["input"])
-    numbered = f"def {fn_name}({', '.join(f'arg{i + 1}' for i in range(count))}):"
-    return next(filter(None, (signature_of(solution, fn_name) for solution in solutions)), numbered)
+    return f"def {fn_name}({', '.join(f'arg{i + 1}' for i in range(count))}):"
 
 
 def signature_of(source: str, name: str) -> str | None:
@@ -287,56 +286,50 @@ def signature_of(source: str, name: str) -> str | None:
         return None
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            arguments = node.args.posonlyargs or node.args.args
-            if arguments and arguments[0].arg == "self":
-                del arguments[0]
+            node.args.args = [argument for argument in node.args.args if argument.arg != "self"]
             used = {part.id for part in ast.walk(node.args) if isinstance(part, ast.Name)}
             return f"def {name}({ast.unparse(node.args)}):" if used <= NAMES else None
     return None
 
 
 def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
-    """The problem of a row, with its prompt as tokens. ValueError and the like if it lacks something."""
+    """The problem of a row, with its prompt as tokens. ValueError if it is not to be used; see read_problems."""
     prompt, checks = code_problem(row) if args.task == "code" else math_problem(row)
-    info = row.get("extra_info") or {}
-    level = (info.get("model_difficulty") or {}).get(args.difficulty_key)
-    level = int(need(level, f"difficulty `{args.difficulty_key}`")) if args.difficulty_key else 0
+    info, level = row.get("extra_info") or {}, 0
+    if args.difficulty_key:
+        level = (info.get("model_difficulty") or {}).get(args.difficulty_key)
+        if int(need(level, f"difficulty `{args.difficulty_key}`")) not in LEVELS:
+            raise ValueError(f"difficulty outside {LEVELS[0]}-{LEVELS[-1]}")
     if args.chat_template:
         message = [{"role": "user", "content": prompt.strip()}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=not args.chat_template)["input_ids"]
     if ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers append it, but the completion goes on from here
+    if len(ids) > args.max_prompt_tokens:
+        raise ValueError(f"longer than --max-prompt-tokens {args.max_prompt_tokens}")
     names = row.get("query_id"), row.get("task_id"), info.get("index"), number
     name = str(next(name for name in names if name is not None))
-    return Problem(name, prompt, ids, {**checks, "timeout_s": args.reward_timeout_s}, level)
+    return Problem(name, prompt, ids, {**checks, "timeout_s": args.reward_timeout_s}, int(level))
 
 
 def read_problems(source: str, args: Args, tokenizer) -> tuple[list[Problem], str]:
     """The problems of `source` in an order fixed by the seed, and a note that counts the rows left out.
 
-    UserError if no problem is left, or if more than half of the rows cannot be used.
+    UserError if no problem is left.
     """
     warnings.simplefilter("ignore", SyntaxWarning)  # a `\d` in a solution
     split = "math" if "Skywork" in source else "test" if re.search("humaneval|mbpp", source, re.I) else "train"
-    problems, bad, unwanted, row, count = [], Counter(), Counter(), {}, 0
-    for count, row in enumerate(read_rows(source, split), start=1):
+    problems, left_out, row = [], Counter(), {}
+    for number, row in enumerate(read_rows(source, split), start=1):
         try:
-            problem = read_problem(row, count, args, tokenizer)
+            problems.append(read_problem(row, number, args, tokenizer))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            bad[str(error) if type(error) is ValueError else f"malformed ({type(error).__name__})"] += 1
-            continue
-        if args.difficulty_key and problem.level not in LEVELS:
-            unwanted[f"difficulty outside {LEVELS[0]}-{LEVELS[-1]}"] += 1
-        elif len(problem.prompt_ids) > args.max_prompt_tokens:
-            unwanted[f"longer than --max-prompt-tokens {args.max_prompt_tokens}"] += 1
-        else:
-            problems.append(problem)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in (bad + unwanted).most_common(6))
-    if not problems or 2 * bad.total() > count:
+            left_out[str(error) if type(error) is ValueError else f"malformed ({type(error).__name__})"] += 1
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(6))
+    if not problems:
         columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        words = f"{count - len(problems)} of {count} rows cannot be used ({reasons})"
-        raise UserError(f"{source}: {words}; columns: {columns}")
+        raise UserError(f"{source}: none of {left_out.total()} rows can be used ({reasons}); columns: {columns}")
     problems = [problems[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(problems))]
     if args.difficulty_key:  # one problem of each level in turn: the first n are even over the levels
         levels = [[problem for problem in problems if problem.level == level] for level in LEVELS]
@@ -370,22 +363,18 @@ class Sample:
 
 
 def end_table(tokenizer, eos: set[int], vocab_size: int, column_zero: bool) -> torch.Tensor:
-    """What is_end needs about every token, bool [3, V]. Row 0: it ends a completion by itself (eos or, with
-    `column_zero`, text after a newline, D3). Row 1: it begins with a visible character. Row 2: it ends in a
-    newline."""
-    table = torch.zeros(3, vocab_size, dtype=torch.bool)
-    table[0, sorted(eos)] = True
-    if column_zero:
-        texts = token_texts(tokenizer, vocab_size)
-        table[0] |= torch.tensor([bool(re.search(r"\n\S", text)) for text in texts])
-        table[1] = torch.tensor([bool(re.match(r"\S", text)) for text in texts])
-        table[2] = torch.tensor([text.endswith("\n") for text in texts])
-    return table
+    """What is_end needs to know about each token: bool [3, V]. With `column_zero`, text in column 0 ends a
+    completion, too (D3)."""
+    texts = token_texts(tokenizer, vocab_size) if column_zero else [""] * vocab_size
+    alone = [token in eos or bool(re.search(r"\n\S", text)) for token, text in enumerate(texts)]
+    begins_text = [bool(re.match(r"\S", text)) for text in texts]
+    ends_line = [text.endswith("\n") for text in texts]
+    return torch.tensor([alone, begins_text, ends_line])
 
 
 def is_end(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Which tokens end a completion: bool [B, T] of tokens [B, 1 + T], whose first is the prompt's last."""
-    alone, begins_text, ends_line = table[:, tokens]  # [B, 1 + T] each
+    alone, begins_text, ends_line = table[:, tokens]  # [B, 1 + T] each; alone: the token ends it by itself
     return alone[:, 1:] | (begins_text[:, 1:] & ends_line[:, :-1])
 
 
@@ -638,25 +627,19 @@ def sample_batches(model, samples: list[Sample], max_tokens: int, ranks: Ranks |
 
 
 @torch.no_grad()
-def score(model, samples: list[Sample], args: Args) -> list[list[float]]:
-    """The samples' log-probabilities under `model`, by the training forward."""
-    scores = [[] for _ in samples]
+def note_old_logprobs(model, samples: list[Sample], args: Args) -> None:
+    """Set old_logprobs: the samples' log-probabilities under `model`, by the training forward."""
     with gathered(model):
         for batch in sample_batches(model, samples, args.micro_batch_tokens):
             logprobs, _, _ = completion_logprobs(model, [samples[i] for i in batch], args.temperature)
             for i, row in zip(batch, logprobs.tolist()):
-                scores[i] = row[: len(samples[i].completion_ids)]
-    return scores
+                samples[i].old_logprobs = row[: len(samples[i].completion_ids)]
 
 
-def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, stop, ref_model=None):
-    """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm).
-
-    stop: called before each micro-batch; it may raise Stop.
-    """
+def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, ref_model=None):
+    """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm)."""
     nothing, ref, sums = Sample([0, 0], [0], [0.0], old_logprobs=[0.0]), None, Counter()
     for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
-        stop()
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         if args.beta:
@@ -678,23 +661,20 @@ def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ra
     return sums, optimizer_step(model, optimizer, float(sums["loss"]), args.max_grad_norm, ranks)
 
 
-def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks, stop: Callable):
+def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks) -> dict:
     """Step 4: the metrics of the optimizer steps on the groups, one step for each minibatch of them."""
     size = max(1, -(-len(groups) // args.minibatches))
     minibatches = [groups[i : i + size] for i in range(0, len(groups), size)]
     shares = [rank_share(minibatch, ranks) for minibatch in minibatches]
     if args.minibatches > 1:  # true old log-probabilities, before the first of several steps
-        mine = [sample for share in shares for sample in share]
-        for sample, logprobs in zip(mine, score(model, mine, args)):
-            sample.old_logprobs = logprobs
+        note_old_logprobs(model, [sample for share in shares for sample in share], args)
     sums, norms = Counter(), []
     for minibatch, share in zip(minibatches, shares):
         # global denominators. dapo's is that of the whole rollout over the number of steps, as in TRL
         counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (minibatch, 1)
         lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
         normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
-        may_stop = (lambda: None) if norms else stop  # after the first step, the update is finished
-        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, may_stop, ref_model)
+        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, ref_model)
         sums.update(share_sums)
         norms.append(norm)
     sums = all_sum({key: float(sums[key]) for key in SUMS if key != "kl" or args.beta}, ranks)
@@ -870,7 +850,7 @@ def main(args: Args) -> None:
 
             # 4 update
             begin, groups = time.time(), groups[: args.prompts_per_update]
-            learnt = learn(model, ref_model, optimizer, groups, args, ranks, interrupt.check)
+            learnt = learn(model, ref_model, optimizer, groups, args, ranks)
             seconds["time/update_s"] = time.time() - begin
 
             # 5 log, evaluate, save
