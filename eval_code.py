@@ -365,10 +365,8 @@ def table(results: dict, titles: dict[str, str], label: str) -> str:
 def report(folder: Path, files: list[Path], titles: dict[str, str], label: str, args: Args) -> None:
     """Join the batches to samples.jsonl, write results.json, print the table and two samples."""
     lines = "".join(file.read_text(encoding="utf-8") for file in files)
-    samples, results = [json.loads(line) for line in lines.splitlines()], {}
-    for name in titles:
-        if found := [sample for sample in samples if sample["benchmark"] == name]:
-            results[name] = summarise(found, args.k)
+    samples = [json.loads(line) for line in lines.splitlines()]
+    results = {name: summarise([s for s in samples if s["benchmark"] == name], args.k) for name in titles}
     write_whole(folder / "samples.jsonl", lines)
     write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\n{table(results, titles, label)}")
@@ -428,11 +426,10 @@ def main(args: Args) -> None:
         eos = eos_ids(tokenizer, args.model)
         for problem in problems:
             problem.prompt_ids = encode(tokenizer, problem.prompt)
+        longest, context = max(len(p.prompt_ids) for p in problems) + args.max_new_tokens, context_of(args.model)
+        if longest > context:
+            raise UserError(f"a prompt and --max-new-tokens take {longest} tokens; {args.model} takes {context}")
         model = load_model(args.model, tokenizer, ranks, longest=0, train=False)
-        longest = max(len(problem.prompt_ids) for problem in problems) + args.max_new_tokens
-        if longest > context_of(args.model):
-            words = f"the longest prompt and --max-new-tokens take {longest} tokens"
-            raise UserError(f"{words}, and the model's context is {context_of(args.model)}")
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         say(f"model   {label}: {millions:.1f}M parameters, {ranks.device}")
     count = f"{sum(len(batches[n]) for n in missing)} of {len(jobs)} completions to do"

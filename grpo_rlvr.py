@@ -259,7 +259,8 @@ def code_problem(row: dict) -> tuple[str, dict]:
         cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:MAX_TESTS]
     if fn_name and all(isinstance(case["output"], list) and len(case["output"]) == 1 for case in cases):
         cases = [{**case, "output": case["output"][0]} for case in cases]  # TACO puts a result into a list
-    signature = row.get("signature") or row.get("starter_code") or signature_for(fn_name, row.get("solutions"), cases[0])
+    signature = row.get("signature") or row.get("starter_code")
+    signature = signature or signature_for(fn_name, row.get("solutions"), cases[0])
     checks = {"signature": signature.rstrip(), "cases": cases, "fn_name": fn_name}
     return CODE_PROMPT.format(question=question, **checks), checks
 
@@ -328,8 +329,8 @@ def read_problems(source: str, args: Args, tokenizer) -> tuple[list[Problem], st
             left_out[str(error) if type(error) is ValueError else f"malformed ({type(error).__name__})"] += 1
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(6))
     if not problems:
-        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{source}: none of {left_out.total()} rows can be used ({reasons}); columns: {columns}")
+        columns, count = ", ".join(row) if isinstance(row, dict) else type(row).__name__, left_out.total()
+        raise UserError(f"{source}: {count} of {count} rows cannot be used ({reasons}); columns: {columns}")
     problems = [problems[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(problems))]
     if args.difficulty_key:  # one problem of each level in turn: the first n are even over the levels
         levels = [[problem for problem in problems if problem.level == level] for level in LEVELS]

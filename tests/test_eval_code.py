@@ -666,7 +666,7 @@ def test_other_arguments_are_refused(finished):
         ({"benchmarks": ("humaneval={rows}", "humaneval={rows}")}, "task HumanEval/0 of humaneval is there twice"),
         ({"benchmarks": ("humaneval={broken}",)}, "{broken}, row 0: not a problem of humaneval"),
         ({"model": "{empty}"}, "cannot load the model|no tokenizer at"),
-        ({"max_new_tokens": 1020}, "the longest prompt and --max-new-tokens take .* the model's context is 512"),
+        ({"max_new_tokens": 1020}, "a prompt and --max-new-tokens take .* takes 512"),
         ({"n_samples": 1}, "pass@2 needs --n-samples 2"),
         ({"top_p": 0.0}, "--top-p must be positive"),
         ({"top_p": 1.5}, "--top-p is at most 1"),

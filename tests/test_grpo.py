@@ -36,10 +36,6 @@ V = len(TOKENIZER)
 torch.set_num_threads(1)
 
 
-def nothing():
-    """In place of Interrupt.check."""
-
-
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A random model with a toy tokenizer; a tenth of its tokens end a completion, so lengths vary."""
@@ -185,9 +181,9 @@ def test_rollout_equals_the_plain_forward(model_dir, monkeypatch):
         samples.append(Sample(prompt, ids, logprobs, ended))
     for shares in (True, False):  # completions on their prompt's cache, and plain rows
         model.shares_prompts = shares
-        training = grpo_rlvr.score(model, samples, Args(temperature=0.7, micro_batch_tokens=40))
-        for sample, row in zip(samples, training):
-            assert row == pytest.approx(sample.rollout_logprobs, rel=1e-4, abs=1e-5)
+        grpo_rlvr.note_old_logprobs(model, samples, Args(temperature=0.7, micro_batch_tokens=40))
+        for sample in samples:
+            assert sample.old_logprobs == pytest.approx(sample.rollout_logprobs, rel=1e-4, abs=1e-5)
 
 
 def test_prompts_of_one_token(model_dir):
@@ -228,8 +224,9 @@ def random_samples(model, count=8) -> list[Sample]:
         prompt, ids = (generator.integers(0, V, n).tolist() for n in (2 + index % 3, 1 + 3 * index % 10))
         ids[-1] = 0  # eos, which is also pad
         samples.append(Sample(prompt, ids, [0.0] * len(ids), True, advantage=generator.normal(), in_loss=True))
-    for sample, logprobs in zip(samples, grpo_rlvr.score(model, samples, Args())):
-        sample.old_logprobs = [x + generator.normal() * 0.2 for x in logprobs]
+    grpo_rlvr.note_old_logprobs(model, samples, Args())
+    for sample in samples:
+        sample.old_logprobs = [x + generator.normal() * 0.2 for x in sample.old_logprobs]
     return samples
 
 
@@ -248,7 +245,7 @@ def test_micro_batches_change_nothing(model_dir, loss_type):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         samples = random_samples(model)
         normalizer = loss_normalizer(torch.tensor([len(s.completion_ids) for s in samples]), loss_type, 1024)
-        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE, nothing, reference)
+        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE, reference)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert sums["tokens"] == sum(len(s.completion_ids) for s in samples) and norm > 0 and sums["kl"] > 1e-3
     for other in weights[1:]:
@@ -259,12 +256,12 @@ def test_stop_token_is_trained_and_truncation_can_be_masked(model_dir):
     """The completion [0] is one eos, equal to pad: its probability must rise with a positive advantage."""
     model, args = load(model_dir), Args(minibatches=1, temperature=1.0)
     sample = Sample([4, 9, 5], [0], [0.0], ended=True, advantage=1.0, in_loss=True)
-    (before,) = grpo_rlvr.score(model, [sample], args)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rest = 1.0, args, ONE, nothing
+    grpo_rlvr.note_old_logprobs(model, [sample], args)
+    (before,), optimizer = sample.old_logprobs, torch.optim.SGD(model.parameters(), lr=0.01)
+    rest = 1.0, args, ONE
     grpo_rlvr.train_minibatch(model, optimizer, [sample], *rest)
-    (after,) = grpo_rlvr.score(model, [sample], args)
-    assert after[0] > before[0] + 1e-4
+    grpo_rlvr.note_old_logprobs(model, [sample], args)
+    assert sample.old_logprobs[0] > before + 1e-4
     sample.in_loss = False
     sums, norm = grpo_rlvr.train_minibatch(model, optimizer, [sample], *rest)
     assert norm == 0 and sums["tokens"] == 0
