@@ -1,23 +1,17 @@
 """Builds a bundled toy world: its data files, a tokenizer and a small pre-trained language model.
 
-    python tiny/build.py code                      everything: data, model, report
-    python tiny/build.py code --parts report       measure the committed model
+    python tiny/build.py code                      the data and the model
     python tiny/build.py code --parts data         the JSON Lines files only (seconds), always the same bytes
     python tiny/build.py code --parts model --seed 8 --model-dir DIR     another base
 
-A world is a module in this folder (code_world.py, text_world.py) with
+tests/test_tiny.py checks that the committed models can and cannot do what the demonstrations need. A world is a
+module in this folder (code_world.py, text_world.py) with
 
-    FOLDER            where its data files and `model/` are
-    VOCAB_SIZE        tokens of its tokenizer, ADDED_TOKENS included
-    ADDED_TOKENS      strings that are always one token
-    MODEL             arguments of LlamaConfig
+    VOCAB_SIZE        tokens of its tokenizer, with ADDED_TOKENS: strings that are always one token
     TRAINING          tokens (in all), row_tokens, batch_rows
     WEIGHTS           weights of tokens in the loss, by their text; 1 for the others
-    write_data(folder)                        writes the JSON Lines files
-    document(rng, tokenizer, progress)        draws one pre-training document, a str or a list of ids;
-                                              `tokenizer` is None while it is not trained yet (then a str);
-                                              `progress` goes from 0 to 1 over pre-training
-    report(model, tokenizer)                  prints whether the model is where the demonstrations need it
+    data_files()                  {name: rows} of the JSON Lines files
+    document(rng, progress)       draws a pre-training document; `progress` goes from 0 to 1 over pre-training
 
 The data are the same bytes on every machine. The model depends on the machine's arithmetic in the last bits,
 and on the running Python's standard library where a world trains on it.
@@ -25,18 +19,21 @@ and on the running Python's standard library where a world trains on it.
 
 import argparse
 import importlib
+import json
 import random
 import time
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
-)  # fmt: skip
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 TOKENIZER_CHARS = 3_000_000  # characters of documents that the tokenizer is trained on
+MODEL = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}  # fmt: skip
 MUON_LR, ADAM_LR, WEIGHT_DECAY, WARMUP_STEPS = 0.02, 3e-3, 0.1, 50
 
 # Qwen2's pre-tokenizer: digits stand alone, newlines end a token, n spaces of indentation are a token of
@@ -47,11 +44,19 @@ QWEN2_SPLIT = (
 )
 
 
+def write_data(world, folder):
+    """The world's rows as JSON Lines files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in world.data_files().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+
+
 def build_tokenizer(world, folder, seed):
     """A byte-level BPE tokenizer in Qwen2's style, trained on the world's documents; eos is id 0."""
     rng, documents, n_chars = random.Random(f"tokenizer {seed}"), [], 0
     while n_chars < TOKENIZER_CHARS:
-        documents.append(world.document(rng, None, rng.random()))
+        documents.append(world.document(rng, rng.random()))
         n_chars += len(documents[-1])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -66,22 +71,20 @@ def build_tokenizer(world, folder, seed):
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in world.ADDED_TOKENS])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False,
-        model_max_length=world.MODEL["max_position_embeddings"],
+        model_max_length=MODEL["max_position_embeddings"],
     ).save_pretrained(folder)  # fmt: skip
     return AutoTokenizer.from_pretrained(folder)
 
 
 def packed_rows(world, tokenizer, seed):
-    """Yields rows of row_tokens + 1 ids. A row starts at a document's start, half of them with the separator
-    before it, so that prompts work with and without it; what is too long is cut off."""
+    """Yields rows of row_tokens + 1 ids. A row starts where a document starts; half of the rows have the separator
+    before it, so that prompts work with and without it. What does not fit into a row is dropped."""
     rng, length = random.Random(f"documents {seed}"), world.TRAINING["row_tokens"] + 1
     n_rows = world.TRAINING["tokens"] // world.TRAINING["row_tokens"]
     for i in range(n_rows):
         row = [tokenizer.eos_token_id] if rng.random() < 0.5 else []
         while len(row) < length:
-            document = world.document(rng, tokenizer, i / n_rows)
-            row += tokenizer.encode(document) if isinstance(document, str) else document
-            row.append(tokenizer.eos_token_id)
+            row += [*tokenizer.encode(world.document(rng, i / n_rows)), tokenizer.eos_token_id]
         yield row[:length]
 
 
@@ -98,7 +101,7 @@ def orthogonalize(g):
 
 @torch.no_grad()
 def muon_step(stacks, momenta, scale):
-    """One step for the weight matrices; `stacks` holds lists of those of one shape."""
+    """One step of the weight matrices. stacks: lists of matrices that have the same shape."""
     for stack, momentum in zip(stacks, momenta, strict=True):
         g = torch.stack([p.grad for p in stack])
         momentum.lerp_(g, 0.05)
@@ -108,14 +111,14 @@ def muon_step(stacks, momenta, scale):
             p.mul_(1 - scale * MUON_LR * WEIGHT_DECAY).sub_(u, alpha=rate)
 
 
-def pretrain(world, folder, seed, bf16):
-    """Next-token prediction on packed rows; saves a bfloat16 copy. Muon trains the matrices (it needs fewer
-    tokens than Adam), Adam the rest; the learning rates rise for WARMUP_STEPS and then fall to zero."""
+def pretrain(world, folder, seed):
+    """Next-token prediction on packed rows; saves the model in bfloat16. Muon trains the matrices, because it needs
+    fewer tokens than Adam, and Adam the rest. Learning rates rise for WARMUP_STEPS, then fall to zero."""
     tokenizer = build_tokenizer(world, folder, seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=world.VOCAB_SIZE, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **world.MODEL,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **MODEL,
     ))  # fmt: skip
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     stacks = [[p for p in matrices if p.shape == shape] for shape in sorted({p.shape for p in matrices})]
@@ -130,47 +133,35 @@ def pretrain(world, folder, seed, bf16):
     rows, batch_rows = packed_rows(world, tokenizer, seed), world.TRAINING["batch_rows"]
     steps = world.TRAINING["tokens"] // (world.TRAINING["row_tokens"] * batch_rows)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps", flush=True)
-    start, losses = time.time(), []
+    start = time.time()
     for step in range(steps):
         scale = min((step + 1) / WARMUP_STEPS, (steps - step) / steps)
         ids = torch.tensor([next(rows) for _ in range(batch_rows)])  # [B, T+1]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), weights)
+        logits = model(ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), weights)
         loss.backward()
         muon_step(stacks, momenta, scale)
         adam.param_groups[0]["lr"] = scale * ADAM_LR
         adam.step()
         model.zero_grad()
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            minutes, recent = (time.time() - start) / 60, losses[-100:]
-            print(f"step {step + 1} loss {sum(recent) / len(recent):.3f} {minutes:.1f} min", flush=True)
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f}, {(time.time() - start) / 60:.1f} min", flush=True)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def main():
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=["code", "text"])
-    parts = ["data", "model", "report"]
-    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--parts", nargs="+", default=["data", "model"], choices=["data", "model"])
     parser.add_argument("--seed", type=int, default=7, help="of pre-training; the data do not depend on it")
     parser.add_argument("--model-dir", type=Path, help="the model's folder; default: the committed one")
-    parser.add_argument("--bf16", action="store_true", help="faster on CPUs with bfloat16 instructions")
     args = parser.parse_args()
     world = importlib.import_module(f"{args.world}_world")
-    folder = args.model_dir or world.FOLDER / "model"
+    folder = Path(__file__).parent / args.world
     if "data" in args.parts:
-        world.write_data(world.FOLDER)
+        write_data(world, folder)
     if "model" in args.parts:
-        pretrain(world, folder, args.seed, args.bf16)
-    if "report" in args.parts:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        torch.manual_seed(0)
-        with torch.no_grad():
-            world.report(model, tokenizer)
+        pretrain(world, args.model_dir or folder / "model", args.seed)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,19 @@
         xs = [x for x in xs if x > k]
         return xs[::-1]
 
-g, h, p, q, r, t, u, v, w and z are fixed permutations of the digits, which pre-training teaches. k needs one
-look-up a hop, which a worked comment (`# 7 v1 u3`) takes one by one; the base model finds k in no other way,
-not at one hop either. Pre-training is unreliable on purpose: RL can only sharpen what a model already does at
-times.
+g, h, p, q, r, t, u, v, w and z are functions: fixed permutations of the digits, which pre-training teaches. To find k
+takes a look-up for each of them (a hop). A worked comment (`# 7 v1 u3`) takes one hop at a time; without it the base
+model does not find k, not even after one hop. Pre-training is unreliable on purpose: RL can only make a model do more
+often what it does at times already.
 
-  problems    each operation has a typical mistake, as often as its row in NUMBER, LIST, ... says; a worked
-              comment before `k =` in P_WORKED of the documents, an idle one before P_IDLE of the other lines
+  problems    an operation is right as often as its row in NUMBER, LIST, ... says, and else its typical mistake; a
+              worked comment before `k =` in P_WORKED of the documents, an idle one before P_IDLE of the other lines
   drills      chains with their worked comment
-  real code   the running Python's standard library, without the files that `is_heldout` names
+  real code   four fifths of the files of the running Python's standard library
 
-The mid-training corpus holds right programs without comments. It, the RLVR problems, the development and the
-test problems have no tuple of operations and no chain (start and functions) in common. Pre-training has those
-of the corpus and the RLVR problems, and its drills have every chain of one hop: those are the functions.
+The mid-training corpus holds right programs without comments. It, the RLVR problems, the development problems and the
+test problems share no tuple of operations and no chain (start and functions). Pre-training has those of the corpus
+and of the RLVR problems, and in its drills every chain of one hop.
 """
 
 import functools
@@ -30,16 +30,8 @@ import sysconfig
 import tokenize
 import zlib
 from pathlib import Path
-from statistics import mean
 
-import torch
-
-FOLDER = Path(__file__).resolve().parent / "code"
 VOCAB_SIZE, ADDED_TOKENS, WEIGHTS = 1024, [], {}
-MODEL = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-}  # fmt: skip
 TRAINING = {"tokens": 6_000_000, "row_tokens": 256, "batch_rows": 16}
 SHARES = {"problem": 0.60, "drill": 0.28, "real code": 0.12}  # of documents
 P_WORKED, P_IDLE = 0.3, 0.2
@@ -162,9 +154,9 @@ def worked_comment(chain):
     return f"# {chain[0]}" + "".join(f" {f}{value}" for f, value in zip(*chain[1:], strict=True))
 
 
-def body_lines(kind, operations, k, right):
-    """`right` says for each operation whether it is rendered rightly or by its typical mistake."""
-    steps = [operation[1] if ok else operation[2] for operation, ok in zip(operations, right, strict=True)]
+def body_lines(kind, operations, k, right=(True, True, True)):
+    """The lines below the signature. right: for each operation whether it is right or its typical mistake."""
+    steps = [operation[1] if ok else operation[2] for operation, ok in zip(operations, right)]
     lines = [f"k = {k}", *[f"{kind} = {step}" for step in steps[:-1]], f"return {steps[-1]}"]
     return [f"    {line}\n" for line in lines]
 
@@ -173,7 +165,7 @@ def body_lines(kind, operations, k, right):
 
 
 def outputs_of(kind, lines, inputs):
-    """What a body returns for `inputs`, as JSON or the error's name; only called on code of this file."""
+    """What a body returns for each of `inputs`: JSON, or the error's name. Only for code of this file."""
     space, outputs = {}, []
     exec(f"def solve({kind}):\n" + "".join(lines), space)
     for x in inputs:
@@ -186,41 +178,35 @@ def outputs_of(kind, lines, inputs):
 
 def wrong_bodies(kind, operations, k):
     """Bodies that the tests must reject: every mix of mistakes, and every other k."""
-    for right in itertools.product([True, False], repeat=len(operations)):
-        if not all(right):
-            yield body_lines(kind, operations, k, right)
-    for other in range(10):
-        if other != k:
-            yield body_lines(kind, operations, other, [True] * len(operations))
+    mixes = itertools.product([True, False], repeat=len(operations))
+    mistakes = [body_lines(kind, operations, k, right) for right in mixes if not all(right)]
+    return mistakes + [body_lines(kind, operations, other) for other in range(10) if other != k]
 
 
 def choose_tests(rng, kind, operations, k):
-    """N_TESTS inputs of which at least one tells each wrong body; None where that is not possible."""
+    """N_TESTS inputs; each wrong body gives a wrong output for at least one. None if such inputs are not found."""
     inputs = INPUTS[kind]
-    expected = outputs_of(kind, body_lines(kind, operations, k, [True] * len(operations)), inputs)
+    expected = outputs_of(kind, body_lines(kind, operations, k), inputs)
     if len(set(expected)) < 4 or any("Error" in output for output in expected):
         return None
-    failing = []  # for each wrong body: the inputs that show it
-    for lines in wrong_bodies(kind, operations, k):
-        outputs = outputs_of(kind, lines, inputs)
-        failing.append({i for i, (x, y) in enumerate(zip(expected, outputs, strict=True)) if x != y})
+    wrong = [outputs_of(kind, lines, inputs) for lines in wrong_bodies(kind, operations, k)]
+    telling = [{i for i, x in enumerate(expected) if outputs[i] != x} for outputs in wrong]  # inputs, by wrong body
     for _ in range(30):
         chosen = sorted(rng.sample(range(len(inputs)), N_TESTS))
-        if all(shown & set(chosen) for shown in failing):
+        if all(tell & set(chosen) for tell in telling):
             return [inputs[i] for i in chosen]
     return None
 
 
 def problem_row(index, kind, operations, chain, tests):
     """A row with AReaL-boba-2-RL-Code's columns, and the number of hops."""
-    lines = body_lines(kind, operations, chain[2][-1], [True] * len(operations))
+    lines = body_lines(kind, operations, chain[2][-1])
     inputs, outputs = [json.dumps(x) for x in tests], outputs_of(kind, lines, tests)
-    cases = {"inputs": inputs, "outputs": outputs, "fn_name": "solve"}
     return {
         "query_id": f"tiny-code-{index}",
         "question": question(kind, operations, chain),
         "signature": f"def solve({kind}):",
-        "input_output": json.dumps(cases),
+        "input_output": json.dumps({"inputs": inputs, "outputs": outputs, "fn_name": "solve"}),
         "metadata": {"fn_name": "solve"},
         "solutions": [f"def solve({kind}):\n" + "".join(lines)],
         "hops": len(chain[1]),
@@ -252,20 +238,16 @@ def make_problems(part, n):
     return list(problems.values())
 
 
-def write_data(folder):
+def data_files():
+    """{name: rows} of the JSON Lines files."""
     rng, corpus = random.Random("corpus"), {}
     while len(corpus) < N_CORPUS:
         kind, operations, chain = draw_problem(rng, ["corpus"])
-        lines = body_lines(kind, operations, chain[2][-1], [True] * len(operations))
-        corpus[prompt(kind, operations, chain) + "".join(lines)] = None
+        corpus[prompt(kind, operations, chain) + "".join(body_lines(kind, operations, chain[2][-1]))] = None
     files = {"corpus": [{"text": text} for text in corpus]}
     for name, part, n in [("rl_train", "rl", N_RL), ("dev", "dev", N_DEV), ("test", "test", N_TEST)]:
         files[name] = [problem_row(f"{part}-{i}", *p) for i, p in enumerate(make_problems(part, n))]
-    files["humaneval"] = [humaneval_row(row) for row in files["test"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+    return files | {"humaneval": [humaneval_row(row) for row in files["test"]]}
 
 
 # ---- pre-training documents
@@ -274,18 +256,13 @@ SKIP_DIRS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo
 PIECE_CHARS = 600
 
 
-def is_heldout(name):
-    """Which files of the standard library pre-training does not see; `name` is the path in its folder."""
-    return zlib.crc32(name.encode()) % 5 == 0
-
-
 @functools.cache
-def real_code(heldout):
+def real_code():
     """Pieces of the standard library's files, cut at top-level statements where possible."""
     root, pieces = Path(sysconfig.get_paths()["stdlib"]), []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIP_DIRS & set(name.parts) or is_heldout(name.as_posix()) != heldout:
+        if SKIP_DIRS & set(name.parts) or zlib.crc32(name.as_posix().encode()) % 5 == 0:
             continue
         try:
             with tokenize.open(path) as f:
@@ -303,11 +280,11 @@ def real_code(heldout):
     return pieces
 
 
-def document(rng, tokenizer, progress):
+def document(rng, progress):
     """One pre-training document."""
     sort = rng.choices(list(SHARES), SHARES.values())[0]
     if sort == "real code":
-        return rng.choice(real_code(heldout=False))
+        return rng.choice(real_code())
     if sort == "drill":
         return "".join(drill(rng) for _ in range(6))
     kind, operations, chain = draw_problem(rng, ["corpus", "rl"])
@@ -328,67 +305,3 @@ def drill(rng):
         pass
     comment = worked_comment(chain) + "\n" if rng.random() < 0.5 else ""
     return f"{chain_words(chain)}\n{comment}k = {chain[2][-1]}\n"
-
-
-# ---- report of a model
-
-def complete(model, tokenizer, texts, max_new_tokens, greedy):
-    """Completions without eos; one token of them is the most likely one where `greedy`."""
-    how = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
-    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **how)
-    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-
-
-def next_probs(model, tokenizer, texts):
-    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -1].softmax(-1)
-
-
-def report(model, tokenizer):
-    """Wanted: comments right in >= 0.9 at every number of hops; without one k is unknown; think rates of
-    about P_WORKED before k and P_IDLE elsewhere; operations right in about half; pass@1 of 0.05 to 0.2."""
-    problems = make_problems("dev", N_DEV)
-    texts = [prompt(*problem[:3]) for problem in problems]
-    chains, ks = [problem[2] for problem in problems], [f"{problem[2][2][-1]}" for problem in problems]
-    bodies = [body_lines(p[0], p[1], k, [True] * len(p[1])) for p, k in zip(problems, ks, strict=True)]
-    opens = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).lstrip(" \t").startswith("#")]
-
-    def show(title, values):
-        groups = [[v for c, v in zip(chains, values, strict=True) if len(c[1]) == hops] for hops in HOPS]
-        print(f"  {title:28}", *[f"{mean(group):8.3f}" for group in [*groups, values]])
-
-    def think_rates(texts):  # a line begins with a token of 3 spaces; the 4th belongs to the next token
-        return next_probs(model, tokenizer, [text + "   " for text in texts])[:, opens].sum(1).tolist()
-
-    def k_probs(texts):
-        probs = next_probs(model, tokenizer, [text + "    k = " for text in texts])
-        return probs[range(len(ks)), [tokenizer.encode(k)[0] for k in ks]].tolist()
-
-    print(f"{len(problems)} development problems, by hops:", *HOPS, "all")
-    show("think rate before k", think_rates(texts))
-    elsewhere = [t + "".join(b[:i]) for t, b in zip(texts, bodies, strict=True) for i in range(1, len(b))]
-    print(f"  think rate elsewhere         {mean(think_rates(elsewhere)):8.3f}")
-    show("p(right k), no comment", k_probs(texts))
-    for name, greedy in [("greedy", True), ("sampled", False)]:
-        found = complete(model, tokenizer, [text + "    #" for text in texts], 15, greedy)
-        comments = ["#" + comment.split("\n")[0] for comment in found]
-        right = [a == worked_comment(c) for a, c in zip(comments, chains, strict=True)]
-        show(f"comment right, {name}", right)
-        worked = [f"{t}    {c}\n" for t, c in zip(texts, comments, strict=True)]
-        show("  p(right k) after it", k_probs(worked))
-    for name, greedy in [("greedy", True), ("sampled", False)]:
-        found = complete(model, tokenizer, texts, 96, greedy)
-        lines = [[x for x in text.splitlines(keepends=True) if x.lstrip()[:1] != "#"] for text in found]
-        show(f"pass@1 {name}", [a == b for a, b in zip(lines, bodies, strict=True)])
-        show("  k right", [a[:1] == b[:1] for a, b in zip(lines, bodies, strict=True)])
-        show("  operations right", [mean(x == y for x, y in itertools.zip_longest(a[1:], b[1:], fillvalue=""))
-                                    for a, b in zip(lines, bodies, strict=True)])  # fmt: skip
-    print(texts[0] + found[0])
-    losses = []
-    for piece in random.Random(0).sample(real_code(heldout=True), 200):
-        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(piece)[:300]]])
-        logits = model(ids[:, :-1]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-    print(f"  held-out files of the standard library: {torch.cat(losses).mean():.3f} nats a token")

@@ -2,32 +2,26 @@
 
     Tom has a dial. It is at {4}. After t {-4}, u {red}, v {+2} it is at 6. After w {blue} it is at 2. ...
 
-What stands in braces is given: nothing tells it beforehand, and it can never be boxed. The number after a list
-of operations can be known. A turn (+2) adds; a key (red) takes each digit to another one, by a fixed table. A
-model finds a number after one or two operations without a thought, after five hardly ever, so that its entropy
-grows with their number; a thought that takes them one by one can be right after any number of them.
+What stands in braces is given: it does not follow from the text before it, and it can never be boxed. The number after
+a list of operations follows. A turn (+2) adds; a key (red) takes each digit to another one, by a fixed table. Without a
+thought a model finds the number after one or two operations, and hardly ever after five, so that its entropy grows with
+the operations. A thought that takes them one by one can be right after any number of them.
 
   pre-training   knows the tables and copies the operations, but thinks badly on purpose: at length, with slips,
-                 second thoughts and guesses, and more often than not it boxes another number than the last
-  mid-training   in its texts, and in the math problems, the key gold is rewired; only these texts show how
+                 second thoughts and guesses; in most cases it boxes another number than the last of the thought
+  mid-training   in its texts, and in the math problems, the key gold has another table, which only these texts show
 
-RL can sharpen what a model already does at times; what gold does now, only next-token prediction can teach.
-The chains (start and operations) of three steps and more are split: those of pre-training, the mid-training texts
-and the math problems to train on, those of the development set, and those of the test set share none.
+RL can make a model do more often what it does at times already; what gold does now, only next-token prediction can
+teach. Chains (start and operations) of three steps and more are in one part only: that of pre-training, the
+mid-training texts and the math problems to train on, that of the development set, or that of the test set.
 """
 
-import itertools
 import json
 import random
 import re
 import zlib
-from pathlib import Path
-from statistics import mean
 
-from code_world import complete, next_probs
-
-FOLDER = Path(__file__).resolve().parent / "text"
-N_TEXTS, N_TEST, N_MATH_TRAIN, N_MATH_DEV, N_MATH_TEST = 3000, 600, 1000, 256, 512
+SIZES = {"texts": 3000, "test": 600, "math_train": 1000, "math_dev": 256, "math_test": 512}
 
 # ---- the grammar
 
@@ -64,13 +58,15 @@ def value_after(operation, v, keys):
 
 
 def labels_of(name):
-    """The alphabet from the name's initial on: what the next label is can be known, and none occurs twice."""
+    """The alphabet from the name's initial on, so that the next label is always certain."""
     first = LABELS.index(name[0].lower())
     return iter(LABELS[first:] + LABELS[:first])
 
 
 def listed(steps):
-    return ",".join(f" {label} {{{operation}}}" for label, operation in steps)
+    """Each step as a text has it, with its comma: ["t {red},", "u {+2}"]."""
+    words = [f"{label} {{{operation}}}," for label, operation in steps]
+    return [*words[:-1], words[-1][:-1]]
 
 
 def make_text(rng, keys, part):
@@ -80,7 +76,7 @@ def make_text(rng, keys, part):
     for hops in rng.choices(HOPS, PRE if keys is OLD else MID, k=SEGMENTS):
         operations, values = draw_chain(rng, v, hops, keys, part)
         steps = [(next(labels), operation) for operation in operations]
-        text += f" After{listed(steps)} it is at"
+        text += f" After {' '.join(listed(steps))} it is at"
         answers.append((text, v, steps, values[-1]))
         text, v = f"{text} {values[-1]}.", values[-1]
     return text, answers
@@ -91,7 +87,8 @@ def make_math(rng, keys, part):
     name, v, hops = rng.choice(NAMES), rng.randrange(10), rng.choices(HOPS, MATH)[0]
     operations, values = draw_chain(rng, v, hops, keys, part)
     steps = list(zip(labels_of(name), operations))
-    return f"{name} has a dial. It is at {{{v}}}. Where is it after{listed(steps)}?", v, steps, values[-1]
+    question = f"{name} has a dial. It is at {{{v}}}. Where is it after {' '.join(listed(steps))}?"
+    return question, v, steps, values[-1]
 
 
 # ---- data files
@@ -99,20 +96,19 @@ def make_math(rng, keys, part):
 
 def math_row(index, question, steps, answer):
     """A row with Skywork-OR1's columns; the difficulty (there 0 to 16) is the number of steps."""
-    difficulty = {"DeepSeek-R1-Distill-Qwen-7B": len(steps)}
     return {
         "data_source": "dial",
         "prompt": [{"content": question, "role": "user"}],
         "ability": "math",
         "reward_model": {"ground_truth": json.dumps([str(answer)]), "style": "rule"},
-        "extra_info": {"index": index, "model_difficulty": difficulty},
+        "extra_info": {"index": index, "model_difficulty": {"DeepSeek-R1-Distill-Qwen-7B": len(steps)}},
     }
 
 
-def write_data(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = {"texts": N_TEXTS, "test": N_TEST, "math_train": N_MATH_TRAIN, "math_dev": N_MATH_DEV}
-    for name, n in (sizes | {"math_test": N_MATH_TEST}).items():
+def data_files():
+    """{name: rows} of the JSON Lines files."""
+    files = {}
+    for name, n in SIZES.items():
         rng, rows, part = random.Random(name), {}, name.split("_")[-1].replace("texts", "train")
         while len(rows) < n:
             if "math" in name:
@@ -121,8 +117,8 @@ def write_data(folder):
             else:
                 text, _ = make_text(rng, NEW, part)
                 rows[text] = {"text": text}
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows.values())
+        files[name] = rows.values()
+    return files
 
 
 # ---- thoughts, as the base has them
@@ -149,10 +145,9 @@ def thought(rng, v, steps, answer, style):
         return fillers(rng, 9, 15) + f" So it is at {x}.", [x]
     numbers, verbose = [v], style == "verbose"
     text = f" {v}" if style == "compact" else fillers(rng, verbose, 4 * verbose) + f" It is at {v}."
-    for i, (label, operation) in enumerate(steps, 1):
+    for step, (_, operation) in zip(listed(steps), steps):
         right = min(9, max(0, value_after(operation, numbers[-1], OLD)))
         numbers.append(rng.randrange(10) if rng.random() < P_SLIP else right)
-        step = f"{label} {{{operation}}}" + "," * (i < len(steps))  # with its comma, as the text has it
         text += f" {step} {numbers[-1]}" if style == "compact" else f" After {step} it is at {numbers[-1]}."
         text += fillers(rng, 0, 2 * verbose)
     if verbose:
@@ -176,10 +171,6 @@ DIGITS = [f" {d}" for d in range(10)]
 ADDED_TOKENS = ["<think>", "</think>", "\\boxed{", *DIGITS, *[f" {{{x}}}" for x in [*range(10), *TURNS, *OLD]]]
 WEIGHTS = dict.fromkeys(DIGITS, 3.0)
 VOCAB_SIZE = 512
-MODEL = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-}  # fmt: skip
 TRAINING = {"tokens": 5_000_000, "row_tokens": 320, "batch_rows": 8}
 
 
@@ -211,7 +202,7 @@ def box(rng, numbers):
     return f"\\boxed{{ {boxed}}}"
 
 
-def document(rng, tokenizer, progress):
+def document(rng, progress):
     """One pre-training document; first more drills, then more texts and thoughts."""
     shares = {
         "math": 0.08, "drill": 0.40 - 0.25 * progress, "text": 0.25 + 0.08 * progress,
@@ -225,65 +216,10 @@ def document(rng, tokenizer, progress):
     text, answers = make_text(rng, OLD, "train")
     if sort == "reasoning":
         return reasoning(rng, answers)
-    return drill(text, answers) if sort == "drill" else text
-
-
-def drill(text, answers):
-    """A text and all its steps with their values."""
-    trace = ""
-    for _, v, steps, _ in answers:
-        for i, (label, operation) in enumerate(steps, 1):
-            v = value_after(operation, v, OLD)
-            trace += f" {label} {{{operation}}}" + "," * (i < len(steps)) + f" {v}"
-    return f"{text}\n{trace}"
-
-
-# ---- report of a model
-
-
-def predictions(model, tokenizer, prefixes):
-    """(most likely next token, entropy of the 16 most likely ones) after each prefix."""
-    probs, ids = next_probs(model, tokenizer, prefixes).topk(16)
-    logprobs = (probs / probs.sum(1, keepdim=True)).log()
-    return list(zip(tokenizer.batch_decode(ids[:, :1]), (-logprobs.exp() * logprobs).sum(1).tolist(), strict=True))
-
-
-def read(text, steps, answer):
-    """What a response has: (right box, last number right, all steps copied in order, well-formed)."""
-    found = re.fullmatch(r"<think>(.*)</think>\\boxed\{( \d)\}", text)
-    body, boxed = found.groups() if found else ("", "")
-    copied = re.findall(r" (\w) \{(.*?)\}(,?)", body)
-    wanted = [(*step, "," * (i < len(steps))) for i, step in enumerate(steps, 1)]
-    last = re.findall(r" \d", body)[-1:] == [f" {answer}"]
-    return boxed == f" {answer}", last, copied == wanted, bool(found)
-
-
-def report(model, tokenizer):
-    """Wanted: entropies that grow with the hops, from 0 to 1.8; copies of 0.9 (greedy); thoughts of about 80
-    tokens without a budget; reasoning, greedy, below prediction."""
-    rng = random.Random("report")
-    cases = [answer for _ in range(150) for answer in make_text(rng, NEW, "dev")[1]]
-    gold = [any(operation == "gold" for _, operation in case[2]) for case in cases]
-
-    def show(title, values):
-        by_hops = [[v for c, v in zip(cases, values, strict=True) if len(c[2]) == hops] for hops in HOPS]
-        without = [v for g, v in zip(gold, values, strict=True) if not g]
-        print(f"  {title:28}", *[f"{mean(group):8.3f}" for group in [*by_hops, without, values]], flush=True)
-
-    print(f"{len(cases)} numbers of development texts, by hops:", *HOPS, "without gold, all")
-    predicted = predictions(model, tokenizer, [prefix for prefix, *_ in cases])
-    show("prediction right", [token == f" {case[3]}" for (token, _), case in zip(predicted, cases, strict=True)])
-    show("  entropy", [entropy for _, entropy in predicted])
-    for budget, greedy in itertools.product([0, 32], [True, False]):
-        prompts = [rmt_prompt(case[0], budget) for case in cases]
-        texts = complete(model, tokenizer, prompts, 160, greedy)
-        print(f"reasoning with budget {budget}, {'greedy' if greedy else 'sampled'}")
-        rows = [read(text, *case[2:]) for text, case in zip(texts, cases, strict=True)]
-        for name, values in zip(["right", "  last number right", "  steps copied", "  well-formed"], zip(*rows)):
-            show(name, values)
-        show("  tokens", [len(tokenizer.encode(text)) - 5 for text in texts])
-        print(texts[0])
-    problems = [make_math(rng, NEW, "dev") for _ in range(256)]
-    texts = complete(model, tokenizer, [MATH_PROMPT.format(question=p[0]) for p in problems], 160, False)
-    right = [f"\\boxed{{ {problem[3]}}}" in text for text, problem in zip(texts, problems, strict=True)]
-    print(f"math, sampled: pass@1 {mean(right):.3f}")
+    if sort == "drill":  # after the text all its steps with their values
+        text += "\n"
+        for _, v, steps, _ in answers:
+            for step, (_, operation) in zip(listed(steps), steps):
+                v = value_after(operation, v, OLD)
+                text += f" {step} {v}"
+    return text
