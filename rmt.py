@@ -158,17 +158,12 @@ TINY_RUN = {  # lengths, levels and optimisation settings for a million paramete
 }  # fmt: skip
 
 
-def parse_args() -> Args:
-    """tyro's command line over the defaults that --tiny chooses."""
-    return tyro.cli(Args, default=Args(**TINY_RUN) if "--tiny" in sys.argv else Args())
-
-
 def check(args: Args) -> None:
     """UserError for values that do not fit together."""
     positive = "temperature train_texts eval_texts max_text_tokens prompts_per_update rollout_rows"
     positive += " max_new_tokens max_grad_norm micro_batch_tokens eval_positions"
-    more = "updates length_weight beta ntp_weight learning_rate weight_decay eval_every save_every"
-    check_sizes(args, positive, more)
+    not_negative = "updates length_weight beta ntp_weight learning_rate weight_decay eval_every save_every"
+    check_sizes(args, positive, not_negative)
     wrong = {
         "--group-size must be at least 2: advantages compare responses to one prompt": args.group_size < 2,
         "--thresholds must rise": list(args.thresholds) != sorted(set(args.thresholds)),
@@ -205,10 +200,7 @@ def bos_ids(tokenizer) -> list[int]:
 
 
 def prompt_frame(tokenizer, budget: int, args: Args) -> tuple[list[int], list[int], bool]:
-    """The prompt around the prefix of a text: (ids before it, ids after it, whether they open the thought).
-
-    Budget 0 is not mentioned.
-    """
+    """The prompt around the prefix of a text: (ids before it, ids after it, whether they open the thought)."""
     prompt, bos = INSTRUCTION.replace("@@BUDGET@@", BUDGET.format(budget) if budget else ""), bos_ids(tokenizer)
     if args.chat_template and tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
@@ -336,10 +328,10 @@ def curriculum_probs(step: float, t1: float, t2: float, p1: Sequence, p2: Sequen
 
 
 def choose_positions(levels: list[np.ndarray], update: int, args: Args) -> list[tuple[int, int, int]]:
-    """C: as many different (text, position, level) as texts, from any of them; the level is drawn by p^t, the
-    position uniformly at that level.
+    """C: as many different (text, position, level) as there are texts, from any of them. First a level is drawn
+    by p^t, then a position at that level, uniformly.
 
-    A level without candidates gives its probability to the others; fewer come back if none of p^t > 0 has any.
+    Levels without a candidate leave their probability to the others. Fewer come back when candidates run out.
     """
     everything = [(k, t, int(d)) for k, row in enumerate(levels) for t, d in enumerate(row) if d >= 0]
     probs, left, chosen = [1.0], [everything], []
@@ -462,10 +454,8 @@ def matches(answer: str, truth: Sequence[str]) -> tuple[bool, bool]:
 
 
 def length_reward(length: int, budget: int, r_max: float) -> float:
-    """A triangle: r_max for a thought as long as the budget, 0 for none and for twice the budget or more."""
-    if length <= budget:
-        return r_max * length / budget
-    return r_max * max(0, 2 * budget - length) / budget  # eq. (2)
+    """A triangle: r_max for a thought as long as the budget; 0 for no thought, and for twice the budget or more."""
+    return r_max * max(0, budget - abs(length - budget)) / budget  # eq. (2)
 
 
 class Rollouts:
@@ -564,16 +554,12 @@ def sample_batches(model, samples: list[Sample], max_tokens: int, ranks: Ranks |
     return micro_batches([len(s.completion_ids) for s in samples], max_tokens, ranks, prompts)
 
 
-def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: Ranks, stop: Callable) -> dict:
-    """Step 4: one optimizer step on all samples and on the `kept` positions of all texts; its metrics.
-
-    stop: called before each micro-batch; it may raise Stop.
-    """
+def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: Ranks) -> dict:
+    """Step 4: one optimizer step on all samples and on the `kept` positions of all texts; its metrics."""
     nothing, ref, sums = Sample(0, [], [0, 0], [0], [0.0]), None, Counter(ntp_loss=0.0)
     groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
     mine = rank_share(groups, ranks)
     for batch in sample_batches(model, mine, args.micro_batch_tokens, ranks):
-        stop()
         micro = [mine[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         if args.beta:
@@ -589,7 +575,6 @@ def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: 
     rows = sorted(zip(texts, kept), key=lambda row: len(row[0])) if args.ntp_weight else []
     mine = rows[ranks.rank :: ranks.world_size]
     for batch in micro_batches([len(text) for text, _ in mine], args.micro_batch_tokens, ranks):
-        stop()
         micro = [mine[i] for i in batch] or [([0, 0], np.array([1]))]
         loss = ntp_loss(model, *zip(*micro), len(texts)) * bool(batch)
         (args.ntp_weight * loss * ranks.world_size).backward()  # eq. (9), D1: the gradients add up
@@ -799,7 +784,7 @@ def main(args: Args) -> None:
             begin = time.time()
             taken = [[t for j, t, _ in chosen if j == k] for k in range(len(texts))]
             kept = [np.setdiff1d(np.arange(1, len(text)), cols) for text, cols in zip(texts, taken)]
-            learnt = learn(model, ref_model, optimizer, samples, texts, kept, args, ranks, interrupt.check)
+            learnt = learn(model, ref_model, optimizer, samples, texts, kept, args, ranks)
             update_s = time.time() - begin
 
             # 5 log, evaluate, save
@@ -836,4 +821,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, parse_args())
+    launch(main, tyro.cli(Args, default=Args(**TINY_RUN if "--tiny" in sys.argv else {})))
