@@ -1,7 +1,8 @@
 """RMT, reinforcement mid-training: RL on a few uncertain tokens, next-token prediction on the rest.
 
 Paper: "Reinforcement Mid-Training", arXiv 2509.24375 (sections 4, 5.1, 5.2). Without budget, curriculum and NTP
-it is RPT, arXiv 2506.08007. Functions that grpo_rlvr.py has, too, are exact copies.
+it is RPT, arXiv 2506.08007. Functions that grpo_rlvr.py has, too, are exact copies. The algorithm, with the
+numbers of the paper's equations:
 
   0 prepare    once: a position's entropy under a proxy model makes it easy, medium, hard, or without RL
   1 sample     positions by the curriculum (3, 4); G responses to each: think B_t tokens (1), box the next token
@@ -9,11 +10,10 @@ it is RPT, arXiv 2506.08007. Functions that grpo_rlvr.py has, too, are exact cop
   3 advantage  A^i = (r^i - mean) / std, within the group of one position (6)
   4 update     -L_RL (7) on the responses + lambda L_NTP (8) on the texts without the chosen positions (9)
   5 log, evaluate prediction (NTP) and reasoning (NTR) at held-out positions, save
-Numbers in parentheses are the paper's equations.
 
 Notation: tau_pos `truth[0]`, o^i `completion_ids`, c thought, y `answer`, l `thought_tokens`, B_t `budget`,
 r_len `length_reward`, w `length_weight`, C `chosen`, lambda `ntp_weight`.
-Shapes: N positions, G responses to each, B rows, T completion tokens, P positions, V vocabulary.
+Shapes: N chosen positions, G responses to each, B rows, T completion tokens, P positions of texts, V vocabulary.
 
 Deviations from the paper, and what it leaves open (docs/rmt.md has all):
   D1 eq. (9) as printed adds an objective to a loss, and would lower the reward. Here: -L_RL + lambda L_NTP.
@@ -191,7 +191,7 @@ INSTRUCTION = (
     f"then put the next token in {BOX_OPEN}{BOX_CLOSE}.\n### Text\n@@TEXT@@\n### Prediction\n"
 )
 BUDGET = " in exactly {} tokens"
-POOL = 20  # at most so many times the texts that are used are read; the choice among them is random
+POOL = 20  # the texts that a run uses are a random choice from the first POOL times as many
 
 
 def bos_ids(tokenizer) -> list[int]:
@@ -245,7 +245,7 @@ def top_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def score_texts(model, texts: list[list[int]], max_tokens: int, ranks: Ranks) -> list[np.ndarray]:
-    """For every text [2, L]: entropies and most likely tokens; column t is of token t given those before."""
+    """For every text an array [2, L]. Column t: the entropy of token t given those before, and the most likely one."""
     mine, head = texts[ranks.share(len(texts))], model.get_output_embeddings()
     scores, chunk = [None] * len(mine), LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size
     with gathered(model):
@@ -436,7 +436,7 @@ RESPONSE = re.compile(
 
 
 def read_response(completion_ids: list[int], texts: Sequence[str], opened: bool) -> tuple[int, str] | None:
-    """(l, y): tokens of the thought, and what is in the box; None if malformed. opened: by the prompt."""
+    """(l, y): tokens of the thought, and what is in the box; None if malformed. opened: the prompt opened it."""
     pieces = [THINK_OPEN] * opened + [texts[token] for token in completion_ids]
     found = RESPONSE.match("".join(pieces))
     if found is None:
@@ -467,7 +467,7 @@ class Rollouts:
         self.table = self.texts, eos_ids(tokenizer, args.model)
 
     def __call__(self, places: list[tuple], noise, budget: int, temperature: float, stop: Callable) -> list[Sample]:
-        """A Sample for each of the global list `places` of (text, position, level).
+        """A Sample for each (text, position, level) of `places`, a list that all ranks share.
 
         stop: called between batches, by every rank equally often; it may raise Stop.
         """
@@ -610,11 +610,11 @@ CONSOLE = (
     "{time/rollout_s:.1f} + {time/update_s:.1f} s",
 )  # fmt: skip
 HELDOUT = ("held-out NTR {eval/ntr:.3f}, NTP {eval/ntp:.3f}", "thought {eval/thought_tokens:5.1f}")
-LEGEND = "The end of the prompt, the response (its thought in green), and the token that the text has there."
+LEGEND = "The end of the prompt, the response (its thought in green), and the verdict on it."
 HINTS = {  # said once, if the metric is 1
     "rollout/malformed": "every response is malformed, so RL learns nothing: start from a model that writes "
     f"{THINK_OPEN}...{THINK_CLOSE}{BOX_OPEN}...{BOX_CLOSE}, or raise --max-new-tokens",
-    "reward/groups_without_spread": "no group has different rewards, so RL learns nothing: see --thresholds",
+    "reward/groups_without_spread": "in each group all rewards are equal, so RL learns nothing: see --thresholds",
 }
 
 
@@ -623,7 +623,7 @@ def mean(values) -> float:
 
 
 def sample_metrics(samples: list[Sample], args: Args) -> dict:
-    """Metrics of an update that its samples give."""
+    """Metrics of an update, from its samples."""
     rewards = torch.tensor([s.reward for s in samples]).view(-1, args.group_size)  # [N, G]
     metrics = {
         "reward/mean": rewards.mean().item(),
@@ -641,7 +641,7 @@ def sample_metrics(samples: list[Sample], args: Args) -> dict:
 
 
 def lengths(samples: list[Sample], group: str) -> dict:
-    """Metrics of training and of evaluation alike."""
+    """Metrics that training and evaluation share."""
     return {
         f"{group}/thought_tokens": mean(s.thought_tokens for s in samples if s.thought_tokens >= 0),
         f"{group}/completion_tokens": mean(len(s.completion_ids) for s in samples),
@@ -683,7 +683,8 @@ def evaluate(rollouts: Rollouts, texts: list, chosen: list, args: Args, run: Run
 def shown(sample: Sample, tokenizer) -> tuple[str, str, str]:
     """(end of the prompt, response, verdict)"""
     word = "malformed" if sample.thought_tokens < 0 else "right" if sample.exact else "wrong"
-    verdict = f"{word}: {LEVELS[sample.level]}, the text has {sample.truth[0]!r}, prediction {sample.predicted!r}"
+    verdict = f"{word}, {LEVELS[sample.level]} position: the text goes on with {sample.truth[0]!r}; "
+    verdict += f"without a thought the model predicts {sample.predicted!r}"
     return tokenizer.decode(sample.prompt_ids)[-300:], tokenizer.decode(sample.completion_ids), verdict
 
 

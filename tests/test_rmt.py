@@ -485,7 +485,7 @@ def test_console(whole, capfd, tmp_path):
     updates = [line for line in lines if re.match(r"\d/1 \|", line)]
     assert len(updates) == 2 and max(map(len, updates)) <= 120 and "nan" not in "".join(updates)
     assert sum(bool(re.match(r"(ntp|ntr\w*) +([\d.]+ -> [\d.]+ *){4}$", line)) for line in lines) == 5
-    assert sum(line.startswith(("right: ", "wrong: ", "malformed: ")) for line in lines) == 2
+    assert sum(line.startswith(("right, ", "wrong, ", "malformed, ")) for line in lines) == 2
     assert lines[-1].startswith(str(tmp_path / "run")) and "samples.html" in lines[-1]
 
 
