@@ -12,9 +12,9 @@ produce too: program and test never share a process.
     caller --- limits, files ---> Z  zygote, one per worker: a fresh, confined Python. It forks per program
                                   |- T  tester: runs the trusted tests, writes the verdict
                                   '- C  candidate: runs the program
-                             C <---> T  calls and their results, as plain data
+                             C <---> T  calls and their results, as JSON
 
-- C holds stdin, stdout, stderr and two pipes from and to T. No test is in its memory (it is a copy of Z, which reads
+- C holds stdin, stdout, stderr or two pipes from and to T. No test is in its memory (it is a copy of Z, which reads
   neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process. All it
   can do is answer T's calls, rightly or wrongly.
 - T executes the tests. A name that a test does not define is asked from C. C's answers are JSON that can only become
@@ -23,22 +23,23 @@ produce too: program and test never share a process.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
 - Nothing lasts from one program to the next: C and T are new each time, and Z runs neither code nor tests.
 
-**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing else, and
-no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace, mount, chmod,
-memfd, shared memory and all sockets but a pair. C cannot fork either (`candidate_filter`): a program is one process
-and SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory, output and
-threads, or the machine's own where they are smaller.
+**Confinement.** Landlock (`restrict_files`): Z, T and C read the standard library and installed packages, nothing else,
+and write no file. seccomp (`candidate_filter`): a list of the system calls that C may make; not in it are fork, exec,
+ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. So a program is one process, and SIGKILL ends all
+of it. There are no capabilities, hardly any environment, and limits on time, memory, output and threads, or the
+machine's own where they are smaller.
 
 **Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a worker
 dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each new worker first
 runs programs that are known to be right.
 
 **What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as such,
-numpy scalars as Python's. Lists, dicts, sets and arrays that a call changes in place change in the test if the call
-returned None, and only then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions and
-iterators (C calls back), importable functions and types (by name). Two objects of the program are compared and
-combined by the program. What cannot cross: an operator between an object of the program and plain data, instances of
-the test's own classes, what both would share (`random.seed`, captured stdout, monkeypatches).
+numpy scalars as Python's. A list, dict, set or array that is an argument takes the content that a call has given it if
+the call returned None, and only then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass
+functions and iterators (C calls back), importable functions and types (by name). Two objects of the program are
+compared and combined by the program. What cannot cross: an operator between an object of the program and plain data,
+instances of the test's own classes, that two lists are the same one, what both sides would share (`random.seed`,
+captured stdout, monkeypatches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal); a callback that
@@ -46,6 +47,8 @@ runs what it is given. Programs cannot use subprocess or multiprocessing or writ
 gVisor) a program can read what this user can, the caller's memory with the tests included; on a machine other than
 x86_64 it can do most of what this user can. Both are said once, on stderr: use a container then. Linux only.
 """
+
+import __future__
 
 import _thread
 import builtins
@@ -66,7 +69,6 @@ import operator
 import os
 import re
 import resource
-import select
 import signal
 import socket
 import struct
@@ -82,6 +84,7 @@ if "zygote" not in sys._xoptions:  # only the caller needs these
 
     CHOOSING = threading.Lock()
     atexit.register(lambda: close_workers())
+    os.register_at_fork(after_in_child=lambda: (Worker.live.clear(), Worker.idle.clear()))
 
 MIB = 1 << 20
 OUTPUT_MB, THREADS, OPEN_FILES = 16, 64, 64  # what one program may write to stdout or stderr, start and open
@@ -94,32 +97,6 @@ GONE = 3  # T's exit status when C did not answer any more
 
 class SandboxError(RuntimeError):
     """The machine, not a program, is at fault. The message names its limits."""
-
-
-# ---- Messages between C and T: a length, then so many bytes -------------------------------------------------
-
-
-def send(pipe, payload):
-    message = len(payload).to_bytes(8, "little") + payload
-    while message:
-        message = message[os.write(pipe, message) :]
-
-
-def receive(pipe, limit):
-    """EOFError when the other side is gone. Both sides wait for an answer before they send again, so what is
-    read at once belongs to one message."""
-    message = os.read(pipe, 4096)
-    if len(message) < 8:
-        raise EOFError
-    size, payload = int.from_bytes(message[:8], "little"), bytearray(message[8:])
-    if size > limit:
-        raise ValueError("answer too large")
-    while len(payload) < size:  # it grows by what has come, not by what the other side announced
-        part = os.read(pipe, min(size - len(payload), MIB))
-        if not part:
-            raise EOFError
-        payload += part
-    return payload
 
 
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
@@ -148,7 +125,7 @@ def namedtuple(name, fields, *parts):
 
 NAMEDTUPLES = {}  # (name, fields): in C the program's class, in T one like it
 PLAIN = {  # name of the class: (value -> parts; parts -> value)
-    "int": (lambda value: [hex(value)], lambda text: int(text, 16)),  # too long for JSON, or of a subclass
+    "int": (lambda value: [int.__int__(value)], int),  # of a subclass, as the next two
     "float": (lambda value: [float.__float__(value)], float),
     "str": (lambda value: [str.__str__(value)], str),
     "bytes": (lambda value: [value.decode("latin-1")], lambda text: text.encode("latin-1")),
@@ -174,33 +151,13 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
 }
 BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
 SCALARS = {type(None), bool, int, float, str}
-CHANGEABLE = {"list", "dict", "set", "collections.deque", "collections.Counter", "numpy.ndarray"}
 
 
-class Numbered:
-    """Objects that both sides know by number: what stays on one side, or the lists, dicts, ... of one request."""
-
-    def __init__(self):
-        self.values, self.numbers, self.open = [], {}, True
-
-    def number(self, value):
-        if id(value) not in self.numbers:
-            self.numbers[id(value)] = len(self.values)
-            self.values.append(value)
-        return self.numbers[id(value)]
-
-
-NOTHING = Numbered()
-NOTHING.open = False
-
-
-def pack(value, peer, given=NOTHING, whole=False):
-    """`peer.outgoing` packs what is not plain data. whole: not by number, even if it is in `given`."""
+def pack(value, peer):
+    """`peer.outgoing` packs what is not plain data."""
     kind = type(value)
-    if kind in SCALARS and (kind is not int or value.bit_length() < 10_000):
+    if kind in SCALARS:
         return value
-    if not whole and id(value) in given.numbers:
-        return ["again", given.numbers[id(value)]]
     if kind.__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return pack(value.item(), peer)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
@@ -211,95 +168,96 @@ def pack(value, peer, given=NOTHING, whole=False):
         name = next((base.__name__ for base in BASES if isinstance(value, base)), None)
     if name is None:
         return peer.outgoing(value)
-    parts = [pack(part, peer, given) for part in PLAIN[name][0](value)]
-    if given.open and name in CHANGEABLE:
-        given.number(value)
-    return [name, *parts]
+    return [name, *[pack(part, peer) for part in PLAIN[name][0](value)]]
 
 
-def unpack(message, peer, given=NOTHING):
+def unpack(message, peer):
     """What `pack`, or an attacker, has written. The result is made of `PLAIN` and of `peer.incoming`."""
     if type(message) is not list:
         return message
     name, *parts = message
-    if name == "again":
-        return given.values[parts[0]]
     if name not in PLAIN:
         return peer.incoming(name, *parts)
-    value = PLAIN[name][1](*[unpack(part, peer, given) if type(part) is list else part for part in parts])
-    if given.open and name in CHANGEABLE:
-        given.number(value)
-    return value
+    return PLAIN[name][1](*[unpack(part, peer) if type(part) is list else part for part in parts])
 
 
 def replace(old, new):
-    """Gives a list, dict, ... the content of another."""
-    if type(old).__module__ == "numpy":
-        old[...] = new
-    elif isinstance(old, list):
+    """Gives a list, dict, ... the content of another one. Other arguments stay what they are."""
+    if isinstance(old, list):
         old[:] = new
-    else:
+    elif isinstance(old, (dict, set, collections.deque)):
         old.clear()
         (old.extend if isinstance(old, collections.deque) else old.update)(new)
-
-
-def deep(function, *args):
-    """With room for data nested 500 deep, whatever the program's own limit."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + 4000)
-    try:
-        return function(*args)
-    finally:
-        sys.setrecursionlimit(limit)
+    elif type(old).__module__ == "numpy":
+        old[...] = new
 
 
 class Peer:
-    """One end of the channel between C and T. Either asks; whoever waits for an answer answers meanwhile."""
+    """One end of the channel between C and T: a JSON text a line. Either asks; whoever waits for an answer answers
+    meanwhile."""
 
-    def __init__(self, pipes):
-        (self.reader, self.writer), self.lock = pipes, _thread.RLock()  # a program's threads may call back
-        self.shown = Numbered()  # what the other side has a handle of
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+        self.lock = _thread.RLock()  # a program's threads may call back
+        self.shown, self.numbers = [], {}  # what the other side knows by number; id -> number
 
-    def ask(self, request, *args):
+    def send(self, *message):
+        line = json.dumps(message).encode() + b"\n"
+        while line:
+            line = line[os.write(self.writer, line) :]
+
+    def receive(self):
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            part = os.read(self.reader, 1 << 16)
+            line += part
+            if not part or len(line) > self.limit:
+                raise EOFError
+        return json.loads(line.decode())
+
+    def exchange(self, *message):
+        self.send(*message)
+        while (answer := self.receive())[0] not in ("value", "error"):
+            self.answer(*answer)
+        return answer
+
+    def ask(self, request, /, *args, **named):
+        packed = [pack(arg, self) for arg in args], {name: pack(arg, self) for name, arg in named.items()}
         with self.lock:
-            given = Numbered()
-            message = [request, deep(pack, args, self, given)]
-            given.open = False
-            result, error = self.exchange(message, given)
-        if error is None:
-            return result
-        if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
-            error = RuntimeError("StopIteration")
-        raise error
+            kind, *message = self.exchange(request, *packed)
+        if kind == "error":
+            error = self.error(*message)
+            if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
+                error = RuntimeError("StopIteration")
+            raise error
+        value, contents = unpack(message[0], self), message[1]
+        for old, new in zip((*args, *named.values()), contents):
+            replace(old, unpack(new, self))
+        return value
 
-    def exchange(self, message, given):
-        """-> (result, None) or (None, error)"""
-        send(self.writer, self.encode(message))
-        while True:
-            kind, *values = self.decode(receive(self.reader, self.limit))
-            if kind == "raise":
-                return None, self.exception(*values)
-            if kind == "value":
-                break
-            self.answer(kind, *values)
-        result, *contents = (deep(unpack, value, self, given) for value in values)
-        if result is None:  # only then what came with the request may have changed
-            for old, new in zip(given.values, contents):
-                replace(old, new)
-        return result, None
-
-    def answer(self, request, args):
-        given = Numbered()
+    def answer(self, request, args, named):
         try:
-            args = deep(unpack, args, self, given)
-            given.open = False
-            result = self.perform(request, args)
-            message = ["value", deep(pack, result, self)]
-            if result is None:
-                message += [deep(pack, value, self, given, True) for value in given.values]
+            args, named = [unpack(arg, self) for arg in args], {name: unpack(arg, self) for name, arg in named.items()}
+            value = self.perform(request, *args, **named)
+            contents = [pack(arg, self) for arg in (*args, *named.values())] if value is None else []
+            answer = "value", pack(value, self), contents
         except self.caught as error:
-            message = ["raise", *self.describe(error)]
-        send(self.writer, self.encode(message))
+            kind, text = type(error), str(error)[:500]
+            report = f"{kind.__name__}: {text}" if text else kind.__name__
+            answer = "error", pack(kind, self), text, report, pack(error.args, self), pack(vars(error), self)
+        self.send(*answer)
+
+    def error(self, kind, text, report, args, state):
+        """What the other side has raised."""
+        error = unpack(kind, self)(*unpack(args, self))
+        vars(error).update(unpack(state, self), text=text, report=report)
+        return error
+
+    def number(self, value):
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.shown)
+            self.shown.append(value)
+        return self.numbers[id(value)]
 
 
 # ---- C, the candidate. This runs inside the hostile process: it serves honest programs, it guards nothing. ---
@@ -313,10 +271,9 @@ def load(source, name):
     except SyntaxError as error:
         if "__future__" not in str(error):
             raise
-        imports = rb"^from __future__ import [^\n;()\\]*"  # behind a preamble: they belong at the beginning
-        moved = b";".join(line.split(b"#")[0].strip() for line in re.findall(imports, source, re.M))
-        source = moved + b";" + re.sub(imports, b"", source, flags=re.M)
-        return module, compile(source, f"{name}.py", "exec", dont_inherit=True)
+        # It stands behind a preamble. All other features have long been part of Python
+        source, flag = re.sub(rb"(?m)^from __future__ [^\n;]*", b"", source), __future__.annotations.compiler_flag
+        return module, compile(source, f"{name}.py", "exec", flag, dont_inherit=True)
 
 
 def run_script(source):
@@ -347,20 +304,18 @@ def run_script(source):
 class Candidate(Peer):
     """The program as an imported module, which answers T's requests until T hangs up."""
 
-    limit, caught, decode = math.inf, BaseException, marshal.loads  # T is trusted
+    limit, caught = math.inf, BaseException  # T is trusted
 
-    def __init__(self, code, pipes):
-        super().__init__(pipes)
-        self.code, self.module = code, None
+    def perform(self, request, /, *args, **named):
+        return (REQUESTS.get(request) or getattr(self, request))(*args, **named)
 
-    def encode(self, message):
-        return json.dumps(message).encode()
-
-    def perform(self, request, args):
-        return (REQUESTS.get(request) or getattr(self, request))(*args)
+    def serve(self, source):
+        self.source = source
+        while True:
+            self.answer(*self.receive())
 
     def load(self):
-        self.module, code = load(self.code, "solution")
+        self.module, code = load(self.source, "solution")
         exec(code, self.module.__dict__)
 
     def find(self, name):
@@ -376,47 +331,27 @@ class Candidate(Peer):
         if isinstance(value, type) and value.__module__ == "builtins":
             return ["named", "builtins", value.__name__]
         if isinstance(value, type) and issubclass(value, BaseException):
-            return self.exception_class(value)
-        return ["mine", self.shown.number(value)]
+            bases = [self.outgoing(base) for base in value.__bases__ if issubclass(base, BaseException)]
+            return ["exception", self.number(value), value.__name__, *bases]
+        return ["mine", self.number(value)]
 
     def incoming(self, tag, *parts):
         if tag == "yours":
-            return self.shown.values[parts[0]]
+            return self.shown[parts[0]]
         if tag == "named":
             module, name = parts
             return operator.attrgetter(name)(importlib.import_module(module))
         number, request = parts
         if request == "next":
             return iter(lambda: self.ask("next", number), object())  # which StopIteration ends
-        return lambda *args, **named: self.ask("call", number, args, tuple(named.items()))
-
-    def exception_class(self, kind):
-        """-> the name of a built-in one, or [tag, number, name, its bases ...]"""
-        if kind.__module__ == "builtins":
-            return kind.__name__
-        bases = [self.exception_class(base) for base in kind.__bases__ if issubclass(base, BaseException)]
-        return ["exception", self.shown.number(kind), kind.__name__, *bases]
-
-    def describe(self, error):
-        kind, text = self.exception_class(type(error)), str(error)[:500]
-        with contextlib.suppress(BaseException):
-            return kind, text, pack(error.args, self), pack(dict(vars(error)), self)
-        return kind, text, ["tuple", text], ["dict"]
-
-    def exception(self, name, text):
-        """What a function of the test has raised."""
-        return getattr(builtins, name, RuntimeError)(text)
-
-    def serve(self):
-        while True:
-            self.answer(*self.decode(receive(self.reader, self.limit)))
+        return lambda *args, **named: self.ask("call", number, *args, **named)
 
 
 COMPARISONS = ("lt", "le", "gt", "ge")
 OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift",
              "rshift")
 ITEMS_AND_SIGNS = ("getitem", "setitem", "delitem", "neg", "pos", "abs", "invert")
-REQUESTS = {"call": lambda function, args, named: function(*args, **dict(named)), "getattr": getattr,
+REQUESTS = {"call": lambda function, /, *args, **named: function(*args, **named), "getattr": getattr,
             "setattr": setattr, "len": len, "bool": bool, "str": str, "repr": repr, "iter": iter, "next": next,
             "isinstance": isinstance, "issubclass": issubclass, "eq": operator.eq}
 REQUESTS |= {name: getattr(operator, f"__{name}__") for name in COMPARISONS + OPERATORS + ITEMS_AND_SIGNS}
@@ -424,113 +359,70 @@ REQUESTS |= {name: getattr(operator, f"__{name}__") for name in COMPARISONS + OP
 
 # ---- T, the tester ------------------------------------------------------------------------------------------
 
-
-class Gone(BaseException):
-    """C does not answer any more. Not an Exception, so that no `except Exception` in a test swallows it."""
-
-
-TYPES = {"object", "type", "bool", "NoneType", *(name for name in PLAIN if hasattr(builtins, name))}
-CALLABLE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+# The classes that C may name. SystemExit is not one of them: it could end the test.
+CLASSES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)
+           and (name in PLAIN or name in ("object", "type", "bool") or issubclass(kind, Exception))}
+CLASSES["NoneType"] = type(None)
+# `Bad = Exception` in a program must not make `except Bad` catch the test's own `assert False`
+CLASSES |= {kind.__name__: type(kind.__name__, (kind,), {}) for kind in (Exception, AssertionError)}
 
 
 class Program(Peer):
     """C, as T sees it."""
 
-    limit, caught, encode = ANSWER_LIMIT, Exception, marshal.dumps
+    limit, caught = ANSWER_LIMIT, Exception
 
-    def __init__(self, pipes):
-        super().__init__(pipes)
-        self.handles, self.exceptions, self.gone, self.used = {}, {}, None, False
+    def __init__(self, reader, writer):
+        super().__init__(reader, writer)
+        self.known, self.used = {}, False  # what stays in C: number -> handle or exception class
 
-    def decode(self, message):
-        return json.loads(message.decode())
-
-    def perform(self, request, args):
-        if request == "next":
-            return next(self.shown.values[args[0]])
-        if request != "call":
-            raise ValueError(request)
-        number, args, named = args
-        return self.shown.values[number](*args, **dict(named))
-
-    def ask(self, request, *args):
+    def exchange(self, request, *args):
         self.used |= request not in ("load", "find")
-        result = super().ask(request, *args)
-        self.used |= request == "find" and not isinstance(result, (Handle, type))  # a constant
-        return result
-
-    def exchange(self, message, given):
         try:
-            return super().exchange(message, given)
-        except Gone:
-            raise
-        except BaseException as problem:
-            lost = isinstance(problem, (EOFError, ConnectionError))
-            self.gone = "gone" if lost else f"exception: {problem!r}"
-            raise Gone from None
+            return super().exchange(request, *args)
+        except (EOFError, ConnectionError):
+            os._exit(GONE)  # no `except` in a test catches that
+
+    def perform(self, request, /, number, *args, **named):
+        if request == "next":
+            return next(self.shown[number])
+        if request == "call":
+            return self.shown[number](*args, **named)
+        raise ValueError(request)
 
     def outgoing(self, value):
-        if type(value) is Handle:
+        is_exception = isinstance(value, type) and issubclass(value, Exception)
+        if is_exception:  # of a class of the test's own the first base that C knows
+            value = next(kind for kind in value.__mro__ if kind.__module__ == "builtins" or "_number" in vars(kind))
+        if type(value) is Handle or is_exception and "_number" in vars(value):
             return ["yours", value._number]
-        if isinstance(value, type) and value in self.exceptions.values():
-            return ["yours", next(number for number, kind in self.exceptions.items() if kind is value)]
-        home = getattr(value, "__module__", None) or getattr(
-            getattr(value, "__objclass__", None), "__module__", None)  # of `str.upper`
+        home = getattr(getattr(value, "__objclass__", value), "__module__", None)  # `str.upper` is of `str`
         name = getattr(value, "__qualname__", None)
         if name and home in sys.modules and home.partition(".")[0] in {*sys.stdlib_module_names, "numpy"}:
             with contextlib.suppress(AttributeError):
                 if operator.attrgetter(name)(sys.modules[home]) == value:
                     return ["named", home, name]  # C uses its own: with T's `eval` it could forge
         if hasattr(type(value), "__next__"):
-            return ["mine", self.shown.number(value), "next"]
-        if isinstance(value, CALLABLE):
-            return ["mine", self.shown.number(value), "call"]
+            return ["mine", self.number(value), "next"]
+        if callable(value):
+            return ["mine", self.number(value), "call"]
         raise TypeError(f"a test cannot pass a {type(value).__name__} to the program")
 
     def incoming(self, tag, *parts):
-        if tag == "mine":
-            return self.handles.setdefault(parts[0], Handle(self, parts[0]))
-        if tag == "exception":
-            return self.exception_class([tag, *parts])
-        if tag != "named" or parts[0] != "builtins":
-            raise ValueError(tag)
-        if parts[1] in TYPES:
-            return type(None) if parts[1] == "NoneType" else getattr(builtins, parts[1])
-        kind = self.exception_class(parts[1])
-        # `Bad = Exception` in a program must not make `except Bad` catch the test's own `assert False`
-        return type(kind.__name__, (kind,), {}) if issubclass(AssertionError, kind) else kind
-
-    def exception_class(self, message):
-        """What `except` takes: a built-in Exception, or a class like the program's. SystemExit is none."""
-        if type(message) is str:
-            kind = getattr(builtins, message, None)
-            return kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
-        _, number, name, *bases = message
-        if number not in self.exceptions:
-            bases = tuple(map(self.exception_class, bases)) or (RuntimeError,)
-            try:
-                kind = type(name, bases, {"__str__": said})
-            except TypeError:  # bases that do not go together
-                kind = type(name, (RuntimeError,), {"__str__": said})
-            self.exceptions[number] = kind
-        return self.exceptions[number]
-
-    def exception(self, message, text, args, state):
-        kind, name = self.exception_class(message), message if type(message) is str else message[2]
-        try:
-            error = kind(*deep(unpack, args, self))
-        except Exception:  # some want other arguments
-            error = RuntimeError(text)
-        vars(error).update(deep(unpack, state, self))
-        error.reported, error.text = f"{name}: {text}" if text else name, text
-        return error
-
-    def describe(self, error):
-        names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
-        return names[0], str(error)
+        if tag == "named":
+            return CLASSES.get(parts[1], RuntimeError)
+        number, *rest = parts
+        if number not in self.known and tag == "mine":
+            self.known[number] = Handle(self, number)
+        elif number not in self.known and tag == "exception":
+            name, *bases = rest
+            bases = tuple(unpack(base, self) for base in bases)
+            self.known[number] = type(name, bases, {"__str__": said, "_number": number})
+        return self.known[number]
 
 
 def said(error):
+    """str() of an exception like one of C's: what C said, if it was raised there."""
     return vars(error).get("text", Exception.__str__(error))
 
 
@@ -554,8 +446,8 @@ class Handle:
     def __setattr__(self, name, value):
         self._program.ask("setattr", self, name, value)
 
-    def __call__(self, *args, **named):
-        return self._program.ask("call", self, args, tuple(named.items()))
+    def __call__(self, /, *args, **named):
+        return self._program.ask("call", self, *args, **named)
 
     def __instancecheck__(self, value):
         return comes_from_c(value) and self._program.ask("isinstance", value, self) is True
@@ -602,11 +494,13 @@ class TestNamespace(dict):
             if name in sys.stdlib_module_names and name not in self.called:
                 return importlib.import_module(name)  # `math.isclose` in a test is the true one
         try:
-            return self.program.ask("find", name)
+            value = self.program.ask("find", name)
         except NameError:
             if built_in:
                 return getattr(builtins, name)
             raise
+        self.program.used |= not isinstance(value, (Handle, type))  # a constant
+        return value
 
 
 def run_asserts(program, job):
@@ -653,44 +547,39 @@ def same_value(got, expected):
 
 
 def explain(error):
-    reported = getattr(error, "reported", None)  # raised in C, not by the test
-    if isinstance(error, AssertionError) and not reported:
+    report = getattr(error, "report", None)  # raised in C, not by the test
+    if isinstance(error, AssertionError) and not report:
         return "wrong answer"
     if isinstance(error, MemoryError):
         return "memory"
-    return f"exception: {reported or f'{type(error).__name__}: {error}'}"
+    return f"exception: {report or f'{type(error).__name__}: {error}'}"
 
 
-def judge(job, pipes, next_case):
-    """-> [cases passed, why it failed or None]"""
-    passed, reason, program = 0, None, Program(pipes)
+def judge(program, job, tell):
+    """Tells for each case None or why it has failed."""
     try:
         program.ask("load")
-        for case in job["cases"] or [None]:
-            next_case()
-            try:
-                failure = run_case(program, job["fn_name"], case) if case else run_asserts(program, job)
-            except Exception as error:
-                failure = explain(error)
-            passed += not failure
-            reason = reason or failure
-            if failure and not job["all_cases"]:
-                break
     except BaseException as error:
-        reason = reason or explain(error)
-    return [passed, program.gone or reason]  # a C that is gone has failed, whatever the test thinks
+        return tell(explain(error))
+    for case in job["cases"] or [None]:
+        try:
+            failure = run_case(program, job["fn_name"], case) if case else run_asserts(program, job)
+        except BaseException as error:
+            failure = explain(error)
+        tell(failure)
+        if failure and not job["all_cases"]:
+            return None
+    return None
 
 
 def tester(job, verdict, pipes, others):
-    """All of T's life. It writes a space for each case, which Z sees, and then the verdict as JSON."""
-    for pipe in others:  # so that the end of C can be seen
+    """All of T's life."""
+    for pipe in others:
         os.close(pipe)
     lower_limit(resource.RLIMIT_AS, TESTER_MB * MIB)
-    sys.setrecursionlimit(3000)
     job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
-    passed, reason = judge(job, pipes, lambda: os.write(verdict, b" "))
-    os.write(verdict, json.dumps([passed, reason and reason[:300]]).encode())
-    os._exit(GONE if reason == "gone" else 0)
+    judge(Program(*pipes), job, lambda failure: os.write(verdict, json.dumps(failure).encode() + b"\n"))
+    os._exit(0)
 
 
 # ---- Confinement --------------------------------------------------------------------------------------------
@@ -699,6 +588,7 @@ libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
 CLONE_THREAD, ALL_BITS, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_TRUNC
 TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
+ANY_PID = 0x7FFFFFFF  # stands for C's pid in the filter, which is made before C is
 
 # What Python and its libraries need: the name and the number on x86_64. Other machines have no filter.
 SYSCALLS = """
@@ -728,15 +618,27 @@ ARGUMENTS = {
     "ioctl": [(1, ALL_BITS, {TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX})],
     # not F_SETOWN and F_SETSIG, with which the kernel sends any signal to any process
     "fcntl": [(1, ALL_BITS, {0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1033, 1034})],
-    # O_TRUNC truncates even what is opened to be read, which the first versions of Landlock allow
+    # O_TRUNC truncates even what is opened to be read, which the rights of Landlock used here allow
     "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | O_TRUNC,
                                             os.O_RDWR | O_TRUNC})],
 }
 ONLY_TO_READ = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # where Landlock is missing
 
 
-def bpf_filter(arguments, others_pass):
-    """A seccomp program: the calls in `arguments` pass if their arguments fit."""
+# What C gives up beyond that: no process but its own threads, no signal but to itself. If SIGKILL ends it, that was the
+# machine: it cannot send it to itself, nor by a limit on its CPU time.
+SIGNALS, LIMITS = set(range(32)) - {signal.SIGKILL}, set(range(16)) - {resource.RLIMIT_CPU}
+CANDIDATE = {
+    "clone": [(0, CLONE_THREAD, {CLONE_THREAD})],
+    "kill": [(0, ALL_BITS, {ANY_PID}), (1, ALL_BITS, SIGNALS)],
+    "tgkill": [(0, ALL_BITS, {ANY_PID}), (2, ALL_BITS, SIGNALS)],
+    "prlimit64": [(1, ALL_BITS, LIMITS)],
+    "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})],
+}
+
+
+def bpf_filter(arguments, others):
+    """A seccomp program: the calls in `arguments` pass if their arguments fit. others: whether all others pass."""
     load, jump_if_equal, jump_if_at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # with EPERM, with ENOSYS
 
@@ -751,7 +653,7 @@ def bpf_filter(arguments, others_pass):
             block += [op(jump_if_equal, value, len(values) - i) for i, value in enumerate(sorted(values))]
             block += [op(give, deny)]
         program += [op(jump_if_equal, NUMBER[name], 0, len(block) + 1), *block, op(give, allow)]
-    if others_pass:
+    if others:
         return b"".join([*program, op(give, allow)])
     # Calls newer than Linux 5.2 are said to be missing, and libc uses older ones: clone instead of clone3.
     return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
@@ -759,35 +661,22 @@ def bpf_filter(arguments, others_pass):
 
 def apply_filter(program):
     buffer = ctypes.create_string_buffer(program)
-    return libc.prctl(PR_SET_SECCOMP, 2, struct.pack("HP", len(program) // 8, ctypes.addressof(buffer)), 0, 0) == 0
-
-
-def candidate_filter(pid):
-    """What C gives up beyond the zygote's filter: no process but its own threads, no signal but to itself. If
-    SIGKILL ends it, that was the machine: it cannot send it to itself, nor by a limit on its CPU time."""
-    signals, limits = set(range(32)) - {signal.SIGKILL}, set(range(16)) - {resource.RLIMIT_CPU}
-    return bpf_filter({"clone": [(0, CLONE_THREAD, {CLONE_THREAD})],
-                       "kill": [(0, ALL_BITS, {pid}), (1, ALL_BITS, signals)],
-                       "tgkill": [(0, ALL_BITS, {pid}), (2, ALL_BITS, signals)],
-                       "prlimit64": [(1, ALL_BITS, limits)],
-                       "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})]}, others_pass=True)
+    address = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
+    if libc.prctl(PR_SET_SECCOMP, 2, address, 0, 0):
+        raise OSError("no seccomp filter")
 
 
 def restrict_files(readable):
     """Landlock: from now on nothing else opens, here and in children. -> whether this kernel does it"""
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on all machines
-    write, read, read_dir = 1 << 1, 1 << 2, 1 << 3
-    version = libc.syscall(create_ruleset, None, 0, 1)
-    if version < 1:
+    write, read, read_dir, all_rights = 1 << 1, 1 << 2, 1 << 3, (1 << 13) - 1  # those of the first version
+    ruleset = libc.syscall(create_ruleset, struct.pack("Q", all_rights), 8, 0)
+    if ruleset < 0:
         return False
-    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # all rights that this kernel withholds
-    ruleset = libc.syscall(create_ruleset, struct.pack("Q", known), 8, 0)
-    devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
-    for path in filter(os.path.exists, readable + devices):
+    for path in filter(os.path.exists, readable):
         fd = os.open(path, os.O_PATH)
-        rights = read | (write if path in devices else read_dir if os.path.isdir(path) else 0)
-        if libc.syscall(add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0):
-            return False
+        rights = read | (read_dir if os.path.isdir(path) else write if path.startswith("/dev/") else 0)
+        libc.syscall(add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
     done = libc.syscall(restrict_self, ruleset, 0) == 0
     os.close(ruleset)
@@ -812,14 +701,15 @@ def confine(readable, without):
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
     landlock = "Landlock" not in without and restrict_files(readable)
-    arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else ONLY_TO_READ)
-    seccomp = "seccomp" not in without and HAS_FILTER and apply_filter(bpf_filter(arguments, others_pass=False))
+    seccomp = "seccomp" not in without and HAS_FILTER
+    if seccomp:
+        arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else ONLY_TO_READ)
+        apply_filter(bpf_filter(arguments, others=False))
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
 # ---- Z, the zygote ------------------------------------------------------------------------------------------
 
-ANY_PID = 0x7FFFFFFF  # stands for C's pid in a filter that is made before C is
 # Programs often import these. They are imported once, not in each program; `threading` or `random` would do
 # work at each fork.
 PRELOADED = ("array", "atexit", "bisect", "copy", "heapq", "itertools", "string", "typing")
@@ -838,21 +728,19 @@ def fork(role, *args):
         os._exit(1)
 
 
-def candidate(fds, memory_mb, filter_template):
-    """All of C's life. fds: the code, then either two pipes to and from T or stdin, stdout and stderr."""
-    source = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
-    script, first = len(fds) > 3, 0 if len(fds) > 3 else 3
-    for fd in fds[1:]:  # the lowest free ones, ascending: none is overwritten before its turn
-        os.dup2(fd, first)
-        first += 1
-    os.closerange(first, 256)
+def candidate(code, fds, memory_mb, filter_template):
+    """All of C's life. fds: two pipes to and from T or stdin, stdout and stderr."""
+    source, script = os.pread(code, os.fstat(code).st_size, 0), len(fds) == 3
+    first = 0 if script else 3
+    for number, fd in enumerate(fds, first):  # fds ascends: none is overwritten before its turn
+        os.dup2(fd, number)
+    os.closerange(first + len(fds), 256)
     lower_limit(resource.RLIMIT_AS, int(memory_mb * MIB))
-    own_filter = filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid()))
-    if own_filter and not apply_filter(own_filter):
-        return
+    if filter_template:
+        apply_filter(filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid())))
     if script:
         os._exit(run_script(source) & 0xFF)
-    Candidate(source, (4, 3)).serve()
+    Candidate(4, 3).serve(source)
 
 
 def ended(pid, wait_s):
@@ -867,16 +755,7 @@ def ended(pid, wait_s):
         signal.sigtimedwait([signal.SIGCHLD], left_s)
 
 
-def end(pid, wait_s):
-    """-> exit status of a process, or None if it still ran after so long and was killed"""
-    status = ended(pid, wait_s)
-    if status is None:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return status
-
-
-def watch(events, pids, verdict, timeout_s):
+def watch(pids, verdict, timeout_s):
     """Waits for the end of the first process. -> (its exit status or None, why it must be ended or "")
 
     A program has timeout_s of CPU time, and as much on the clock beyond BUSY times the CPU time that it has used: one
@@ -887,7 +766,7 @@ def watch(events, pids, verdict, timeout_s):
     def clocks():  # the time, and the CPU time of each process, whose clock has the number (~pid << 3) | 2
         return [time.monotonic(), *(time.clock_gettime((~pid << 3) | 2) for pid in pids)]
 
-    start, cases = clocks(), 0
+    start, cases, caller = clocks(), 0, os.getppid()
     while (status := ended(pids[0], TICK_S)) is None:
         elapsed_s, *used_s = map(operator.sub, clocks(), start)
         if verdict and os.fstat(verdict).st_size > cases:
@@ -897,96 +776,83 @@ def watch(events, pids, verdict, timeout_s):
         with contextlib.suppress(OSError):  # no /proc here
             if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
                 return None, "threads"
-        if events.poll(0):
-            return None, "the caller has gone"
+        if os.getppid() != caller:
+            os._exit(0)  # the caller has gone, and C and T will
     return status, ""
 
 
-def run_program(events, timeout_s, memory_mb, fds, filter_template):
+def run_program(timeout_s, memory_mb, fds, filter_template):
     """fds: the code, then the job and the verdict of T, or stdin, stdout and stderr. -> (why it had to be
-    ended, exit status of C, of T), a status of None for a process that was killed here"""
+    ended, exit status of T if there is one, of C), a status of None for a process that was killed here"""
     judged = len(fds) == 3
     pipes = [*os.pipe(), *os.pipe()] if judged else []  # of answers: to read, to write; of questions alike
     pids = [fork(tester, *fds[1:], (pipes[0], pipes[3]), pipes[1:3])] if judged else []
-    pids.append(fork(candidate, [fds[0], *(pipes[1:3] if judged else fds[1:])], memory_mb, filter_template))
-    for pipe in pipes:
+    pids.append(fork(candidate, fds[0], pipes[1:3] if judged else fds[1:], memory_mb, filter_template))
+    for pipe in pipes:  # so that T and C can see each other's end
         os.close(pipe)
-    first, why = watch(events, pids, fds[2] if judged else None, timeout_s)
+    status, why = watch(pids, fds[2] if judged else None, timeout_s)
+    statuses = [status, ended(pids[1], 1 if status == GONE else 0)] if judged else [status]
+    for pid, status in zip(pids, statuses):
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     for fd in fds:
         os.close(fd)
-    if not judged:
-        return why, end(pids[0], 0) if why else first, None
-    if why:
-        end(pids[1], 0)  # first, so that T can say how many cases have passed
-        return why, None, end(pids[0], 1)
-    return why, end(pids[1], 1 if first == GONE else 0), first
+    return why, *statuses
 
 
 def warm_up():
-    """Plays C, then T, against a fork that plays the other. What Python prepares at first use (specialised bytecode,
-    caches) is then there before C and T are forked, or each of them would do it again."""
+    """Plays C and T once. What Python prepares at first use (specialised bytecode, caches) is then there before C and T
+    are forked, or each of them would do it again."""
     main, code = sys.modules["__main__"], b"import math\ndef f(a: int, b=()): return a, {x: b for x in ()}"
     tests, setup = (compile(text, "", "exec") for text in ("assert f(1, b=[2.5, 'a']) == (1, {})\n" * 20, ""))
-    job = {"tests": tests, "setup": setup, "entry_point": None, "called": set(), "cases": []}
-    for zygote_is_tester in (False, True):
-        fds = answers, to_t, questions, to_c = *os.pipe(), *os.pipe()
-        pid = os.fork()
-        is_tester = zygote_is_tester == bool(pid)
-        os.close(to_t if is_tester else to_c)  # of the other
-        with contextlib.suppress(EOFError):
-            judge(job, (answers, to_c), bool) if is_tester else Candidate(code, (questions, to_t)).serve()
-        if not pid:
-            os._exit(0)
-        for fd in {*fds} - {to_t if is_tester else to_c}:
-            os.close(fd)
-        os.waitpid(pid, 0)
+    job = {"tests": tests, "setup": setup, "entry_point": None, "called": set(), "cases": [], "all_cases": False}
+    answers, to_t, questions, to_c = pipes = *os.pipe(), *os.pipe()
+    program, candidate = Program(answers, to_c), Candidate(questions, to_t)
+    candidate.source, receive = code, program.receive
+    program.receive = lambda: candidate.answer(*candidate.receive()) or receive()  # they take turns
+    judge(program, job, json.dumps)
+    for pipe in pipes:
+        os.close(pipe)
     run_script(b"print(1)")
     sys.modules["__main__"] = main
     del sys.modules["solution"]
 
 
 def zygote(config):
-    control, caller = socket.socket(fileno=config["control"]), os.pipe()[0]
-    with contextlib.suppress(OSError):  # before Linux 5.3 the end of the caller shows only in `control`,
-        caller = os.pidfd_open(config["caller"])  # and not if a fork of it lives on and holds its sockets
+    control, caller = socket.socket(fileno=config["control"]), os.getppid()
     sys.argv, sys.path = [""], sys.path + config["packages"]
     builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
     sys.set_int_max_str_digits(0)
+    sys.setrecursionlimit(5000)  # for data nested 500 deep
     _thread.stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     for name in PRELOADED:
         importlib.import_module(name)
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["cpu"]})
     missing = confine(config["readable"], config["without"])
-    filter_template = b"" if "seccomp" in missing else candidate_filter(ANY_PID)
+    filter_template = b"" if "seccomp" in missing else bpf_filter(CANDIDATE, others=True)
     warm_up()
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
     control.send(json.dumps(missing).encode())
-    events = select.poll()
-    events.register(control, select.POLLIN)
-    events.register(caller, select.POLLIN)
+    control.settimeout(1)  # to see that the caller has gone, even if a fork of it holds the other end
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `ended`
     gc.collect()
     gc.freeze()  # what a program makes itself can then be told from what was there: `run_script`
-    with contextlib.suppress(OSError):  # no process can be forked, the caller has gone: the caller is told
-        while caller not in dict(events.poll()):
-            # Not JSON: every page that Z writes to is copied once per program, and JSON writes to many.
+    while os.getppid() == caller:
+        with contextlib.suppress(TimeoutError):
             message, fds, *_ = socket.recv_fds(control, 256, 4)
             if not message:
                 break
-            timeout_s, memory_mb, numpy = struct.unpack("3d", message)
-            if numpy:  # the tests import it, and each T is new
-                with contextlib.suppress(ImportError):
-                    importlib.import_module("numpy")
-                    gc.freeze()
-            why, status, tester_status = run_program(events, timeout_s, memory_mb, fds, filter_template)
-            control.send(f"{status}|{tester_status}|{why}".encode())
+            # Not JSON: every page that Z writes to is copied once per program, and JSON writes to many.
+            control.send(marshal.dumps(run_program(*marshal.loads(message), fds, filter_template)))
 
 
 # ---- The caller ---------------------------------------------------------------------------------------------
 
-LIBRARIES = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib",
-             "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
+LIBRARIES = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64",
+             "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
+             "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
 # Imported, not run: to compile this file takes time, and leaves a larger heap for each fork to copy.
 ZYGOTE = """import sys; sys.path[:] = [path for path in sys.path if path]; import json
 config = json.loads(sys.argv[1]); sys.path.append(config["home"])
@@ -1008,40 +874,36 @@ class Worker:
     live, idle, warned = set(), [], False
 
     def __init__(self):
-        self.owner, self.stopped, self.process = os.getpid(), False, None
-        self.control, zygote_end = socket.socketpair()
+        self.process = None
+        self.control, self.zygote_end = socket.socketpair()
         cpus = sorted(os.sched_getaffinity(0))
         first = len(cpus) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         with CHOOSING:  # the core that the fewest workers are on; the ranks of a torchrun begin at different ones
             taken = [worker.cpu for worker in Worker.live]
             self.cpu = min(cpus[first:] + cpus[:first], key=taken.count)
             Worker.live.add(self)
+
+    def start(self):
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        config = {"caller": self.owner, "control": zygote_end.fileno(), "packages": packages,
-                  "home": os.path.dirname(os.path.abspath(__file__)), "readable": LIBRARIES + packages,
-                  "without": WITHOUT, "cpu": self.cpu}
+        config = {"control": self.zygote_end.fileno(), "packages": packages, "cpu": self.cpu, "without": WITHOUT,
+                  "home": os.path.dirname(os.path.abspath(__file__)), "readable": LIBRARIES + packages}
         environment = {"HOME": "/", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        "LD_BIND_NOW": "1",  # or each C would look up the same symbols again
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         python = [sys.executable, "-s", "-S", "-X", "utf8", "-X", "zygote", "-c", ZYGOTE, json.dumps(config)]
-        try:
-            with zygote_end:
-                self.process = subprocess.Popen(
-                    ["/bin/sh", "-c", SHELL, "sh", *python], env=environment, cwd="/",
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[zygote_end.fileno()],
-                    start_new_session=True)  # Ctrl-C is for the caller to handle
-            self.control.settimeout(START_TIMEOUT_S)
-            self.missing = json.loads(self.control.recv(256) or "null")
-            for program in KNOWN_GOOD:
-                verdict = self.run(PROGRAM | program, 1024)
-                if not verdict["passed"]:
-                    raise SandboxError(f"a program that is right has failed: {verdict['reason']}")
-        except BaseException as error:
-            self.close()
-            if isinstance(error, (OSError, SandboxError)):
-                raise SandboxError(f"the sandbox does not start: {error!r}") from error
-            raise
+        with self.zygote_end:
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", SHELL, "sh", *python], env=environment, cwd="/",
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[self.zygote_end.fileno()],
+                start_new_session=True)  # Ctrl-C is for the caller to handle
+        self.control.settimeout(START_TIMEOUT_S)
+        self.missing = json.loads(self.control.recv(256) or "null")
+        for program in KNOWN_GOOD:
+            verdict = self.run(PROGRAM | program, 1024)
+            if not verdict["passed"]:
+                raise SandboxError(f"a program that is right has failed: {verdict['reason']}")
+        self.control.settimeout(None)
         if self.missing and not Worker.warned:
             Worker.warned = True
             print(f"sandbox: no {' and no '.join(self.missing)} here; see 'Not covered' in sandbox.py and use a "
@@ -1050,96 +912,77 @@ class Worker:
     @classmethod
     def take(cls):
         """A worker that waits for work, or a new one."""
-        while cls.idle:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                worker = cls.idle.pop()
-                if worker.owner == os.getpid() and not worker.stopped and worker.process.poll() is None:
-                    return worker
+        with contextlib.suppress(IndexError):  # of an empty list
+            while (worker := cls.idle.pop()).process.poll() is not None:
                 worker.close()
+            return worker
         return cls()
 
-    def stop(self):
-        """From another thread: whoever waits for this worker gets a SandboxError."""
-        self.stopped = True
-        with contextlib.suppress(OSError):
-            self.control.shutdown(socket.SHUT_RDWR)
-
     def close(self):
-        if self.owner != os.getpid():  # we are a forked copy of the caller
-            return
-        self.stop()
-        self.control.close()
+        """Whoever waits for this worker, in another thread, gets a SandboxError."""
         if self.process:
-            try:
-                self.process.wait(1)  # Z kills C and T, waits for them and ends
-            except subprocess.TimeoutExpired:
-                self.process.kill()  # and the kernel kills Z, then C and T
-                self.process.wait()
+            self.process.kill()  # and the kernel kills C and T
+            self.process.wait()
+        self.control.close()
         Worker.live.discard(self)
 
     def run(self, program, memory_mb):
         """-> verdict"""
         script = program["cases"] and not program["fn_name"]
-        passed, reason = (self.run_script if script else self.run_judged)(program, memory_mb)
-        text = "".join(letter if letter.isprintable() else " " for letter in (reason or "passed")[:300])
-        verdict = {"passed": not reason, "reason": text}
+        outcomes = (self.run_script if script else self.run_judged)(program, memory_mb)
+        reason = next(filter(None, outcomes), "passed")[:300]
+        verdict = {"passed": set(outcomes) == {None}, "reason": "".join(c if c.isprintable() else " " for c in reason)}
         if program["all_cases"]:
-            verdict |= {"passed_cases": passed, "total_cases": len(program["cases"]) or 1}
+            verdict |= {"passed_cases": outcomes.count(None), "total_cases": len(program["cases"]) or 1}
         return verdict
 
-    def job(self, program, memory_mb, numpy, fds):
-        """-> (why Z has ended the program, exit status of C, of T)"""
-        try:
-            socket.send_fds(self.control, [struct.pack("3d", program["timeout_s"], memory_mb, numpy)], fds)
-            self.control.settimeout(None)
-            answer = self.control.recv(256).decode()
-        except OSError as error:
-            raise SandboxError(repr(error)) from error
+    def job(self, program, memory_mb, *files):
+        """-> why Z has ended the program or "", exit status of T if there is one, of C"""
+        limits = marshal.dumps((program["timeout_s"], memory_mb))
+        socket.send_fds(self.control, [limits], [file.fileno() for file in files])
+        answer = self.control.recv(256)
         if not answer:
             raise SandboxError("the worker died")
-        *statuses, why = answer.split("|", 2)
-        if "seccomp" not in self.missing and f"{-signal.SIGKILL}" in statuses:
+        why, *statuses = marshal.loads(answer)
+        if "seccomp" not in self.missing and -signal.SIGKILL in statuses:
             raise SandboxError("a process was killed from outside, perhaps for want of memory")
-        return why, *(None if status == "None" else int(status) for status in statuses)
+        return why, *statuses
 
     def run_script(self, program, memory_mb):
-        """A stdin program: one run per case."""
-        passed, reason = 0, None
+        """A stdin program: one run per case. -> for each case None or why it has failed"""
+        outcomes = []
         for case in program["cases"]:
-            with memory_files(program["code"], as_text(case["input"]), "", "") as fds:
-                why, status, _ = self.job(program, memory_mb, False, fds)
-                size, said_size = (os.fstat(fd).st_size for fd in fds[2:])
-                output = os.pread(fds[2], size, 0).decode(errors="replace")
-                said = os.pread(fds[3], 4096, max(0, said_size - 4096)).decode(errors="replace")
-            if not why and max(size, said_size) >= OUTPUT_MB * MIB:
+            texts = (program["code"], as_text(case["input"]), "", "")
+            with contextlib.ExitStack() as stack:
+                files = [stack.enter_context(memory_file(text)) for text in texts]
+                why, status = self.job(program, memory_mb, *files)
+                output, said = map(contents, files[2:])
+            if not why and max(len(output), len(said)) >= OUTPUT_MB * MIB:
                 why = "output limit"
-            failure = why or (status != 0 and died(status, said))
-            if not failure and not same_output(output, as_text(case["output"])):
+            failure = why or (died(status, said[-4096:].decode(errors="replace")) if status else None)
+            if not failure and not same_output(output.decode(errors="replace"), as_text(case["output"])):
                 failure = "wrong answer"
-            passed += not failure
-            reason = reason or failure
+            outcomes.append(failure)
             if failure and (why == "timeout" or not program["all_cases"]):
                 break
-        return passed, reason
+        return outcomes
 
     def run_judged(self, program, memory_mb):
-        """Asserts and calls: C and T talk to each other; the caller waits for T's verdict."""
+        """Asserts and calls: C and T talk to each other. -> for each case None or why it has failed"""
         try:
             tests, setup = compile_tests(program["tests"]), compile_tests(program["setup"])
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            return 0, f"exception: {type(error).__name__}: {error} (in the tests)"
+            return [f"exception: {type(error).__name__}: {error} (in the tests)"]
         called = set(re.findall(r"(?<![\w.])(\w+) *\(", program["tests"]))
-        numpy = bool(re.search(r"\b(import|from) +numpy\b", program["setup"] + program["tests"]))
         job = marshal.dumps({**program, "code": None, "tests": tests, "setup": setup, "called": called})
-        with memory_files(program["code"], job, "") as fds:
-            why, status, tester_status = self.job(program, memory_mb, numpy, fds)
-            text = os.pread(fds[2], os.fstat(fds[2]).st_size, 0).strip()
-        passed, reason = json.loads(text) if text else (0, None)
+        with memory_file(program["code"]) as code, memory_file(job) as job, memory_file() as verdict:
+            why, tester_status, status = self.job(program, memory_mb, code, job, verdict)
+            outcomes = [json.loads(line) for line in contents(verdict).splitlines()]
         if why:
-            return passed, why
-        if not text:
-            return 0, died(tester_status, "MemoryError" * (tester_status == 1))
-        return passed, died(status) if reason == "gone" else reason
+            outcomes.append(why)
+        elif tester_status:
+            outcomes.append(died(status if tester_status == GONE else tester_status))
+        return outcomes
 
 
 @functools.lru_cache(maxsize=64)  # the samples of a group share their tests
@@ -1152,18 +995,15 @@ def as_text(value):
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-@contextlib.contextmanager
-def memory_files(*contents):
-    """-> descriptors of files that hold them"""
-    fds = []
-    try:
-        for content in contents:
-            fds.append(os.memfd_create("sandbox"))
-            os.pwrite(fds[-1], content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"), 0)
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
+def memory_file(content=b""):
+    file = os.fdopen(os.memfd_create("sandbox"), "r+b", buffering=0)
+    os.pwrite(file.fileno(), content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"), 0)
+    return file
+
+
+def contents(file):
+    file.seek(0)  # C may have moved it
+    return file.read()
 
 
 def died(status, said=""):
@@ -1266,15 +1106,14 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
         except ValueError:
             raise ValueError(f"program {place} holds something that is not plain data") from None
         jobs[keys[-1]] = program
-    busy, stopped = set(), threading.Event()
+    stopped = threading.Event()
     pool = ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs))))
     try:
-        running = [pool.submit(run_one, program, memory_mb, busy, stopped) for program in jobs.values()]
+        running = [pool.submit(run_one, program, memory_mb, stopped) for program in jobs.values()]
         verdicts = dict(zip(jobs, (future.result() for future in running)))
     except BaseException as error:  # Ctrl-C too
         stopped.set()
-        for worker in list(busy):
-            worker.stop()
+        close_workers()  # what other threads run there is tried once more
         if isinstance(error, RuntimeError) and "new thread" in str(error):
             raise SandboxError(f"{error}; {machine_limits()}") from error
         raise
@@ -1283,29 +1122,26 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     return [dict(verdicts[key]) for key in keys]
 
 
-def run_one(program, memory_mb, busy, stopped):
+def run_one(program, memory_mb, stopped):
     """-> verdict. Runs in a thread of its own; once more if something happens to the worker."""
     for retry in (True, False):
-        worker = None
+        worker = Worker.take()
         try:
-            worker = Worker.take()
-            busy.add(worker)
-            if stopped.is_set():  # while this worker started, when it was not yet busy
+            if not worker.process:
+                worker.start()
+            if stopped.is_set():  # while this worker started
                 raise SandboxError("interrupted")
             verdict = worker.run(program, memory_mb)
             Worker.idle.append(worker)
             return verdict
         except (SandboxError, OSError) as fault:
-            if worker:
-                worker.close()
+            worker.close()
             if stopped.is_set() or not retry:
                 raise SandboxError(f"{fault}; {machine_limits()}") from fault
-        finally:
-            busy.discard(worker)
     raise AssertionError("the second try returns or raises")
 
 
 def close_workers():
-    """Ends the workers that wait for the next call of run_tests. Called at exit."""
+    """Ends all workers. Called at exit."""
     for worker in list(Worker.live):
         worker.close()

@@ -38,7 +38,7 @@ def styles(code):
 
 def forged(message, then=""):
     """A program that writes a message of its own to T when it is called."""
-    return f"import os\ndef f(*args):\n    t = {message.encode()!r}\n    os.write(3, len(t).to_bytes(8, 'little') + t){then}"
+    return f"import os\ndef f(*args):\n    os.write(3, {message.encode()!r} + b'\\n'){then}"
 
 
 def descendants(pid):
@@ -87,22 +87,21 @@ CHEATS = {
     "writes to every descriptor": """
         import os
         text = b'{"passed": true, "reason": "passed"}\\n[2, 2, null]\\n'
-        message = len(text).to_bytes(8, "little") + text
+        message = text + b"\n"
         for fd in range(3, 300):
             for data in (text, message):
                 try: os.write(fd, data)
                 except OSError: pass
         def add(a, b): return 0""",
     "forged verdicts on the socket": """
-        import json, os, struct
+        import json, os
         for value in (["value", True], [3, 3, None], {"passed": True}):
-            text = json.dumps(value).encode()
-            os.write(3, struct.pack("=Q", len(text)) + text)
+            os.write(3, json.dumps(value).encode() + b"\n")
         def add(a, b): return 0""",
     "answers before it is asked": """
-        import json, os, struct
+        import json, os
         text = json.dumps(["value", 3]).encode()
-        os.write(3, (struct.pack("=Q", len(text)) + text) * 3)
+        os.write(3, (text + b"\n") * 3)
         def add(a, b): return 3""",
     "frames": """
         import sys
@@ -191,12 +190,12 @@ CHEATS = {
     "socket replaced": "import os\nos.dup2(os.open('/dev/zero', os.O_RDONLY), 3)\n" + ADD,
     "answers much": "def add(a, b): return 'x' * (1 << 25)",
     "answers without end": "import os\ndef add(a, b):\n    while True: os.write(3, b'[' * 65536)",
-    "announces much": "import os\ndef add(a, b):\n    os.write(3, (1 << 62).to_bytes(8, 'little')); return 0",
+    "half a message": "import os\ndef add(a, b):\n    os.write(3, b'[\"value\"'); return 0",
     "deep answer": "def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
     "answer with a cycle": "def add(a, b):\n    x = []; x.append(x); return x",
     "huge int": "def add(a, b): return 1 << 10**7",
     "sends itself a deep message": "import os\ndef add(a, b):\n    text = b'[' * 10**6\n"
-                                   "    os.write(3, len(text).to_bytes(8, 'little') + text); return 0",
+                                   "    os.write(3, text + b'\\n'); return 0",
 }
 # Cheats that need a certain test: (code, test)
 CHEATS_OF_TESTS = {
@@ -263,13 +262,12 @@ CHEATS_OF_TESTS = {
 def f(x):
     import gc
     for p in gc.get_objects():
-        if type(p).__name__ == "Candidate": p.requests["call"] = lambda *a: None
-        if type(p).__name__ == "Numbered": p.values[:] = [[1, 2]] * 9; p.numbers.clear()
+        if type(p).__name__ == "Candidate": p.shown[:] = [[1, 2]] * 9; p.numbers.clear()
     return 3""", "want = [1, 2]\nassert f([2, 1]) == want"),
     "again without end": ("import os\ndef f(x):\n    t = b'[\"value\", null, [\"list\", [\"again\", 99]]]'\n"
-                          "    os.write(3, len(t).to_bytes(8, 'little') + t)", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
+                          "    os.write(3, t + b'\\n')", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
     "list becomes a number": ("import os\ndef f(x):\n    t = b'[\"value\", null, 7]'\n"
-                              "    os.write(3, len(t).to_bytes(8, 'little') + t)", "a = [2, 1]\nf(a)\nassert a == 7"),
+                              "    os.write(3, t + b'\\n')", "a = [2, 1]\nf(a)\nassert a == 7"),
     # callbacks and iterators
     "callback with a liar": (LIAR + "    __lt__ = __gt__ = __eq__\ndef f(g): return g(E())",
                              "assert f(lambda x: x == 3) is True"),
@@ -284,11 +282,11 @@ def f(x):
                              "want = 1\ndef g(): return want\nassert f(g) == g()"),
     "numbers that were never handed out": ("import os\ndef f(g):\n"
                                            "    t = b'[\"call\", [\"tuple\", 5, [\"tuple\"], [\"tuple\"]]]'\n"
-                                           "    os.write(3, len(t).to_bytes(8, 'little') + t); return 0",
+                                           "    os.write(3, t + b'\\n'); return 0",
                                            "assert f(lambda: 1) == 1"),
     "requests that T does not take": ("import os\ndef f(g):\n"
                                       "    t = b'[\"getattr\", [\"tuple\", [\"mine\", 0], \"__globals__\"]]'\n"
-                                      "    os.write(3, len(t).to_bytes(8, 'little') + t); return 0",
+                                      "    os.write(3, t + b'\\n'); return 0",
                                       "assert f(lambda: 1) == 1"),
     "StopIteration in a callback's answer": ("def f(g):\n    g(1)\n    raise StopIteration",
                                              "assert all(map(lambda v: f(lambda x: x) == v, [1]))"),
@@ -656,13 +654,10 @@ HONEST = {  # name: (code, tests)
                    "class E(enum.IntEnum):\n    A = 5\nclass S(str): pass\ndef f(): return P(1, 2), E.A, S('s')",
                    "assert f() == ((1, 2), 5, 's')"),
     "in place": ("def f(x): x.sort()\ndef g(m):\n    for row in m: row.reverse()\ndef h(d, s, q): d.clear(); s.add(1); q.append(2)\n"
-                 "def i(m): m.reverse()\ndef j(a, b): a.append(b); b.append(1)\nclass K:\n    def f(self, x): x.append(self)",
-                 "import collections\na = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]\nm = [[1, 2], [3, 4]]\nrow = m[0]\ng(m)\n"
-                 "assert m == [[2, 1], [4, 3]] and row == [2, 1] and m[0] is row\n"
-                 "d, s, q = {1: 2}, set(), collections.deque()\nh(d, s, q)\n"
-                 "assert (d, s, q) == ({}, {1}, collections.deque([2]))\ni(m)\nassert m[1] is row and row == [2, 1]\n"
-                 "x, y = [0], []\nj(x, y)\nassert x[1] is y and y == [1]\nk, z = K(), []\nk.f(z)\nassert z[0] == k"),
-    "shared rows": ("def f(m): m[0][0] = 1", "m = [[0]] * 2\nf(m)\nassert m == [[1], [1]]"),
+                 "class K:\n    def f(self, x): x.append(self)",
+                 "import collections\na = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]\nm = [[1, 2], [3, 4]]\ng(m)\n"
+                 "assert m == [[2, 1], [4, 3]]\nd, s, q = {1: 2}, set(), collections.deque()\nh(d, q=q, s=s)\n"
+                 "assert (d, s, q) == ({}, {1}, collections.deque([2]))\nk, z = K(), []\nk.f(z)\nassert z[0] == k"),
     "in place, an array": ("def f(a): a.sort()", "import numpy as np\na = np.array([2, 1])\nf(a)\nassert a.tolist() == [1, 2]"),
     "callbacks": ("def f(g, xs): return [g(v) for v in xs]\ndef twice(g): return lambda x: g(g(x))\n"
                   "def g(key, xs): return sorted(xs, key=key)\ndef h(fill):\n    x = []\n    fill(x)\n    return x",
@@ -1309,13 +1304,14 @@ def test_system_call_numbers_are_this_machines():
 def test_messages_hold_plain_data_only():
     refuse = {"tag": ["eval", "1"], "empty": [], "not a name": [["list"], 1], "growth": ["fractions.Fraction", "1e999999999"],
               "wrong": ["range", "a"], "unhashable": ["set", ["list", 1]]}
-    assert sandbox.unpack(["named", "builtins", "eval"], sandbox.Program((0, 1))) is RuntimeError
-    refuse |= {"module": ["named", "os", "_exit"], "own": ["yours", 0],
-               "objects": ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "12345678"]], "again": ["again", 0],
+    for name in ("eval", "exit", "SystemExit", "BaseException"):
+        assert sandbox.unpack(["named", "builtins", name], sandbox.Program(0, 1)) is RuntimeError
+    refuse |= {"own": ["yours", 0],
+               "objects": ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "12345678"]], "shown": ["mine"],
                "code": ["namedtuple", "P", ["tuple", "x=1"], 1], "method": ["datetime.date", 1]}
     for name, message in refuse.items():
         with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
-            pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), sandbox.Program((0, 1)))}")
+            pytest.fail(f"{name}: {sandbox.unpack(json.loads(json.dumps(message)), sandbox.Program(0, 1))}")
 
 
 def test_an_interrupt_while_a_worker_starts_does_not_wait_for_its_program(monkeypatch):
