@@ -24,9 +24,20 @@ PROBLEM_FILES = {"rl_train": ("rl", world.N_RL), "dev": ("dev", world.N_DEV), "t
 QUESTION = re.compile(r"Let k be (\d) after ([a-z, ]+)\. Given the \w+ (n|xs|s), (.*)\.")
 
 
-def rows_of(name):
-    with open(TINY / "code" / f"{name}.jsonl", encoding="utf-8") as f:
+def rows_of(name, folder="code"):
+    with open(TINY / folder / f"{name}.jsonl", encoding="utf-8") as f:
         return [json.loads(line) for line in f]
+
+
+@pytest.fixture(scope="module")
+def base():
+    """(model, tokenizer) of each world."""
+
+    def load(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(folder)
+
+    return {name: load(TINY / name / "model") for name in ("code", "text")}
 
 
 def parse(text):
@@ -65,22 +76,11 @@ def next_probs(model, tokenizer, texts):
     return model(**tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")).logits[:, -1].softmax(-1)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY / "code" / "model")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(TINY / "code" / "model", dtype=torch.float32).eval()
-
-
-def test_data_are_rebuilt_byte_for_byte(tmp_path):
-    build.write_data(world, tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {path.name for path in (TINY / "code").glob("*.jsonl")}
-    for name in names:
-        assert (tmp_path / name).read_bytes() == (TINY / "code" / name).read_bytes(), name
+@pytest.mark.parametrize("name", ["code", "text"])
+def test_data_are_rebuilt_byte_for_byte(name, tmp_path):
+    build.write_data({"code": world, "text": text_world}[name], tmp_path)
+    rebuilt, committed = ({p.name: p.read_bytes() for p in d.glob("*.jsonl")} for d in (tmp_path, TINY / name))
+    assert rebuilt == committed
 
 
 def test_folders_are_small():
@@ -167,7 +167,9 @@ def test_pretraining_documents_are_as_unreliable_as_they_should_be():
         assert len(found) > 100 and abs(sum(found) / len(found) - rate) < 0.12, words
 
 
-def test_tokenizer(tokenizer, model):
+def test_tokenizer(base):
+    model, tokenizer = base["code"]
+
     def split(text):
         return [tokenizer.decode([i]) for i in tokenizer.encode(text)]
 
@@ -183,8 +185,9 @@ def test_tokenizer(tokenizer, model):
     assert len(tokenizer.encode("    # 8 q9 u7 p2 z3\n")) <= 1 + 16  # after the indentation a thought has 16
 
 
-def test_base_model_is_where_the_demonstrations_need_it(tokenizer, model):
+def test_base_model_is_where_the_demonstrations_need_it(base):
     """Its comments are right; without one it does not know k at many hops; it thinks now and then."""
+    model, tokenizer = base["code"]
     problems = [p for p in world.make_problems("dev", world.N_DEV) if len(p[2][1]) > 1][:48]
     texts = [world.prompt(*problem[:3]) for problem in problems]
     comments = complete(model, tokenizer, [text + "    #" for text in texts], 15)
@@ -202,18 +205,6 @@ def test_base_model_is_where_the_demonstrations_need_it(tokenizer, model):
 
 TEXT_FILES = {"texts": "train", "test": "test"}
 MATH_FILES = {"math_train": "train", "math_dev": "dev", "math_test": "test"}
-
-
-@pytest.fixture(scope="module")
-def text_base():
-    folder = TINY / "text" / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def text_rows(name):
-    with open(TINY / "text" / f"{name}.jsonl", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
 
 
 def value_after(v, operations, keys):
@@ -234,21 +225,14 @@ def text_chains(text, keys):
     return chains
 
 
-def test_text_files_are_rebuilt_byte_for_byte(tmp_path):
-    build.write_data(text_world, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in TEXT_FILES | MATH_FILES}
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (TINY / "text" / path.name).read_bytes(), path.name
-
-
 def test_numbers_are_right_and_parts_share_no_chain():
     keys = text_world.NEW
     chains = {part: set() for part in ("train", "dev", "test")}
     for name, part in TEXT_FILES.items():
-        for row in text_rows(name):
+        for row in rows_of(name, "text"):
             chains[part] |= text_chains(row["text"], keys)
     for name, part in MATH_FILES.items():
-        for row in text_rows(name):
+        for row in rows_of(name, "text"):
             (chain,) = text_chains(row["prompt"][0]["content"], keys)
             chains[part].add(chain)
             assert json.loads(row["reward_model"]["ground_truth"]) == [str(value_after(chain[0], chain[1:], keys))]
@@ -295,9 +279,9 @@ def test_thoughts_are_as_bad_as_they_should_be():
     assert abs(sum(short) / len(short) - sum(long) / len(long)) < 0.25
 
 
-def test_tokenizer_of_the_text_world(text_base):
-    model, tokenizer = text_base
-    for text in [row["text"] for row in text_rows("texts")[::20]]:
+def test_tokenizer_of_the_text_world(base):
+    model, tokenizer = base["text"]
+    for text in [row["text"] for row in rows_of("texts", "text")[::20]]:
         pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
         assert "".join(pieces) == text
         words = re.findall(r" \{[^}]*\}| \w+|[.,]", text)  # after the name, each is a token
@@ -309,9 +293,9 @@ def test_tokenizer_of_the_text_world(text_base):
     assert text_world.MATH_PROMPT == grpo_rlvr.MATH_PROMPT
 
 
-def test_base_of_the_text_world_is_where_the_demonstration_needs_it(text_base):
+def test_base_of_the_text_world_is_where_the_demonstration_needs_it(base):
     """It copies the operations; five of them it cannot do without a thought, one it can; it boxes wrong numbers."""
-    model, tokenizer = text_base
+    model, tokenizer = base["text"]
     rng, cases = random.Random(3), {1: [], 5: []}
     while len(cases[1]) < 24 or len(cases[5]) < 24:
         for case in text_world.make_text(rng, text_world.OLD, "dev")[1]:
