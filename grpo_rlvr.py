@@ -70,67 +70,67 @@ class Args:
     task: Literal["code", "math"] = "code"
     """code: RA3's RLVR, reward by running tests; math: RMT's post-training, reward by comparing answers"""
     tiny: bool = False
-    """the bundled toy model and problems: minutes on two cores. Every other flag still overrides"""
+    """use the bundled toy model and problems: minutes on two cores. Other flags still count"""
     output_dir: str = ""
     """folder of this run; empty: runs/grpo_rlvr_<task>__<model>__s<seed>__<time>"""
     seed: int = 0
-    """fixes the order of the problems, which are held out, and all sampling noise, on any number of ranks"""
+    """fixes the order of the problems, the choice of those held out, and all sampling noise, on any number of ranks"""
     resume: str = ""
     """`auto`: continue the newest run of this task, model and seed (or --output-dir), if any; or a run folder"""
     dry_run: bool = False
-    """load and check everything, print the plan, one prompt and a memory estimate, and stop"""
+    """load and check everything, print the plan, a prompt and a memory estimate, then stop"""
     track: bool = False
     """send metrics and curves to Weights & Biases as well"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """the initial policy: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
     dataset: str = "inclusionAI/AReaL-boba-2-RL-Code:train/train.jsonl"
-    """problems with the columns of AReaL-boba-2, DeepCoder or Skywork; see common.read_rows"""
+    """hub id, file or folder with the columns of AReaL-boba-2, DeepCoder or Skywork (more: read_rows in common.py)"""
     eval_dataset: str = ""
-    """held-out problems, also HumanEval(+) or MBPP(+); empty: eval_problems of the data set are held out"""
+    """held-out problems, also the rows of HumanEval(+) or MBPP(+); empty: --eval-problems of --dataset"""
     train_problems: int = 0
-    """use no more problems than this; 0: all"""
+    """number of training problems, at most; 0: all"""
     eval_problems: int = 128
-    """at most so many held-out problems; --seed chooses them"""
+    """number of held-out problems, at most; --seed chooses them"""
     max_prompt_tokens: int = 2048
     """problems with a longer prompt are left out (tokens)"""
     difficulty_key: str = ""
-    """math: draw problems evenly from levels 1-13 of this key of Skywork's `model_difficulty`; empty: any"""
+    """math: a key of Skywork's `model_difficulty`, to take as many problems of each level 1-13; empty: all problems"""
     chat_template: bool = False
     """math: put the problem into the tokenizer's chat template (base models have none)"""
     # ---- rollout
     prompts_per_update: int = 128
-    """N, problems of an update, over all ranks"""
+    """N, problems per update, over all ranks"""
     group_size: int = 4
     """G, completions of each problem"""
     max_new_tokens: int = 1024
     """completions are truncated here (tokens)"""
     temperature: float = 0.6
-    """of the sampled distribution, and so of every log-probability"""
+    """of sampling, and so of every log-probability"""
     rollout_rows: int = 256
     """completions that one rank generates at once; memory and speed only"""
     reward_timeout_s: float = 6.0
     """limit for one test of a program, or for one comparison of answers (seconds)"""
     # ---- algorithm
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    """denominator of the loss, with TRL's names: see grpo_loss"""
+    """how the loss is averaged, with TRL's names: dapo over all tokens of the update, ...; grpo_loss explains the others"""
     eps_low: float = 0.2
     """the ratio is clipped below 1 - eps_low"""
     eps_high: float = 0.28
     """the ratio is clipped above 1 + eps_high (the paper: one epsilon)"""
     beta: float = 0.0
-    """weight of the KL to the initial policy, loaded only if this is positive"""
+    """weight of the KL to the initial policy, which is loaded only if this is positive"""
     normalize_std: bool = True
     """divide advantages by the group's standard deviation, eq. (2.2); off: Dr. GRPO"""
     filter_overlong: bool = False
     """leave truncated completions out of the loss (DAPO, DeepCoder)"""
     dynamic_sampling: int = 0
-    """k > 0: groups of equal rewards are dropped; up to k - 1 more rounds of problems replace them"""
+    """rounds of sampling per update, at most, to replace groups with equal rewards, which are dropped; 0: all groups stay"""
     minibatches: int = 2
-    """optimizer steps per rollout; with 1 the ratio is exactly 1"""
+    """optimizer steps per update; with 1 the ratio is exactly 1"""
     # ---- optimisation
     updates: int = 300
-    """rollouts of this run"""
+    """number of updates, each with a rollout of its own"""
     learning_rate: float = 1e-6
     """of AdamW, constant"""
     weight_decay: float = 0.01
@@ -140,12 +140,12 @@ class Args:
     micro_batch_tokens: int = 16384
     """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
     gradient_checkpointing: bool = False
-    """keep no activations inside layers, compute them again: much less memory, up to a third more time"""
+    """compute the activations inside layers again instead of keeping them: less memory, up to a third more time"""
     # ---- evaluation and saving
     eval_every: int = 10
     """updates between evaluations; 0: only before the first and after the last"""
     save_every: int = 50
-    """updates between checkpoints; 0: only after the last. The last two states are kept, and all models"""
+    """updates between checkpoints; 0: only after the last. All models stay, and the two newest states for --resume"""
 
 
 MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
@@ -245,12 +245,13 @@ def code_problem(row: dict) -> tuple[str, dict]:
         return prompt, {"signature": signature, "tests": tests, "entry_point": name}
 
     question = need(row.get("question") or row.get("problem"), "question")
-    about = tests = need(parsed(row.get("input_output") or row.get("tests")), "tests")
-    if isinstance(tests, list):  # PrimeIntellect, LiveCodeBench, Codeforces; else boba-2, TACO
+    tests = need(parsed(row.get("input_output") or row.get("tests")), "tests")
+    if isinstance(tests, list):  # DeepCoder's PrimeIntellect, LiveCodeBench and Codeforces
         about = tests[0] | parsed(tests[0].get("metadata"))
-        tests = {"inputs": [test["input"] for test in tests], "outputs": [test["output"] for test in tests]}
-    cases = zip(need(tests["inputs"], "tests"), tests["outputs"], strict=True)
-    cases = [{"input": given, "output": wanted} for given, wanted in cases]
+        pairs = [(test["input"], test["output"]) for test in tests]
+    else:  # boba-2, and DeepCoder's TACO
+        about, pairs = tests, zip(tests["inputs"], tests["outputs"], strict=True)
+    cases = need([{"input": given, "output": wanted} for given, wanted in pairs], "tests")
     if any(None in case.values() for case in cases):
         raise ValueError("a test without input or output")
     names = [part.get(key) for part in (about, parsed(row.get("metadata"))) for key in ("fn_name", "func_name")]
@@ -294,7 +295,7 @@ def signature_of(source: str, name: str) -> str | None:
 
 
 def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
-    """The problem of a row, with its prompt as tokens. ValueError if it is not to be used; see read_problems."""
+    """The problem of a row. ValueError with the reason if it is not to be used; a malformed row raises other errors."""
     prompt, checks = code_problem(row) if args.task == "code" else math_problem(row)
     info, level = row.get("extra_info") or {}, 0
     if args.difficulty_key:
@@ -527,7 +528,7 @@ class Rollouts:
         start, samples, scores = time.time(), {}, {}
         share = range(len(problems))[self.ranks.share(len(problems))]
         mine = sorted(share, key=lambda i: len(problems[i].prompt_ids))
-        most = -(-len(problems) // self.ranks.world_size)  # of any rank's share
+        most = -(-len(problems) // self.ranks.world_size)  # the largest share of a rank
         with gathered(self.model):
             for first in range(0, most, self.args.rollout_rows):
                 stop()
@@ -713,7 +714,7 @@ HINTS = {  # said once, if the metric is 1
 
 
 def sample_metrics(samples: list[Sample], group_size: int) -> dict:
-    """What the samples of an update tell by themselves."""
+    """Metrics of an update that need its samples alone."""
     rewards = torch.tensor([s.reward for s in samples]).view(-1, group_size)  # [N, G]
     passed = torch.tensor([float(s.passed) for s in samples]).view(-1, group_size)
     lengths = [len(s.completion_ids) for s in samples]
