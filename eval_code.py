@@ -15,7 +15,7 @@ Shapes: B rows, P tokens of the longest prompt, M = max_new_tokens.
 Deviations from BigCode (docs/eval_code.md has all):
   D1 MBPP's prompt is that of the authors' scripts (signature, two tests); BigCode's is --mbpp-prompt bigcode.
   D2 512 is the number of new tokens, as in the authors' scripts; BigCode's default counts the prompt too.
-  D3 with --thoughts HumanEval's stop word "\\n#" is none: it would end an RA3 model that thinks in column 0.
+  D3 with --thoughts "\\n#" stops no HumanEval completion: it would cut off the thoughts in column 0 (RA3).
   D4 MBPP's `test_setup_code` (one test task has it) runs before the tests; BigCode leaves it out.
   D5 on a GPU the model runs in bf16; BigCode's default is fp32.
 
@@ -60,20 +60,20 @@ class Args:
 
     # ---- run
     tiny: bool = False
-    """defaults for the bundled toy model and problems, a minute on two cores; every flag still overrides"""
+    """use the bundled toy model and problems: a minute on two cores. Other flags still count"""
     output_dir: str = ""
-    """folder of this evaluation; one that has begun there continues. Empty: a new folder in runs/"""
+    """folder of this evaluation, which continues if it was stopped there; empty: a new folder in runs/"""
     seed: int = 0
     """fixes all sampling noise"""
     # ---- model and problems
     model: str = "Qwen/Qwen2.5-1.5B"
     """any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
     benchmarks: tuple[str, ...] = ("humaneval", "mbpp", "humanevalplus", "mbppplus")
-    """of humaneval, mbpp, humanevalplus, mbppplus, livecodebench, codeforces; name=FILE: a local file"""
+    """any of humaneval, mbpp, humanevalplus, mbppplus, livecodebench, codeforces; name=FILE reads a local file"""
     samples: str = ""
-    """judge what this human-eval or evalplus file holds (`task_id`, `completion` or `solution`) instead"""
+    """generate nothing, judge this human-eval or evalplus file (columns `task_id`, `completion` or `solution`)"""
     limit: int = 0
-    """only the first so many problems of each benchmark; 0: all"""
+    """number of problems of each benchmark, at most; 0: all"""
     mbpp_prompt: Literal["signature", "bigcode"] = "signature"
     """signature: a `def` line and two tests; bigcode: a docstring with one test (D1)"""
     # ---- sampling
@@ -93,7 +93,7 @@ class Args:
     batch_size: int = 64
     """completions generated together on a rank"""
     workers: int = 0
-    """programs that run at once on a rank; 0: this process's cores over its ranks"""
+    """programs that run at once on a rank; 0: one per core, the cores shared by the ranks"""
 
 
 TINY_DEFAULTS = Args(True, model=str(TINY / "code" / "model"), n_samples=5, max_new_tokens=64)
@@ -123,7 +123,7 @@ class Problem:
 
     task_id: str
     prompt: str
-    opening: str  # of the program: what the prompt holds of it
+    opening: str  # the beginning of the program, which the prompt holds
     stop_words: tuple[str, ...]
     checks: dict  # what run_tests needs besides the code
     closing: str = ""
@@ -314,7 +314,7 @@ def complete(model, tokenizer, eos: set[int], batch: list[Job], args: Args) -> N
 
 
 def judge(jobs: list[Job], file: Path, args: Args) -> None:
-    """Run a batch's programs in the sandbox, equal ones once; when it has a `file`, the batch is done."""
+    """Run a batch's programs in the sandbox. `file` holds the verdicts; where it exists, the batch is done."""
     programs = []
     for problem, sample in jobs:
         code = sample.get("solution") or problem.opening + sample.get("completion", "") + problem.closing
@@ -380,7 +380,7 @@ def report(folder: Path, files: list[Path], titles: dict[str, str], label: str, 
 
 
 def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: Ranks) -> None:
-    """Begin or continue an evaluation. UserError if its arguments, or what it is to judge, were others."""
+    """Begin or continue an evaluation. UserError if it began with other arguments, problems or samples."""
     now, may_change = json.loads(json.dumps(asdict(args))), ("output_dir", "workers")
     contents = [problem.checks for problem in problems], [sample for _, sample in jobs]
     now["contents"] = zlib.crc32(json.dumps(contents).encode())  # files may have changed under their names

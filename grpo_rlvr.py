@@ -113,7 +113,7 @@ class Args:
     """limit for one test of a program, or for one comparison of answers (seconds)"""
     # ---- algorithm
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    """how the loss is averaged, with TRL's names: dapo over all tokens of the update, ...; grpo_loss explains the others"""
+    """how the loss is averaged, with TRL's names (grpo_loss explains them); dapo: over all tokens of the update"""
     eps_low: float = 0.2
     """the ratio is clipped below 1 - eps_low"""
     eps_high: float = 0.28
@@ -125,7 +125,7 @@ class Args:
     filter_overlong: bool = False
     """leave truncated completions out of the loss (DAPO, DeepCoder)"""
     dynamic_sampling: int = 0
-    """rounds of sampling per update, at most, to replace groups with equal rewards, which are dropped; 0: all groups stay"""
+    """groups with equal rewards are dropped and replaced, in at most so many rounds of sampling; 0: all groups stay"""
     minibatches: int = 2
     """optimizer steps per update; with 1 the ratio is exactly 1"""
     # ---- optimisation

@@ -517,24 +517,10 @@ def test_stop_words_end_generation_early(tiny):
     assert all(truncated for _, truncated in cut_short.values())
 
 
-class Script(common.Sampler):
-    """Writes the tokens of `text`, whatever the model says."""
-
-    text: list[int]
-
-    def __call__(self, input_ids, scores):
-        token = self.text[input_ids.shape[1] - self.start]
-        return common.only(torch.full((len(input_ids),), token), scores)
-
-
-def test_thoughts_leave_the_stop_word_out(tiny, monkeypatch):
-    _, tokenizer = tiny
-    Script.text = tokenizer("    x = 1\n# so\n    return x\nclass A:\n").input_ids + [tokenizer.eos_token_id] * 99
-    monkeypatch.setattr(eval_code, "Sampler", Script)
-    for thoughts, expected in ((True, "    x = 1\n# so\n    return x"), (False, "    x = 1")):
-        [problem], _ = eval_code.load_problems(Args(benchmarks=(PROBLEMS,), limit=1, thoughts=thoughts))
-        [(completion, _)] = generate(tiny, [problem], {0.0: 1}).values()
-        assert completion == expected
+def test_thoughts_leave_the_stop_word_out():
+    for thoughts, kept in ((True, "    x = 1\n# so\n    return x"), (False, "    x = 1")):
+        problem = eval_code.humaneval_problem(HUMANEVAL, Args(thoughts=thoughts))
+        assert eval_code.cut("    x = 1\n# so\n    return x\nclass A:\n", problem.stop_words) == kept
 
 
 def test_a_prompt_never_ends_with_eos(tiny):
