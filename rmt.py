@@ -762,9 +762,8 @@ def main(args: Args) -> None:
     interrupt, hints, answers, after = Interrupt(ranks), dict(HINTS), [], None
     try:
         if state["before"] is None:
-            metrics, answers = evaluate(rollouts, heldout, to_evaluate, args, run, 0, interrupt.check)
-            state["before"] = {key: value for key, value in metrics.items() if key.startswith("eval/")}
-            run.log({"update": 0, **metrics}, HELDOUT, args.updates)
+            state["before"], answers = evaluate(rollouts, heldout, to_evaluate, args, run, 0, interrupt.check)
+            run.log({"update": 0, **state["before"]}, HELDOUT, args.updates)
         for update in range(state["update"] + 1, args.updates + 1):
             # 1 sample, 2 score
             drawn = draw_problems(state["cursor"], args.prompts_per_update, len(train), args.seed)
