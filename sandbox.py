@@ -35,10 +35,10 @@ runs programs that are known to be right.
 
 **What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as such. An
 argument that is a list, dict, set or array takes the content that the call gave it, if the call returned None, and only
-then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions and iterators (C calls back),
-importable functions and types (by name). Two objects of the program are compared and combined by the program. What
-cannot cross: an operator between an object of the program and plain data, instances of the test's own classes, the
-identity of lists, what both sides would share (`random.seed`, captured stdout, monkeypatches).
+then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions and iterators (C calls
+back), importable functions and types (by name). Two objects of the program are compared and combined by the program.
+What cannot cross: an operator between an object of the program and plain data, instances of the test's own classes,
+the identity of lists, what both sides would share (`random.seed`, captured stdout, monkeypatches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal); a callback that
@@ -81,7 +81,6 @@ if "zygote" not in sys._xoptions:  # only the caller needs these
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
-    CHOOSING = threading.Lock()
     atexit.register(lambda: close_workers())
     os.register_at_fork(after_in_child=lambda: (Worker.live.clear(), Worker.idle.clear()))
 
@@ -192,7 +191,7 @@ class Peer:
         self.shown, self.numbers = [], {}  # what the other side knows by number; id -> number
 
     def send(self, *message):
-        line = json.dumps(message).encode() + b"\n"
+        line = memoryview(json.dumps(message).encode() + b"\n")
         while line:
             line = line[os.write(self.writer, line) :]
 
@@ -216,7 +215,9 @@ class Peer:
         with self.lock:
             kind, *message = self.exchange(request, *packed)
         if kind == "error":
-            error = self.error(*message)
+            kind, text, report, args, state = message
+            error = unpack(kind, self)(*unpack(args, self))
+            vars(error).update(unpack(state, self), text=text, report=report)
             if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
                 error = RuntimeError("StopIteration")
             raise error
@@ -238,12 +239,6 @@ class Peer:
             answer = "error", pack(kind, self), text, report, pack(error.args, self), pack(vars(error), self)
         self.send(*answer)
 
-    def error(self, kind, text, report, args, state):
-        """What the other side has raised."""
-        error = unpack(kind, self)(*unpack(args, self))
-        vars(error).update(unpack(state, self), text=text, report=report)
-        return error
-
     def number(self, value):
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.shown)
@@ -256,15 +251,12 @@ class Peer:
 
 def load(source, name):
     """-> the program's module, not yet run, and its code"""
-    module = sys.modules["__main__"] = sys.modules[name] = types.ModuleType(name)
-    try:
-        return module, compile(source, f"{name}.py", "exec", dont_inherit=True)
-    except SyntaxError as error:
-        if "__future__" not in str(error):
-            raise
-        # It stands behind a preamble. All other features have long been part of Python
-        source, flag = re.sub(rb"(?m)^from __future__ [^\n;]*", b"", source), __future__.annotations.compiler_flag
-        return module, compile(source, f"{name}.py", "exec", flag, dont_inherit=True)
+    module, flags = types.ModuleType(name), 0
+    sys.modules["__main__"] = sys.modules[name] = module
+    if b"from __future__ import" in source:  # behind a preamble it would be an error
+        source = re.sub(rb"(?m)^from __future__ import (\([^)]*\)|[^\n;]*)(; *)?", b"", source)
+        flags = __future__.annotations.compiler_flag  # all other features have long been part of Python
+    return module, compile(source, f"{name}.py", "exec", flags, dont_inherit=True)
 
 
 def run_script(source):
@@ -274,10 +266,7 @@ def run_script(source):
         module, code = load(source, "__main__")
         exec(code, module.__dict__)
     except SystemExit as stop:
-        status = stop.code or 0
-        if not isinstance(status, int):
-            print(status, file=sys.stderr)
-            status = 1
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         status = 1
         sys.excepthook(*sys.exc_info())
@@ -367,17 +356,10 @@ class Program(Peer):
             os._exit(GONE)  # no `except` in a test catches that
 
     def perform(self, request, /, number, *args, **named):
-        if request == "next":
-            return next(self.shown[number])
-        if request == "call":
-            return self.shown[number](*args, **named)
-        raise ValueError(request)
+        return next(self.shown[number]) if request == "next" else self.shown[number](*args, **named)
 
     def outgoing(self, value):
-        is_exception = isinstance(value, type) and issubclass(value, Exception)
-        if is_exception:  # of a class of the test's own the first base that C knows
-            value = next(kind for kind in value.__mro__ if kind.__module__ == "builtins" or "_number" in vars(kind))
-        if type(value) is Handle or is_exception and "_number" in vars(value):
+        if type(value) is Handle or isinstance(value, type) and "_number" in vars(value):
             return ["yours", value._number]
         home = getattr(getattr(value, "__objclass__", value), "__module__", None)  # `str.upper` is of `str`
         name = getattr(value, "__qualname__", None)
@@ -457,8 +439,10 @@ def request_method(name):
     return method
 
 
-OPERATORS = "lt le gt ge add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-for _name in (*OPERATORS, *"len bool str repr iter next getitem setitem delitem neg pos abs invert".split()):
+OPERATORS = ("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or",
+             "xor", "lshift", "rshift")
+for _name in ("len", "bool", "str", "repr", "iter", "next", "getitem", "setitem", "delitem", "neg", "pos", "abs",
+              "invert", *OPERATORS):
     setattr(Handle, f"__{_name}__", request_method(_name))
 
 
@@ -808,7 +792,7 @@ def zygote(config):
     for name in PRELOADED:
         importlib.import_module(name)
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
-        os.sched_setaffinity(0, {config["cpu"]})
+        os.sched_setaffinity(0, {config["core"]})
     missing = confine(config["readable"], config["without"])
     filter_template = b"" if "seccomp" in missing else bpf_filter(CANDIDATE, others=True)
     warm_up()
@@ -850,31 +834,29 @@ KNOWN_GOOD = [  # what each new worker has to run first
 class Worker:
     """A zygote, used by one thread at a time."""
 
-    live, idle, warned = set(), [], False
+    live, idle, warned = [], [], False
 
     def __init__(self):
-        self.process = None
-        self.control, self.zygote_end = socket.socketpair()
-        cpus = sorted(os.sched_getaffinity(0))
-        first = len(cpus) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        with CHOOSING:  # the core that the fewest workers are on; the ranks of a torchrun begin at different ones
-            taken = [worker.cpu for worker in Worker.live]
-            self.cpu = min(cpus[first:] + cpus[:first], key=taken.count)
-            Worker.live.add(self)
+        Worker.live.append(self)
+        self.place, self.process = Worker.live.index(self), None
 
     def start(self):
+        self.control, zygote_end = socket.socketpair()
+        cores = sorted(os.sched_getaffinity(0))
+        first = len(cores) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.core = cores[(first + self.place) % len(cores)]
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        config = {"control": self.zygote_end.fileno(), "packages": packages, "cpu": self.cpu, "without": WITHOUT,
+        config = {"control": zygote_end.fileno(), "packages": packages, "core": self.core, "without": WITHOUT,
                   "home": os.path.dirname(os.path.abspath(__file__)), "readable": LIBRARIES + packages}
         environment = {"HOME": "/", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        "LD_BIND_NOW": "1",  # or each C would look up the same symbols again
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         python = [sys.executable, "-s", "-S", "-X", "utf8", "-X", "zygote", "-c", ZYGOTE, json.dumps(config)]
-        with self.zygote_end:
+        with zygote_end:
             self.process = subprocess.Popen(
                 ["/bin/sh", "-c", SHELL, "sh", *python], env=environment, cwd="/",
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[self.zygote_end.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[zygote_end.fileno()],
                 start_new_session=True)  # Ctrl-C is for the caller to handle
         self.control.settimeout(START_TIMEOUT_S)
         self.missing = json.loads(self.control.recv(256) or "null")
@@ -888,22 +870,12 @@ class Worker:
             print(f"sandbox: no {' and no '.join(self.missing)} here; see 'Not covered' in sandbox.py and use a "
                   "container", file=sys.stderr, flush=True)
 
-    @classmethod
-    def take(cls):
-        """A worker that waits for work, or a new one."""
-        with contextlib.suppress(IndexError):  # of an empty list
-            while (worker := cls.idle.pop()).process.poll() is not None:
-                worker.close()
-            return worker
-        return cls()
-
     def close(self):
         """Whoever waits for this worker, in another thread, gets a SandboxError."""
         if self.process:
             self.process.kill()  # and the kernel kills C and T
             self.process.wait()
-        self.control.close()
-        Worker.live.discard(self)
+            self.control.close()
 
     def run(self, program, memory_mb):
         """-> verdict"""
@@ -1065,7 +1037,7 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     memory_mb: address space. workers: 0 or None for one per core (`usable_cores`).
     all_cases: go on after a failed case, but not after a timeout; results have "passed_cases", "total_cases".
     reason: "passed", "wrong answer", "timeout", "memory", "threads", "output limit", "exception: ...", "exited with
-    status ...", "killed by ...", "hung up" (it closed its pipes and went on) or "no tests" (nothing was asked of it).
+    status ...", "killed by ...", "hung up" (it closed its pipes, or said too much) or "no tests" (nothing was asked).
     Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError when the
     machine, not a program, is at fault.
     """
@@ -1095,24 +1067,29 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
 
 def run_one(program, memory_mb, stopped):
     """-> verdict. Runs in a thread of its own; once more if something happens to the worker."""
-    for retry in (True, False):
-        worker = Worker.take()
-        try:
-            if not worker.process:
-                worker.start()
-            if stopped.is_set():  # while this worker started
-                raise SandboxError("interrupted")
-            verdict = worker.run(program, memory_mb)
-            Worker.idle.append(worker)
-            return verdict
-        except (SandboxError, OSError) as fault:
-            worker.close()
-            if stopped.is_set() or not retry:
-                raise SandboxError(f"{fault}; {machine_limits()}") from fault
-    raise AssertionError("the second try returns or raises")
+    try:
+        worker = Worker.idle.pop()
+    except IndexError:
+        worker = Worker()
+    try:
+        for retry in (True, False):
+            try:
+                if not worker.process or worker.process.poll() is not None:
+                    worker.start()
+                if stopped.is_set():  # while this worker started
+                    raise SandboxError("interrupted")
+                return worker.run(program, memory_mb)
+            except (SandboxError, OSError) as fault:
+                worker.close()
+                if stopped.is_set() or not retry:
+                    raise SandboxError(f"{fault}; {machine_limits()}") from fault
+    finally:
+        Worker.idle.append(worker)
 
 
 def close_workers():
     """Ends all workers. Called at exit."""
-    for worker in list(Worker.live):
+    for worker in Worker.live:
         worker.close()
+    Worker.live.clear()
+    Worker.idle.clear()

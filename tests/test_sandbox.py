@@ -706,6 +706,8 @@ HONEST = {  # name: (code, tests)
     "aware datetimes": ("from datetime import datetime, timezone, timedelta\n"
                         "def f(): return datetime(2020, 1, 1, 5, tzinfo=timezone(timedelta(hours=5)))",
                         "import datetime as d\nassert f() == d.datetime(2020, 1, 1, tzinfo=d.timezone.utc)"),
+    "future import before code": ("from __future__ import annotations; import math\nfrom __future__ import (annotations,\n  division)\n"
+                                  "def f(x: Unknown): return math.floor(x)", "assert f(1.5) == 1"),
     "future import behind a preamble": ("import math\n'text'\nfrom __future__ import annotations  # why\ndef f(x: Unknown): return x",
                                         "assert f(1) == 1"),
     "nested 500 deep": ("def f(x): return [x]", "x = []\nfor _ in range(500): x = [x]\nassert f(x) == [x]"),
@@ -1047,8 +1049,9 @@ def test_workers_stay_and_a_dead_one_is_replaced():
     sandbox.close_workers()
     run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)
     (worker,) = sandbox.Worker.live
+    process = worker.process
     run_tests([{"code": ADD + "#", "tests": ASSERTS}], workers=1)
-    assert {worker} == sandbox.Worker.live
+    assert [worker] == sandbox.Worker.live and worker.process is process
     worker.process.kill()
     worker.process.wait()
     assert passed(run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)) == [True]
@@ -1157,7 +1160,7 @@ def test_each_worker_stays_on_a_core_of_its_own(monkeypatch):
         programs = [{"code": f"{code}#{i}", "tests": "assert len(cores()) == 1"} for i in range(4 * workers)]
         results = run_tests(programs, workers=workers)
         assert all(passed(results))
-        return sorted(worker.cpu for worker in sandbox.Worker.live)
+        return sorted(worker.core for worker in sandbox.Worker.live)
 
     found = cores_of(len(cores))
     assert len(set(found)) == len(found) and (len(found) > 1 or len(cores) == 1)
@@ -1315,13 +1318,14 @@ def test_messages_hold_plain_data_only():
 
 
 def test_an_interrupt_while_a_worker_starts_does_not_wait_for_its_program(monkeypatch):
-    take = sandbox.Worker.take
+    start = sandbox.Worker.start
 
-    def slowly():
+    def slowly(worker):
         time.sleep(1.0)
-        return take()
+        start(worker)
 
-    monkeypatch.setattr(sandbox.Worker, "take", slowly)
+    sandbox.close_workers()
+    monkeypatch.setattr(sandbox.Worker, "start", slowly)
     interrupt, begun = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)), time.monotonic()
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
