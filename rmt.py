@@ -554,12 +554,17 @@ def sample_batches(model, samples: list[Sample], max_tokens: int, ranks: Ranks |
     return micro_batches([len(s.completion_ids) for s in samples], max_tokens, ranks, prompts)
 
 
-def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: Ranks) -> dict:
-    """Step 4: one optimizer step on all samples and on the `kept` positions of all texts; its metrics."""
+def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: Ranks, stop: Callable) -> dict:
+    """Step 4: one optimizer step on all samples and on the `kept` positions of all texts; its metrics.
+
+    stop: called before each micro-batch; it may raise Stop. A large update takes longer than the 30 s that
+    torchrun leaves after a SIGTERM.
+    """
     nothing, ref, sums = Sample(0, [], [0, 0], [0], [0.0]), None, Counter(ntp_loss=0.0)
     groups = [samples[i : i + args.group_size] for i in range(0, len(samples), args.group_size)]
     mine = rank_share(groups, ranks)
     for batch in sample_batches(model, mine, args.micro_batch_tokens, ranks):
+        stop()
         micro = [mine[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         if args.beta:
@@ -575,6 +580,7 @@ def learn(model, ref_model, optimizer, samples, texts, kept, args: Args, ranks: 
     rows = sorted(zip(texts, kept), key=lambda row: len(row[0])) if args.ntp_weight else []
     mine = rows[ranks.rank :: ranks.world_size]
     for batch in micro_batches([len(text) for text, _ in mine], args.micro_batch_tokens, ranks):
+        stop()
         micro = [mine[i] for i in batch] or [([0, 0], np.array([1]))]
         loss = ntp_loss(model, *zip(*micro), len(texts)) * bool(batch)
         (args.ntp_weight * loss * ranks.world_size).backward()  # eq. (9), D1: the gradients add up
@@ -784,7 +790,7 @@ def main(args: Args) -> None:
             begin = time.time()
             taken = [[t for j, t, _ in chosen if j == k] for k in range(len(texts))]
             kept = [np.setdiff1d(np.arange(1, len(text)), cols) for text, cols in zip(texts, taken)]
-            learnt = learn(model, ref_model, optimizer, samples, texts, kept, args, ranks)
+            learnt = learn(model, ref_model, optimizer, samples, texts, kept, args, ranks, interrupt.check)
             update_s = time.time() - begin
 
             # 5 log, evaluate, save

@@ -320,7 +320,7 @@ def test_both_losses_of_equation_9_are_on_one_footing(tokenizer):
 
 
 def learn(model, optimizer, samples, texts, kept, args, ref_model=None):
-    return rmt.learn(model, ref_model, optimizer, samples, texts, kept, args, ONE)
+    return rmt.learn(model, ref_model, optimizer, samples, texts, kept, args, ONE, lambda: None)
 
 
 def test_a_step_raises_the_rewarded_response_and_the_text(llama):

@@ -2,7 +2,7 @@
 
     python tiny/build.py code                      the data and the model
     python tiny/build.py code --parts data         the JSON Lines files only (seconds), always the same bytes
-    python tiny/build.py code --parts model --seed 8 --model-dir DIR     another base
+    python tiny/build.py code --parts model --seed 8 --bf16 --model-dir DIR     another base
 
 tests/test_tiny.py checks that the committed models can and cannot do what the demonstrations need. A world is a
 module in this folder (code_world.py, text_world.py) with
@@ -111,7 +111,7 @@ def muon_step(stacks, momenta, scale):
             p.mul_(1 - scale * MUON_LR * WEIGHT_DECAY).sub_(u, alpha=rate)
 
 
-def pretrain(world, folder, seed):
+def pretrain(world, folder, seed, bf16):
     """Next-token prediction on packed rows; saves the model in bfloat16. Muon trains the matrices, because it needs
     fewer tokens than Adam, and Adam the rest. Learning rates rise for WARMUP_STEPS, then fall to zero."""
     tokenizer = build_tokenizer(world, folder, seed)
@@ -137,8 +137,9 @@ def pretrain(world, folder, seed):
     for step in range(steps):
         scale = min((step + 1) / WARMUP_STEPS, (steps - step) / steps)
         ids = torch.tensor([next(rows) for _ in range(batch_rows)])  # [B, T+1]
-        logits = model(ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), weights)
         loss.backward()
         muon_step(stacks, momenta, scale)
         adam.param_groups[0]["lr"] = scale * ADAM_LR
@@ -155,13 +156,14 @@ def main():
     parser.add_argument("--parts", nargs="+", default=["data", "model"], choices=["data", "model"])
     parser.add_argument("--seed", type=int, default=7, help="of pre-training; the data do not depend on it")
     parser.add_argument("--model-dir", type=Path, help="the model's folder; default: the committed one")
+    parser.add_argument("--bf16", action="store_true", help="faster on CPUs that have it; not used for --seed 7")
     args = parser.parse_args()
     world = importlib.import_module(f"{args.world}_world")
     folder = Path(__file__).parent / args.world
     if "data" in args.parts:
         write_data(world, folder)
     if "model" in args.parts:
-        pretrain(world, args.model_dir or folder / "model", args.seed)
+        pretrain(world, args.model_dir or folder / "model", args.seed, args.bf16)
 
 
 if __name__ == "__main__":
