@@ -403,7 +403,6 @@ def main(args: Args) -> None:
         raise UserError("--top-p is at most 1, and every --k at least 1")
     if not args.samples and max(args.k) > max(1, args.n_samples):  # pass@1 is greedy
         raise UserError(f"pass@{max(args.k)} needs --n-samples {max(args.k)} or more; or choose another --k")
-    say = print if ranks.main else lambda *_: None
     label = short_path(args.samples or args.model)
     name = f"{label.replace('/', '__')}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(all_gather_list([args.output_dir or f"runs/eval_code__{name}"], ranks)[0])  # that of rank 0
@@ -420,7 +419,7 @@ def main(args: Args) -> None:
     files = [folder / "batches" / f"{n:05d}.jsonl" for n in range(len(batches))]
     missing = [n for n, file in enumerate(files) if not file.exists()]
     missing = all_gather_list([missing], ranks)[0]  # that of rank 0: all must agree
-    model = None
+    model, about = None, ""
     if missing and not args.samples:
         tokenizer = load_tokenizer(args.model)
         eos = eos_ids(tokenizer, args.model)
@@ -431,10 +430,11 @@ def main(args: Args) -> None:
             raise UserError(f"a prompt and --max-new-tokens take {longest} tokens; {args.model} takes {context}")
         model = load_model(args.model, tokenizer, ranks, longest=0, train=False)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        say(f"model   {label}: {millions:.1f}M parameters, {ranks.device}")
+        about = f"model   {label}: {millions:.1f}M parameters, {ranks.device}\n"
     count = f"{sum(len(batches[n]) for n in missing)} of {len(jobs)} completions to do"
-    say(f"data    {', '.join(titles.values())}: {len(problems)} problems, {count}")
-    say(f"folder  {folder} (to continue a stopped evaluation: --output-dir)")
+    about += f"data    {', '.join(titles.values())}: {len(problems)} problems, {count}\n"
+    if ranks.main:
+        print(f"{about}folder  {folder} (to continue a stopped evaluation: --output-dir)", flush=True)
 
     # 2 sample and 3 judge, at the same time
     background, verdicts, mine = ThreadPoolExecutor(1), [], missing[ranks.rank :: ranks.world_size]

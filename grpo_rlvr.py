@@ -288,7 +288,8 @@ def signature_of(source: str, name: str) -> str | None:
         return None
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            node.args.args = [argument for argument in node.args.args if argument.arg != "self"]
+            for arguments in (node.args.posonlyargs, node.args.args):
+                arguments[:] = [argument for argument in arguments if argument.arg != "self"]
             used = {part.id for part in ast.walk(node.args) if isinstance(part, ast.Name)}
             return f"def {name}({ast.unparse(node.args)}):" if used <= NAMES else None
     return None
@@ -738,7 +739,7 @@ def evaluate(rollouts: Rollouts, problems: list[Problem], args: Args, run: Run, 
     greedy, _ = rollouts(problems, noise, 0.0, stop)
     sampled, _ = rollouts(problems, noise, args.temperature, stop)
     legend = "The first held-out problems, greedy completions. Thoughts and comments are in colour."
-    run.samples(f"update {update}", legend, [block(*pair) for pair in list(zip(problems, greedy))[:6]])
+    run.samples(f"update {update}", legend, [*map(block, problems[:6], greedy)])
     return {
         "eval/pass@1": sum(s.passed for s in greedy) / len(greedy),
         "eval/pass@1_sampled": sum(s.passed for s in sampled) / len(sampled),
@@ -777,7 +778,7 @@ def report(run: Run, problems: list[Problem], before: dict, metrics: dict, sampl
 
 def plan(args: Args, ranks: Ranks, train: list[Problem], longest: int) -> str:
     """What --dry-run prints: sizes, memory, and one problem."""
-    reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # bytes a parameter
+    reference = (2 if ranks.device.type == "cuda" else 4) * bool(args.beta)  # its bytes per parameter
     rollout, recompute = (args.rollout_rows, longest), args.gradient_checkpointing
     memory = memory_plan(args.model, ranks, rollout, args.micro_batch_tokens, recompute, reference)
     return (
