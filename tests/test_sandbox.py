@@ -60,28 +60,21 @@ CHEATS = {
     "wrong": "def add(a, b): return a - b",
     "sys.exit at import": "import sys; sys.exit(0)",
     "os._exit at import": "import os; os._exit(0)",
-    "quit": "quit()",
-    "sys.exit in the call": "import sys\ndef add(a, b): sys.exit(0)",
     "os._exit in the call": "import os\ndef add(a, b): os._exit(0)",
-    "SystemExit(0) in the call": "def add(a, b): raise SystemExit(0)",
     "KeyboardInterrupt in the call": "def add(a, b): raise KeyboardInterrupt",
-    "GeneratorExit in the call": "def add(a, b): raise GeneratorExit",
     "StopIteration in the call": "def add(a, b): raise StopIteration",
     "AssertionError in the call": "def add(a, b): raise AssertionError",
-    "own BaseException": "class E(BaseException): pass\ndef add(a, b): raise E",
     "exit from a thread": "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\n"
                           "def add(a, b): time.sleep(1); return 0",
     "exit from atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b): raise SystemExit",
     "exit from a signal handler": "import os, signal\nsignal.signal(signal.SIGALRM, lambda *_: os._exit(0))\n"
                                   "signal.setitimer(signal.ITIMER_REAL, 0.01)\ndef add(a, b):\n    while True: pass",
     "exit from a generator": "import sys\ndef add(a, b):\n    yield 1\n    sys.exit(0)",
-    "exit from __del__": "import os\nclass D:\n    def __del__(self): os._exit(0)\ndef add(a, b): D(); return 0",
     "kills itself": "import os, signal\ndef add(a, b): os.kill(os.getpid(), signal.SIGKILL)",
     "aborts": "import os\ndef add(a, b): os.abort()",
     "crashes": "import ctypes\ndef add(a, b): ctypes.string_at(0)",
     "exec of true": "import os\nos.execv('/bin/true', ['true'])",
     "exec of a descriptor": "import os\nos.execve(os.open(os.__file__, os.O_RDONLY), ['true'], {})",
-    "exec of this Python": "import os, sys\nos.execl(sys.executable, 'python', '-c', '')",
     "excepthook": "import sys, os\nsys.excepthook = lambda *args: os._exit(0)\ndef add(a, b): raise ValueError",
     "success printed": "print('passed'); print('OK', flush=True)\ndef add(a, b): print('passed'); return 0",
     "writes to every descriptor": """
@@ -157,7 +150,6 @@ CHEATS = {
         sys.modules["__main__"] = sys.modules["sandbox"] = None
         def add(a, b): return 0""",
     "equal to everything": LIAR + "    def __ne__(self, o): return False\ndef add(a, b): return E()",
-    "the same instance, equal to everything": LIAR + "e = E()\ndef add(a, b): return e",
     "unittest.mock.ANY": "from unittest.mock import ANY\ndef add(a, b): return ANY",
     "int that lies": "class I(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\n"
                      "    def __sub__(self, o): return 0\ndef add(a, b): return I(0)",
@@ -168,8 +160,6 @@ CHEATS = {
     "comparison that runs code": "class E:\n    def __eq__(self, o):\n        import os; os._exit(0)\n"
                                  "def add(a, b): return E()",
     "reduce": "class R:\n    def __reduce__(self): return eval, ('3',)\ndef add(a, b): return R()",
-    "reduce to os.system": "import os\nclass R:\n    def __reduce__(self): return os.system, ('true',)\n"
-                           "def add(a, b): return R()",
     "claims to be an int": "class C:\n    __class__ = int\n    def __eq__(self, o): return True\ndef add(a, b): return C()",
     "class that is equal": "class M(type):\n    def __eq__(cls, o): return True\n    __hash__ = type.__hash__\n"
                            "class C(metaclass=M): pass\ndef add(a, b): return C",
@@ -182,7 +172,6 @@ CHEATS = {
     "not a number": "def add(a, b): return float('nan')",
     "near miss in type": "def add(a, b): return str(a + b)",
     "near miss in shape": "def add(a, b): return [a + b]",
-    "near miss, complex": "def add(a, b): return complex(a + b, 1e-9)",
     "the function is the answer": "def add(a, b): return add",
     "generator of the answer": "def add(a, b): yield a + b",
     "stdout closed": "import os, sys\nsys.stdout.close(); sys.stderr.close(); os.close(0)\ndef add(a, b): return 0",
@@ -201,8 +190,6 @@ CHEATS = {
 CHEATS_OF_TESTS = {
     "true math": ("import sys, math\nmath.isclose = lambda *a, **k: True\nclass math: isclose = lambda *a: True\n"
                   "def add(a, b): return 0.0", "assert math.isclose(add(1, 2), 3.0)"),
-    "true math, imported": ("import math\nmath.isclose = lambda *a, **k: True\ndef add(a, b): return 0.0",
-                            "import math\nassert math.isclose(add(1, 2), 3.0)"),
     "true abs": ("abs = lambda x: 0\ndef add(a, b): return 0", "assert abs(add(1, 2) - 3) < 1e-9"),
     "object in abs": ("class Z:\n    def __sub__(self, o): return 0\ndef add(a, b): return Z()",
                       "assert abs(add(1, 2) - 3) < 1e-9"),
@@ -222,9 +209,6 @@ CHEATS_OF_TESTS = {
         "import numpy as np\nassert np.array_equal(np.asarray(add(1, 2)), np.asarray(3))"),
     "StopIteration ends all()": ("def add(a, b): raise StopIteration",
                                  "assert all(map(lambda x: add(x, 1) == x + 1, [1, 2]))"),
-    "StopIteration from a property": ("class A:\n    def __getattr__(self, n): raise StopIteration\n"
-                                      "def add(a, b): return A()",
-                                      "assert all(map(lambda x: add(x, 1).value == 2, [1]))"),
     "startswith of an object": ("class S:\n    def startswith(self, x): return True\ndef add(a, b): return S()",
                                 "assert add('a', 'b').startswith('a')"),
     "isdigit of an object": ("class S:\n    isdigit = lambda self: True\ndef add(a, b): return S()",
@@ -233,7 +217,6 @@ CHEATS_OF_TESTS = {
     "list in an object": ("class E:\n    def __contains__(self, o): return True\n    def __iter__(self): return self\n"
                           "    def __next__(self): raise StopIteration\ndef add(a, b): return E()",
                           "assert 3 in add(1, 2)"),
-    "objects in the answer": (LIAR + "def add(a, b): return [E(), E()]", "assert add(1, 2) == [1, 2]"),
     "objects in a dict": ("class E:\n    __hash__ = lambda s: hash('k')\n    def __eq__(self, o): return True\n"
                           "def add(a, b): return {E(): 3}", "assert add(1, 2) == {'k': 3}"),
     "greater than everything": ("class G:\n    __gt__ = __lt__ = __ge__ = __le__ = lambda s, o: True\n"
@@ -271,8 +254,6 @@ def f(x):
     # callbacks and iterators
     "callback with a liar": (LIAR + "    __lt__ = __gt__ = __eq__\ndef f(g): return g(E())",
                              "assert f(lambda x: x == 3) is True"),
-    "callback with a liar, greater": ("class E:\n    __lt__ = __gt__ = lambda s, o: True\ndef f(g): return g(E())",
-                                      "assert f(lambda x: x > 3) is True"),
     "callback that raises is an answer": ("def f(g):\n    try: g(0)\n    except BaseException: pass\n    return 0",
                                           "def g(x): assert x\nassert f(g) == 1"),
     "evaluates by a callback": ("def f(g): return g('__import__(\"sys\").exit(0)') or g('globals().update(want=0)')",
@@ -296,7 +277,6 @@ def f(x):
     # exceptions and classes
     "except catches the test's assert": ("Bad = AssertionError\ndef f(x): return x", EXCEPT),
     "except catches everything": ("Bad = Exception\ndef f(x): return x", EXCEPT),
-    "except catches everything, even exits": ("Bad = BaseException\ndef f(x): return x", EXCEPT),
     "except catches a tuple": ("Bad = (ValueError, AssertionError)\ndef f(x): return x", EXCEPT),
     "except catches by inheritance": ("class M(type):\n    def mro(c): return [c, AssertionError, Exception, BaseException, object]\n"
                                       "    def __instancecheck__(c, o): return True\n    __subclasscheck__ = __instancecheck__\n"
@@ -319,15 +299,12 @@ def f(x):
                                 "try:\n    f(1)\nexcept Exception as e:\n    assert e == 3 or str(e) == 'yes'"),
     # operators: never with plain data
     "plus": ("class V:\n    __add__ = __radd__ = lambda s, o: 3\ndef f(): return V()", "assert f() + 1 == 3"),
-    "plus, reflected": ("class V:\n    __add__ = __radd__ = lambda s, o: 3\ndef f(): return V()", "assert 1 + f() == 3"),
     "minus in abs": ("class V:\n    __sub__ = __rsub__ = __abs__ = lambda s, *o: 0\ndef f(): return V()",
                      "assert abs(f() - 3) < 1e-6"),
     "less than": ("class V:\n    __lt__ = __gt__ = __le__ = __ge__ = lambda s, o: True\ndef f(): return V()",
                   "assert f() <= 3 <= f()"),
     "sum of liars": ("class V:\n    __add__ = __radd__ = lambda s, o: 6\ndef f(): return V()",
                      "assert sum([f(), f()]) == 6"),
-    "max with plain data": ("class V:\n    __lt__ = __gt__ = lambda s, o: True\ndef f(): return V()",
-                            "assert max(f(), 3) == 3"),
     "sorted with plain data": ("class V:\n    __lt__ = __gt__ = lambda s, o: True\n    __eq__ = lambda s, o: True\n"
                                "def f(): return [V(), 1]", "assert sorted(f()) == [1, 2]"),
     # arrays and other classes
@@ -338,7 +315,6 @@ def f(x):
                              "def f(): return np.zeros(2).view(A)", "assert f().tolist() == [1, 2]"),
     "array of addresses": (forged('["value", ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "aaaaaaaa"]]]'), "assert f()[0] == 3"),
     "array of bools that are neither": (forged('["value", ["numpy.ndarray", "|b1", ["tuple", 1], ["bytes", "\\u0002"]]]'), "assert (f() == True).all() and (f() == False).all() or (f() != True).all()"),
-    "array that is too small": (forged('["value", ["numpy.ndarray", "<f8", ["tuple", 1000000000], ["bytes", "aaaaaaaa"]]]'), "assert f().sum() == 3"),
     "array of nothing, huge": (forged('["value", ["numpy.ndarray", "<f8", ["tuple", 100000000000], ["bytes", ""]]]'), "assert f().sum() == 0"),
     "Counter that lies": ("import collections\nclass C(collections.Counter):\n    def __eq__(self, o): return True\n"
                           "def f(): return C()", "assert f() == {'a': 1}"),
@@ -374,13 +350,10 @@ SELF_KILL = {
 # Cheats of stdin programs
 CHEATS_STDIN = {
     "prints nothing": "",
-    "prints one case": "print(3)",
     "exits 0": "import os; os._exit(0)",
     "more tokens": "a, b = map(int, input().split()); print(a + b); print(a + b)",
     "two lines for one": "a, b = map(int, input().split()); print(); print(a + b); print('')\nprint(a + b)",
-    "prefix": "print(str(sum(map(int, input().split())))[:1]) if False else print('1')",
     "all answers": "print('3 12')",
-    "glued": "a, b = map(int, input().split()); print(f'{a + b};')",
     "float for an int": "a, b = map(float, input().split()); print(a + b + 1e-5)",
     "right, then exits 1": "import sys\nprint(sum(map(int, input().split()))); sys.exit(1)",
     "right, then raises": "print(sum(map(int, input().split()))); raise ValueError('late')",
@@ -403,7 +376,6 @@ CHEATS_STDIN = {
             try: data = open(path).read()
             except OSError: continue
             if data != text + "\\n": print(data)""",
-    "input() replaced in the frames": "import sys\nsys._getframe(0).f_globals['print'] = None\nprint(3)",
 }
 
 # ---- Attacks: each sets `hit` if it gets through, and answers rightly only then ---------------------------------------
@@ -412,9 +384,7 @@ ATTACKS = {
     "environment": "hit = 'SANDBOX_TEST_SECRET' in os.environ",
     "environment of itself": "hit = b'SECRET' in open('/proc/self/environ', 'rb').read()",
     "environment of the caller": "hit = b'' != open('/proc/@PID@/environ', 'rb').read()",
-    "environment of the parent": "hit = b'' != open(f'/proc/{os.getppid()}/environ', 'rb').read()",
     "memory of the caller": "hit = bool(open('/proc/@PID@/mem', 'rb'))",
-    "memory of the parent": "hit = bool(open(f'/proc/{os.getppid()}/mem', 'rb'))",
     "own memory": "hit = bool(open('/proc/self/mem', 'r+b'))",
     "descriptors of the caller": "hit = bool(os.listdir('/proc/@PID@/fd'))",
     "descriptors of the tester": """
@@ -425,97 +395,39 @@ ATTACKS = {
     "a file outside": "hit = bool(open('@FILE@').read())",
     "a folder outside": "hit = bool(os.listdir('@DIR@'))",
     "this repository": f"hit = bool(open({str(ROOT / 'sandbox.py')!r}).read())",
-    "passwd": "hit = bool(open('/etc/passwd').read())",
     "other processes": "hit = bool(os.listdir('/proc'))",
     "write outside": "hit = bool(open('@FILE@', 'w'))",
-    "append outside": "hit = bool(open('@FILE@', 'a'))",
     "create outside": "hit = bool(open('@DIR@/new', 'w'))",
     "create in tmp": "hit = bool(open('/tmp/sandbox_test_new', 'w'))",
-    "create in shm": "hit = bool(open('/dev/shm/sandbox_test_new', 'w'))",
     "open to read, and truncate": "hit = bool(os.open('@FILE@', os.O_RDONLY | os.O_TRUNC))",
     "open the library to read, and truncate": "hit = bool(os.open(os.__file__, os.O_RDONLY | os.O_TRUNC))",
     "write the library": "hit = bool(open(os.__file__, 'a'))",
-    "truncate": "os.truncate('@FILE@', 0); hit = True",
     "delete": "os.remove('@FILE@'); hit = True",
-    "delete the folder": "import shutil; shutil.rmtree('@DIR@'); hit = True",
     "rename": "os.rename('@FILE@', '@FILE@.old'); hit = True",
-    "rename onto": "os.replace(os.__file__, '@FILE@'); hit = True",
-    "create in its own folder": "hit = bool(open('mine', 'w'))",
     "temporary file": "import tempfile; hit = bool(tempfile.TemporaryFile())",
-    "truncate the source": "os.truncate(os.__file__, 0); hit = True",
-    "chmod": "os.chmod('@FILE@', 0o777); hit = True",
-    "fchmod of the library": "os.fchmod(os.open(os.__file__, os.O_RDONLY), 0o777); hit = True",
-    "chown": "os.chown('@FILE@', 1, 1); hit = True",
-    "utime": "os.utime('@FILE@', (0, 0)); hit = True",
-    "xattr": "os.setxattr('@FILE@', 'user.x', b'1'); hit = True",
-    "symlink": "os.symlink('@FILE@', 'link'); hit = True",
-    "hard link": "os.link('@FILE@', 'link'); hit = True",
-    "make a folder": "os.mkdir('@DIR@/new'); hit = True",
-    "make a folder in its own": "os.mkdir('new'); hit = True",
-    "make a pipe": "os.mkfifo('fifo'); hit = True",
-    "make a device": "os.mknod('device', 0o60666, os.makedev(8, 0)); hit = True",
-    "chroot": "os.chroot('.'); hit = True",
     "fork": "pid = os.fork(); hit = True\nif not pid: os._exit(0)",
-    "forkpty": "pid, _ = os.forkpty(); hit = True\nif not pid: os._exit(0)",
-    "fork of libc": "pid = libc.fork(); hit = pid > 0\nif not pid: os._exit(0)",
-    "raw clone": "pid = libc.syscall(@clone@, 17, 0, 0, 0, 0); hit = pid > 0\nif not pid: os._exit(0)",
-    "raw clone3": "pid = libc.syscall(435, (ctypes.c_uint64 * 8)(0, 0, 0, 0, 17), 64); hit = pid > 0\n"
-                  "if not pid: os._exit(0)",
-    "posix_spawn": "os.posix_spawn('/bin/true', ['true'], {}); hit = True",
+    "raw clone": "pid = libc.syscall(56, 17, 0, 0, 0, 0); hit = pid > 0\nif not pid: os._exit(0)",
     "subprocess": "import subprocess; subprocess.Popen(['true']); hit = True",
-    "system": "hit = os.system('true') == 0",
-    "grandchild in a new session": "import subprocess\n"
-                                   "subprocess.Popen(['sleep', '60'], start_new_session=True); hit = True",
-    "multiprocessing": "import multiprocessing as m\np = m.get_context('fork').Process(target=print); p.start(); hit = True",
-    "new session": "os.setsid(); hit = True",
     "kill the caller": "os.kill(@PID@, 0); hit = True",
     "kill the parent": "os.kill(os.getppid(), 0); hit = True",
     "kill the tester": "for pid in range(os.getppid() + 1, os.getpid()):\n"
                        "    try: os.kill(pid, 0); hit = True\n    except OSError: pass",
-    "kill the group": "os.kill(0, 0); hit = True",
     "kill everything": "os.kill(-1, 0); hit = True",
-    "killpg": "os.killpg(os.getppid(), 0); hit = True",
-    "tkill": "hit = libc.syscall(@tkill@, @PID@, 0) == 0",
-    "tgkill": "hit = libc.syscall(@tgkill@, @PID@, @PID@, 0) == 0",
-    "sigqueue": "hit = libc.sigqueue(@PID@, 0, None) == 0",
-    "pidfd": "hit = bool(os.pidfd_open(@PID@))",
+    "tgkill": "hit = libc.syscall(234, @PID@, @PID@, 0) == 0",
     "signal by F_SETOWN": "import fcntl; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, @PID@); hit = True",
     "signal by F_SETSIG": "import fcntl; r, w = os.pipe(); fcntl.fcntl(r, 10, 9); hit = True",
     "signal by FIOSETOWN": "import fcntl, socket, struct\n"
                            "fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack('i', @PID@)); hit = True",
-    "signal by a timer": "hit = libc.timer_create(0, None, ctypes.byref(ctypes.c_void_p())) == 0",
     "limits of the caller": "import resource; resource.prlimit(@PID@, resource.RLIMIT_CPU); hit = True",
-    "priority of the caller": "os.setpriority(os.PRIO_PROCESS, @PID@, 19); hit = True",
-    "affinity of the caller": "os.sched_setaffinity(@PID@, {0}); hit = True",
-    "trace the caller": "hit = libc.ptrace(16, @PID@, 0, 0) == 0",
-    "trace the parent": "hit = libc.ptrace(16, os.getppid(), 0, 0) == 0",
-    "read the caller's memory": "hit = libc.process_vm_readv(@PID@, None, 0, None, 0, 0) == 0",
     "its own limits": "import resource\nhard = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
                       "resource.setrlimit(resource.RLIMIT_AS, (2 * hard, 2 * hard)); hit = True",
     "no limit on memory": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1)); hit = True",
     "survive the zygote": "hit = libc.prctl(1, 0, 0, 0, 0) == 0",
     "be dumpable": "hit = libc.prctl(4, 1, 0, 0, 0) == 0",
     "another filter": "hit = libc.prctl(22, 1, 0, 0, 0) == 0",
-    "be root": "os.setuid(0); os.setgroups([0]); hit = True",
-    "namespace of its own": "hit = libc.unshare(0x10000000) == 0",
-    "mount": "hit = libc.mount(b'none', b'.', b'tmpfs', 0, None) == 0",
-    "memfd": "hit = bool(os.memfd_create('x'))",
-    "System V memory": "hit = libc.shmget(0, 1 << 20, 0o1600) >= 0",
-    "POSIX shared memory": "from multiprocessing import shared_memory as m; m.SharedMemory('x', True, 9); hit = True",
-    "message queue": "hit = libc.msgget(0, 0o1600) >= 0",
-    "semaphore": "hit = libc.semget(0, 1, 0o1600) >= 0",
-    "io_uring": "hit = libc.syscall(425, 8, (ctypes.c_char * 120)()) >= 0",
-    "bpf": "hit = libc.syscall(@bpf@, 0, (ctypes.c_char * 64)(), 64) >= 0",
-    "userfaultfd": "hit = libc.syscall(@userfaultfd@, 0) >= 0",
-    "keyring": "hit = libc.syscall(@keyctl@, 0, -3, 1) >= 0",
     "terminal input": "import fcntl; fcntl.ioctl(0, 0x5412, b'x'); hit = True",
-    "TCP": "import socket; socket.socket(); hit = True",
-    "UDP": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM); hit = True",
-    "unix socket": "import socket; socket.socket(socket.AF_UNIX); hit = True",
-    "netlink": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW); hit = True",
     "datagrams to any name": "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); hit = True",
     "reconnect the socket pair": "import socket; a, b = socket.socketpair(); a.connect('\\0x'); hit = True",
-    "url": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:1'); hit = True",
     "test in the heap": """
         head, tail = b"marker", b"_1538"  # in one piece only in the tests
         r, w = os.pipe()
@@ -557,11 +469,6 @@ BOMBS = {  # name: (reason, code run at import)
         import sys
         while True: print('x' * 4096); sys.stderr.write('x' * 4096)"""),
     "fork bomb": ("exception: PermissionError", "import os\nwhile True: os.fork()"),
-    "fork bomb that tries again": ("timeout", """
-        import os
-        while True:
-            try: os.fork()
-            except OSError: pass"""),
     "signals ignored": ("timeout", """
         import signal
         for number in range(1, 65):
@@ -570,13 +477,10 @@ BOMBS = {  # name: (reason, code run at import)
         while True: signal.sigtimedwait([signal.SIGUSR1], 1)"""),
     "stops itself": ("timeout", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"),
     "regular expression": ("timeout", "import re; re.match('(a+)+$', 'a' * 64 + 'b')"),
-    "deadlock": ("timeout", "import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()"),
     "thread that never ends": ("timeout", "import threading, time\n"
                                           "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"),
     "memory": ("memory", "x = bytearray(1 << 40)"),
     "memory, piecewise": ("memory", "x = []\nwhile True: x.append(bytearray(1 << 24))"),
-    "memory, swallowed": ("memory", "x = []\ntry:\n    while True: x.append('x' * (1 << 24))\n"
-                                    "finally:\n    raise MemoryError"),
     "memory, mmap": ("exception: OSError", "import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(99)]"),
     "threads": ("threads", "import threading, time\nthreading.stack_size(32768)\n"
                            "while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"),
@@ -723,10 +627,6 @@ HONEST = {  # name: (code, tests)
                 "assert n[3] == [1, 3]"),
     "stateful class": ("class Stack:\n    def __init__(self): self.x = []\n    def push(self, v): self.x.append(v)\n"
                        "    def pop(self): return self.x.pop()", "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2"),
-    "exceptions": ("class Bad(KeyError): pass\ndef f(x):\n    if x < 0: raise ValueError('negative')\n    raise Bad('b')",
-                   "for x, kind in ((-1, ValueError), (1, KeyError)):\n    try:\n        f(x)\n"
-                   "    except kind as error:\n        assert x > 0 or str(error) == 'negative'\n"
-                   "    else:\n        assert False"),
     "constants": ("LIMIT = 7\ndef f(): return LIMIT", "assert LIMIT == 7 and f() == LIMIT"),
     "redefined builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert sum(1, 2) == 3"),
     "named like a module": ("def copy(a): return a", "assert copy(3) == 3"),
@@ -762,18 +662,12 @@ HONEST_CALLS = {  # name: (code, fn_name, [(input, output)])
 }
 HONEST_STDIN = {
     "input": "a, b = map(int, input().split())\nprint(a + b)",
-    "main": "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()",
     "sys.stdin": "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))",
-    "readline": "import sys\ninput = sys.stdin.readline\nprint(sum(map(int, input().split())))",
-    "buffer": "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
     "open(0)": "print(sum(map(int, open(0).read().split())))",
     "os.read": "import os\nprint(sum(map(int, os.read(0, 1 << 20).split())))",
     "dev stdin": "print(sum(map(int, open('/dev/stdin').read().split())))",
-    "fileinput": "import fileinput\nprint(sum(int(x) for line in fileinput.input() for x in line.split()))",
     "BytesIO": "import io, os\ninput = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\n"
                "print(sum(map(int, input().split())))",
-    "until EOFError": "total = 0\ntry:\n    while True: total += sum(map(int, input().split()))\nexcept EOFError: print(total)",
-    "sys.stdout.write": "import sys\nsys.stdout.write(str(sum(map(int, input().split()))))",
     "os.write": "import os\nos.write(1, str(sum(map(int, input().split()))).encode())",
     "stdout replaced": "import io, os, sys\nout = io.StringIO(); real = sys.stdout; sys.stdout = out\n"
                        "print(sum(map(int, input().split())))\nos.write(1, out.getvalue().encode())",
@@ -791,12 +685,9 @@ HONEST_STDIN = {
                                  "def f():\n    a, b = map(int, input().split()); print(g(10000) - 10000 + a + b)\n"
                                  "t = threading.Thread(target=f); t.start(); t.join()",
     "sys.exit()": "import sys\nprint(sum(map(int, input().split())))\nsys.exit()",
-    "exit(0)": "print(sum(map(int, input().split())))\nexit(0)",
     "os._exit": "import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(0)",
     "noise on stderr": "import sys\nprint('x' * 100000, file=sys.stderr)\nprint(sum(map(int, input().split())))",
     "white space": "print('\\n  ', sum(map(int, input().split())), '  \\n\\n')",
-    "class and pickle": "import pickle\nclass P: pass\np = pickle.loads(pickle.dumps(P()))\n"
-                        "print(sum(map(int, input().split())))",
     "numpy": "import numpy as np\nprint(np.array(input().split(), int).sum())",
 }
 
@@ -824,8 +715,6 @@ def unharmed(path):
 
 
 def attack(body, path):
-    for name, number in {"clone": 56, "tkill": 200, "tgkill": 234, "bpf": 321, "userfaultfd": 323, "keyctl": 250}.items():
-        body = body.replace(f"@{name}@", str(number))
     body = body.replace("@PID@", str(os.getpid())).replace("@FILE@", str(path)).replace("@DIR@", str(path.parent))
     return ATTACK.format(body=textwrap.indent(textwrap.dedent(body), "    "))
 
@@ -877,6 +766,19 @@ def test_attacks_get_nowhere(outside):
     assert odd == []
     assert unharmed(outside)
     assert not os.path.exists("/dev/shm/sandbox_test_new") and not os.path.exists("/tmp/sandbox_test_new")
+
+
+@pytest.mark.skipif(not sandbox.HAS_FILTER, reason="no list of system calls for this machine")
+def test_no_system_call_but_those_listed():
+    """Each other number gives EPERM or, if it is new, ENOSYS: no fork, mount, socket, chmod, ptrace, memfd, bpf ..."""
+    code = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def others():
+    numbers = sorted(set(range(600)) - {set(sandbox.NUMBER.values())} - {{335, 336}})  # probes: Linux filters them itself
+    return [n for n in numbers if libc.syscall(n, 0, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() not in (1, 38)]"""
+    (result,) = run_tests([{"code": code, "tests": "assert others() == []"}])
+    assert result["passed"], result
 
 
 def test_bombs_are_contained_and_named(outside):
