@@ -567,6 +567,7 @@ def test_math_rewards(capfd, monkeypatch):
         ("\\sqrt{2}", "\\boxed{√2}", True, "right"),
         ("∞", "\\boxed{\\infty}", True, "right"),
         ("−2π", "\\boxed{-2\\pi}", True, "right"),
+        ("2·3", "\\boxed{2 × 3}", True, "right"),
     ]:
         assert verify(gold, text, 20.0) == (right, reason), (gold, text)
     begin = time.time()
