@@ -100,11 +100,10 @@ class SandboxError(RuntimeError):
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
 
 
-def array(dtype, shape, content):
-    if not re.fullmatch(r"[<>|=][biufcSU]\d+", dtype):  # no array of objects: they would be addresses
+def array(dtype, shape, values):
+    if not re.fullmatch(r"[<>|=][biufcSU]\d+", dtype):  # no array of objects
         raise ValueError(dtype)
-    values = importlib.import_module("numpy").frombuffer(content, dtype.replace("b", "u")).reshape(shape)
-    return values != 0 if "b" in dtype else values.copy()  # a bool that is neither 0 nor 1 could be both
+    return importlib.import_module("numpy").array(values, dtype).reshape(shape)
 
 
 def namedtuple(name, fields, *parts):
@@ -136,12 +135,12 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "datetime.time": (lambda value: [value.isoformat()], datetime.time.fromisoformat),
     "datetime.datetime": (lambda value: [value.isoformat()], datetime.datetime.fromisoformat),
     "datetime.timedelta": (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
-    "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.tobytes()], array),
+    "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.ravel().tolist()], array),
     "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value], namedtuple),
 }
 BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
 SCALARS = {type(None), bool, int, float, str}
-CHANGEABLE = {"list", "dict", "set", "deque", "Counter", "ndarray"}
+CHANGEABLE = (list, dict, set, collections.deque)  # and arrays
 
 
 def pack(value, peer):
@@ -215,15 +214,15 @@ class Peer:
         with self.lock:
             kind, *message = self.exchange(request, *packed)
         if kind == "error":
-            kind, text, report, args, state = message
-            error = unpack(kind, self)(*unpack(args, self))
-            vars(error).update(unpack(state, self), text=text, report=report)
+            kind, args, state = (unpack(part, self) for part in message)
+            error = kind(*args)
+            vars(error).update(state)
             if isinstance(error, StopIteration) and request != "next":  # it could end a loop in the test
                 error = RuntimeError("StopIteration")
             raise error
         value, contents = unpack(message[0], self), message[1]
-        for old, new in zip((*args, *named.values()), contents):
-            if type(old).__name__ in CHANGEABLE:
+        for old, new in zip((*args, *named.values()), contents if value is None else []):
+            if isinstance(old, CHANGEABLE) or type(old).__name__ == "ndarray":
                 replace(old, unpack(new, self))
         return value
 
@@ -234,9 +233,9 @@ class Peer:
             contents = [pack(arg, self) for arg in (*args, *named.values())] if value is None else []
             answer = "value", pack(value, self), contents
         except self.caught as error:
-            kind, text = type(error), str(error)[:500]
-            report = f"{kind.__name__}: {text}" if text else kind.__name__
-            answer = "error", pack(kind, self), text, report, pack(error.args, self), pack(vars(error), self)
+            name, text = type(error).__name__, str(error)[:500]
+            state = vars(error) | {"text": text, "report": f"{name}: {text}" if text else name}
+            answer = "error", *[pack(part, self) for part in (type(error), error.args, state)]
         self.send(*answer)
 
     def number(self, value):
@@ -382,13 +381,9 @@ class Program(Peer):
         elif number not in self.known and tag == "exception":
             name, *bases = rest
             bases = tuple(unpack(base, self) for base in bases)
-            self.known[number] = type(name, bases, {"__str__": said, "_number": number})
+            text = lambda error: vars(error).get("text", Exception.__str__(error))  # noqa: E731 - what C said
+            self.known[number] = type(name, bases, {"__str__": text, "_number": number})
         return self.known[number]
-
-
-def said(error):
-    """str() of an exception like one of C's: what C said, if it was raised there."""
-    return vars(error).get("text", Exception.__str__(error))
 
 
 class Handle:
@@ -408,41 +403,26 @@ class Handle:
             raise AttributeError(f"'{name}' of an object that is not plain data")  # numpy reads addresses
         return self._program.ask("getattr", self, name)
 
-    def __setattr__(self, name, value):
-        self._program.ask("setattr", self, name, value)
-
-    def __call__(self, /, *args, **named):
-        return self._program.ask("call", self, *args, **named)
-
     def __instancecheck__(self, value):
-        return comes_from_c(value) and self._program.ask("isinstance", value, self) is True
+        return type(value) in (Handle, *NAMEDTUPLES.values()) and self._program.ask("isinstance", value, self)
 
     def __subclasscheck__(self, kind):
-        return comes_from_c(kind) and self._program.ask("issubclass", kind, self) is True
-
-    def __eq__(self, other):
-        return type(other) is Handle and (self is other or self._program.ask("eq", self, other) is True)
-
-    __hash__ = object.__hash__
-
-
-def comes_from_c(value):
-    return type(value) is Handle or type(value) in NAMEDTUPLES.values()
+        return type(kind) is Handle and self._program.ask("issubclass", kind, self)
 
 
 def request_method(name):
-    def method(self, *args):
+    def method(self, /, *args, **named):
         if name in OPERATORS and type(args[0]) is not Handle:
             return NotImplemented
-        return self._program.ask(name, self, *args)
+        return self._program.ask(name, self, *args, **named)
 
     return method
 
 
-OPERATORS = ("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or",
-             "xor", "lshift", "rshift")
-for _name in ("len", "bool", "str", "repr", "iter", "next", "getitem", "setitem", "delitem", "neg", "pos", "abs",
-              "invert", *OPERATORS):
+OPERATORS = ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and",
+             "or", "xor", "lshift", "rshift")
+for _name in ("call", "setattr", "len", "bool", "str", "repr", "iter", "next", "getitem", "setitem", "delitem", "neg",
+              "pos", "abs", "invert", *OPERATORS):
     setattr(Handle, f"__{_name}__", request_method(_name))
 
 

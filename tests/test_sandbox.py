@@ -36,9 +36,9 @@ def styles(code):
             {"code": code, "cases": CALLS, "fn_name": "add"}]
 
 
-def forged(message, then=""):
+def forged(message, then="os._exit(0)"):
     """A program that writes a message of its own to T when it is called."""
-    return f"import os\ndef f(*args):\n    os.write(3, {message.encode()!r} + b'\\n'){then}"
+    return f"import os\ndef f(*args):\n    os.write(3, {message.encode()!r} + b'\\n'); {then}"
 
 
 def descendants(pid):
@@ -88,12 +88,12 @@ CHEATS = {
         def add(a, b): return 0""",
     "forged verdicts on the socket": """
         import json, os
-        for value in (["value", True], [3, 3, None], {"passed": True}):
+        for value in (["value", True, []], [3, 3, None], {"passed": True}):
             os.write(3, json.dumps(value).encode() + b"\n")
         def add(a, b): return 0""",
     "answers before it is asked": """
         import json, os
-        text = json.dumps(["value", 3]).encode()
+        text = json.dumps(["value", 3, []]).encode()
         os.write(3, (text + b"\n") * 3)
         def add(a, b): return 3""",
     "frames": """
@@ -145,7 +145,7 @@ CHEATS = {
         def add(a, b): return 0""",
     "patched json and socket": """
         import json, socket, sys
-        json.dumps = lambda *args, **named: '["value", true]'
+        json.dumps = lambda *args, **named: '["value", true, []]'
         json.loads = lambda *args, **named: ["call", []]
         sys.modules["__main__"] = sys.modules["sandbox"] = None
         def add(a, b): return 0""",
@@ -247,10 +247,9 @@ def f(x):
     for p in gc.get_objects():
         if type(p).__name__ == "Candidate": p.shown[:] = [[1, 2]] * 9; p.numbers.clear()
     return 3""", "want = [1, 2]\nassert f([2, 1]) == want"),
-    "again without end": ("import os\ndef f(x):\n    t = b'[\"value\", null, [\"list\", [\"again\", 99]]]'\n"
-                          "    os.write(3, t + b'\\n')", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
-    "list becomes a number": ("import os\ndef f(x):\n    t = b'[\"value\", null, 7]'\n"
-                              "    os.write(3, t + b'\\n')", "a = [2, 1]\nf(a)\nassert a == 7"),
+    "emptied, though a list is returned": (forged('["value", ["list"], [0, ["list"]]]'), "a = [3, 1]\nassert f(a) == sorted(a)"),
+    "list becomes a number": (forged('["value", null, [0, 7]]'), "a = [2, 1]\nf(a)\nassert a == 7"),
+    "list becomes a liar's": (forged('["value", null, [0, ["mine", 0]]]'), "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
     # callbacks and iterators
     "callback with a liar": (LIAR + "    __lt__ = __gt__ = __eq__\ndef f(g): return g(E())",
                              "assert f(lambda x: x == 3) is True"),
@@ -261,14 +260,8 @@ def f(x):
     "frames of a callback": ("def f(g):\n    for n in ('__globals__', '__code__', '__closure__'):\n"
                              "        try: getattr(g, n)['want'] = 0\n        except Exception: pass\n    return 0",
                              "want = 1\ndef g(): return want\nassert f(g) == g()"),
-    "numbers that were never handed out": ("import os\ndef f(g):\n"
-                                           "    t = b'[\"call\", [\"tuple\", 5, [\"tuple\"], [\"tuple\"]]]'\n"
-                                           "    os.write(3, t + b'\\n'); return 0",
-                                           "assert f(lambda: 1) == 1"),
-    "requests that T does not take": ("import os\ndef f(g):\n"
-                                      "    t = b'[\"getattr\", [\"tuple\", [\"mine\", 0], \"__globals__\"]]'\n"
-                                      "    os.write(3, t + b'\\n'); return 0",
-                                      "assert f(lambda: 1) == 1"),
+    "numbers that were never handed out": (forged('["call", [5], {}]', "os.read(4, 999); return 0"), "assert f(lambda: 1) == 1"),
+    "requests that T does not take": (forged('["getattr", [0, "__globals__"], {}]', "os.read(4, 999); return 0"), "assert f(lambda: 1) == 1"),
     "StopIteration in a callback's answer": ("def f(g):\n    g(1)\n    raise StopIteration",
                                              "assert all(map(lambda v: f(lambda x: x) == v, [1]))"),
     "endless calls of a callback": ("def f(g):\n    while True: g(1)", "assert f(lambda x: x) == 1"),
@@ -313,9 +306,8 @@ def f(x):
                        "assert np.array_equal(f(), [1, 2])"),
     "subclass of an array": ("import numpy as np\nclass A(np.ndarray):\n    def __eq__(self, o): return True\n"
                              "def f(): return np.zeros(2).view(A)", "assert f().tolist() == [1, 2]"),
-    "array of addresses": (forged('["value", ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "aaaaaaaa"]]]'), "assert f()[0] == 3"),
-    "array of bools that are neither": (forged('["value", ["numpy.ndarray", "|b1", ["tuple", 1], ["bytes", "\\u0002"]]]'), "assert (f() == True).all() and (f() == False).all() or (f() != True).all()"),
-    "array of nothing, huge": (forged('["value", ["numpy.ndarray", "<f8", ["tuple", 100000000000], ["bytes", ""]]]'), "assert f().sum() == 0"),
+    "array of addresses": (forged('["value", ["numpy.ndarray", "|O", ["tuple", 1], ["list", 3]], []]'), "assert f()[0] == 3"),
+    "array of nothing, huge": (forged('["value", ["numpy.ndarray", "<f8", ["tuple", 100000000000], ["list"]], []]'), "assert f().sum() == 0"),
     "Counter that lies": ("import collections\nclass C(collections.Counter):\n    def __eq__(self, o): return True\n"
                           "def f(): return C()", "assert f() == {'a': 1}"),
     "namedtuple that lies": ("import collections\nclass P(collections.namedtuple('P', 'x')):\n"
@@ -323,8 +315,8 @@ def f(x):
     "namedtuple with code in a name": ("""class P(tuple):
     _fields = ('x=__import__("os")._exit(0)',)
 def f(): return P([1])""", "assert f() == (1,)"),
-    "a module by name": (forged('["value", ["named", "os", "_exit"]]'), "assert f()(0) == 1"),
-    "a built-in function by name": (forged('["value", ["named", "builtins", "exit"]]'), "assert f()(0) == 1"),
+    "a module by name": (forged('["value", ["named", "os", "_exit"], []]'), "assert f()(0) == 1"),
+    "a built-in function by name": (forged('["value", ["named", "builtins", "exit"], []]'), "assert f()(0) == 1"),
     "another time zone": ("from datetime import datetime, timezone, timedelta\n"
                           "def f(): return datetime(2020, 1, 1, tzinfo=timezone(timedelta(hours=5)))",
                           "import datetime as d\nassert f() == d.datetime(2020, 1, 1, tzinfo=d.timezone.utc)"),
@@ -560,7 +552,7 @@ HONEST = {  # name: (code, tests)
     "in place": ("def f(x): x.sort()\ndef g(m):\n    for row in m: row.reverse()\ndef h(d, s, q): d.clear(); s.add(1); q.append(2)\n"
                  "class K:\n    def f(self, x): x.append(self)",
                  "import collections\na = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]\nm = [[1, 2], [3, 4]]\ng(m)\n"
-                 "assert m == [[2, 1], [4, 3]]\nd, s, q = {1: 2}, set(), collections.deque()\nh(d, q=q, s=s)\n"
+                 "assert m == [[2, 1], [4, 3]]\nd, s, q = collections.defaultdict(int, {1: 2}), set(), collections.deque()\nh(d, q=q, s=s)\n"
                  "assert (d, s, q) == ({}, {1}, collections.deque([2]))\nk, z = K(), []\nk.f(z)\nassert z[0] == k"),
     "in place, an array": ("def f(a): a.sort()", "import numpy as np\na = np.array([2, 1])\nf(a)\nassert a.tolist() == [1, 2]"),
     "callbacks": ("def f(g, xs): return [g(v) for v in xs]\ndef twice(g): return lambda x: g(g(x))\n"
@@ -1212,7 +1204,7 @@ def test_messages_hold_plain_data_only():
     for name in ("eval", "exit", "SystemExit", "BaseException"):
         assert sandbox.unpack(["named", "builtins", name], sandbox.Program(0, 1)) is RuntimeError
     refuse |= {"own": ["yours", 0],
-               "objects": ["numpy.ndarray", "|O", ["tuple", 1], ["bytes", "12345678"]], "shown": ["mine"],
+               "objects": ["numpy.ndarray", "|O", ["tuple", 1], ["list", 3]], "shown": ["mine"],
                "code": ["namedtuple", "P", ["tuple", "x=1"], 1], "method": ["datetime.date", 1]}
     for name, message in refuse.items():
         with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
