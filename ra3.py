@@ -1,16 +1,16 @@
 """RA3, Reasoning as Action Abstractions: EM mid-training in which RL learns where a thought helps.
 
-Paper: "Learning to Reason as Action Abstractions with Scalable Mid-Training RL", arXiv 2509.25810v2. Equation
-numbers are version 2's; "the other manuscript" is an earlier-looking text of the same paper.
+Paper: "Learning to Reason as Action Abstractions with Scalable Mid-Training RL", arXiv 2509.25810v2. Sections
+and equations are those of version 2; "the other manuscript" is another, probably earlier, text of the paper.
 
-A Python text is cut into actions a_1 .. a_T, one line of code each. Before every action the model chooses a
-latent z_t: *act* (write nothing) or *think* (write one comment line). The algorithm:
+A Python text is cut into actions a_1 .. a_T: a line of code each, with the comments before it. Before every
+action the model chooses a latent z_t: *act* (write nothing) or *think* (write one comment line). The algorithm:
 
   for every EM iteration i, starting from the model pi_i:
     E-step, rl_updates times; q starts as a copy of pi_i, and pi_i itself is frozen:
       1 sample     G rollouts of each snippet: q draws the latents, the lines of code are given
       2 score      r_t = l_t - c [z_t is a thought]; l_t = mean log-likelihood of a_t under pi_i  (4.1)
-      3 advantage  sum of the next 5 rewards, minus its mean over the G rollouts
+      3 advantage  r_t + ... + r_{t+4}, minus the mean of this sum over the G rollouts
       4 update     policy gradient on log q(z_t), plus a small entropy bonus
     M-step, ntp_updates times; q is frozen, and pi starts again from pi_i:
       1 sample     one rollout of each snippet: the *bootstrapped* text, code with q's thoughts
@@ -21,15 +21,15 @@ Notation: pi `pi`, q `q`, z_t latent, a_t action, l_t `line_likelihoods`, c `pen
 Shapes: S snippets, G rollouts of each, R = S*G rows, W tokens of a row, T actions, V vocabulary, N decisions.
 
 Where this differs from the paper, or the paper leaves a choice open (docs/ra3.md has the full list):
-  D1 The model decides with the first token of the line itself: a token that begins with "#" opens a thought,
-     any other means act. So the code keeps its tokenisation, and the model sees the line's indentation when
-     it decides. In the paper it writes "\\n" or "\\n#" at the end of the line before.
+  D1 The model decides with the first token of the line itself: a token that begins with "#" opens a thought;
+     any other means act, and the line's own token takes its place. So the code keeps its tokens, and the model
+     sees the line's indentation when it decides. In the paper it writes "\\n" or "\\n#" after the line before.
   D2 l_t is a mean over the line's tokens. The paper prints a sum; its c = 0.05 fits the mean.
-  D3 A malformed thought costs 2 instead of c. In the paper its reward is 0, in the authors' code -2. The
-     reward of a hard line is less than that (l_t < -2), so a malformed thought would pay there.
-  D4 The first 10 updates, without the penalty, are those of the first E-step only.
+  D3 A malformed thought costs 2 instead of c. In the paper its reward is 0, in the authors' code -2. A hard
+     line earns less than that (l_t < -2), so q would learn to write malformed thoughts there.
+  D4 Only the first E-step has the 10 updates without the penalty. The paper does not say which have them.
   D5 l_t is the likelihood of the line *given* the decision: the probability of its first token is
-     renormalised without "#". Otherwise every thought would gain the probability that pi gives to "#" there.
+     renormalised without "#". Otherwise any thought would raise l_t, because pi hardly expects a second "#".
 
   python ra3.py --tiny                                                     # this machine: no network, no GPU
   python ra3.py --model Qwen/Qwen2.5-1.5B --rl-batch-size 256              # one GPU
@@ -99,7 +99,7 @@ class Args:
     )
     """sources, see common.read_rows: hub ids, .jsonl or .parquet files, folders of .py files, `stdlib`"""
     dataset_weights: tuple[float, ...] = ()
-    """share of each source in the snippets; empty: equal, but for the default sources see WEIGHTS"""
+    """how often each source is read, relative to the others; empty: equally, or WEIGHTS for the default sources"""
     text_column: str = "text"
     """the column that holds the code"""
     max_snippet_tokens: int = 1024
@@ -172,7 +172,7 @@ TINY_DEFAULTS = Args(  # a thought in these programs serves the next line only; 
     rl_learning_rate=4e-5, ntp_updates=40, ntp_batch_size=64, ntp_learning_rate=6e-5, rollout_rows=128,
     micro_batch_tokens=4096, eval_problems=f"{TINY}/code/humaneval.jsonl",
 )  # fmt: skip
-WEIGHTS = {Args.dataset: (0.95, 0.05), TINY_DEFAULTS.dataset: (0.9, 0.1)}  # the paper's 2.36M and 129K snippets; ours
+WEIGHTS = {Args.dataset: (0.95, 0.05), TINY_DEFAULTS.dataset: (0.9, 0.1)}  # as the paper's 2.36M : 129K snippets; ours
 MALFORMED_PENALTY = 2.0  # nats per token, in place of c (D3)
 BETAS = (0.9, 0.95)  # of AdamW
 EVAL_TOKENS = 96  # longest completion of an evaluation problem
@@ -181,7 +181,8 @@ EVAL_TOKENS = 96  # longest completion of an evaluation problem
 # ---------------------------------------------------------------- data 1: where a thought may stand
 
 MAX_LINE = 10_000  # characters; `tokenize` takes quadratic time on longer lines in some versions
-# a line's indentation; the whole line if it continues the statement above, so that a cut there comes last
+# measures how far a line is indented; a line that continues the statement above counts whole, so that the text
+# is cut there only if it must be
 INDENTED = re.compile(r"[ \t\f]*(?:(?:[)\]}]|(?:elif|else|except|finally)\b).*)?")
 
 
@@ -189,8 +190,8 @@ def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, list[tuple[int, s
     """A text in pieces of at most max_chars: (piece, its actions, whether the text ends with it).
 
     The pieces together are the text. It is cut before the least indented action in the second half of what
-    fits, else before any action, else after a line. A text that needs no cut comes without its actions, which
-    `segment` finds.
+    fits, else before the last action that fits, else after a line. A text that needs no cut comes with None for
+    its actions: every rank reads it, but `segment` finds them on one rank only.
     """
     if 0 < len(text) <= max_chars:
         yield text, None, True
@@ -291,7 +292,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer, size: int, device) -> None:
         self.tokenizer = tokenizer
-        self.anchor = tokenizer("a", add_special_tokens=False).input_ids  # SentencePiece drops a first space
+        # decoded before every row: SentencePiece drops a first space
+        self.anchor = tokenizer("a", add_special_tokens=False).input_ids
         self.anchor_length = len(tokenizer.decode(self.anchor))
         known = min(size, len(tokenizer))
         self.text = self.decode([[i] for i in range(known)])
@@ -312,7 +314,7 @@ class Vocabulary:
         self.separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def malformed(self, thought: list[int]) -> bool:
-        """Whether a thought, read up to the first token that ends it, has not ended as it should."""
+        """Whether a thought is not well-formed: its tokens up to the first that ends it, or all that fit."""
         return thought[-1] in self.broken or not THOUGHT.fullmatch(self.decode([thought])[0])
 
     def encode(self, text: str, after: str = "") -> list[int]:
@@ -322,7 +324,7 @@ class Vocabulary:
         return both[len(before) :] if both[: len(before)] == before else self.encode(text)
 
     def decode(self, rows: list[list[int]]) -> list[str]:
-        """Text of each row of tokens, as it is in the middle of a text."""
+        """Text of each row of tokens, as it is when other text stands before it."""
         rows = [self.anchor + row for row in rows]
         texts = self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
         return [text[self.anchor_length :] for text in texts]
@@ -330,8 +332,8 @@ class Vocabulary:
     def starts(self, text: str, ids: Sequence[int]) -> list[int] | None:
         """[len(ids) + 1] character offset where each token begins; None if the tokens do not spell the text.
 
-        Of several tokens that share a character the first is said to hold it. The tokenizer's own offsets are
-        not used: some kinds leave the white space out of them.
+        Of several tokens that share a character, the first is said to hold it. The tokenizer's own offsets are
+        not used: some tokenizers leave white space out of them.
         """
         starts, spelt, pending = [0], "", []
         for token in ids:
@@ -357,7 +359,7 @@ class Snippet:
     ids: np.ndarray  # [L] separator, the text's canonical tokens, eos if the text ends here
     starts: np.ndarray  # [L + 1] where each token begins in `text` (characters)
     boundaries: np.ndarray  # [T] index into ids of the first token of each action
-    indents: list[list[int]]  # [T] the indentation before it, forced once more after a thought
+    indents: list[list[int]]  # [T] tokens of each action's indentation, written once more after a thought
     kinds: list[str]  # [T] kind of each action's code line, for the metrics
 
     def width(self, max_latent_tokens: int) -> int:
@@ -368,8 +370,9 @@ class Snippet:
 def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str, v: Vocabulary) -> Snippet | None:
     """One piece of text with its actions (offset, kind). None if the tokenizer does not give the text back.
 
-    A boundary is the token that holds the first non-space character of an action. A line has none if that
-    token also holds the end of the line before, or the space that the tokenizer put before the text.
+    A boundary is the token that holds the first non-space character of an action. If that token also holds the
+    end of the line before, or the space that the tokenizer put before the text, the line gets no boundary: it
+    belongs to the action before.
     """
     ids = v.encode(text)
     starts = v.starts(text, ids)
@@ -398,7 +401,7 @@ def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str
 
 
 def segment(piece: tuple[str, list | None, bool], source: str, v: Vocabulary, args: Args, context: int):
-    """The snippets of a piece that cut_text made, which together are the piece; [] if it cannot be used.
+    """Cut a piece from cut_text into snippets, which together are the piece; [] if it cannot be used.
 
     A snippet has at most max_snippet_tokens tokens, and at most `context` with the longest thoughts. What is
     longer is cut in two, before the action nearest to its middle, else after a line, else anywhere. Only the
@@ -444,15 +447,15 @@ def bootstrap_text(snippet: Snippet, latents: dict[int, str]) -> str:
 
 
 class SnippetStream:
-    """Endless, seeded stream of the snippets of one part of the data: `E` or `M`; or `all`, once and in order.
+    """Snippets of one part of the data: `E` or `M`, endless and in a seeded order; or `all`, once and in order.
 
     A hash of a text, or of its path, says which part it is in. So E, M and the held-out texts are disjoint,
     and NTP sees what RA3's M-step sees. Every rank reads all texts, but tokenises only its share.
-    cursor: (pieces taken, snippets of the next piece that are used).
+    cursor: (pieces that are used up, snippets of the next piece that are used).
     """
 
     def __init__(self, args: Args, part: str, v: Vocabulary, context: int, ranks: Ranks, cursor=(0, 0)) -> None:
-        self.args, self.part, self.ranks, self.limits = args, part, ranks, (v, args, context)
+        self.args, self.part, self.v, self.context, self.ranks = args, part, v, context, ranks
         self.taken, self.skip = cursor
         self.ready: list[tuple[int, int, Snippet]] = []  # (number of its piece, number within it, snippet)
         self.counts, self.tokens = Counter(), Counter()  # tokens: of each source
@@ -468,7 +471,8 @@ class SnippetStream:
             pieces = list(itertools.islice(self.pieces, size - len(self.ready)))
             if not pieces:
                 break
-            mine = [segment(piece, source, *self.limits) for piece, source, _ in pieces[self.ranks.share(len(pieces))]]
+            mine = pieces[self.ranks.share(len(pieces))]
+            mine = [segment(piece, source, self.v, self.args, self.context) for piece, source, _ in mine]
             for snippets in all_gather_list(mine, self.ranks):
                 self.ready += [(self.taken, i, s) for i, s in enumerate(snippets) if i >= self.skip]
                 self.taken, self.skip = self.taken + 1, 0
@@ -506,7 +510,7 @@ class SnippetStream:
 
 
 def held_out(args: Args, v: Vocabulary, context: int, ranks: Ranks) -> list[Snippet]:
-    """eval_snippets snippets of every source, from every twentieth of its texts, the same on all ranks."""
+    """eval_snippets snippets of every source, from a twentieth of its texts; the same on all ranks."""
     found = []
     for source in args.dataset:
         items = (item for item in source_pieces(source, args) if item[2] % 20 == 0)
@@ -568,22 +572,22 @@ class Rollout:
     """One rolled-out snippet: the separator, then the code with q's thoughts in it. Arrays [W] over its tokens."""
 
     snippet: Snippet
-    thoughts: dict[int, list[int]]  # action -> the tokens that q drew before it, if it did not act
-    malformed: list[int]  # those of these actions whose thought had to be closed
+    thoughts: dict[int, list[int]]  # action -> the tokens of the thought that q drew before it
+    malformed: list[int]  # the actions whose thought had to be closed
     ids: np.ndarray
     targets: np.ndarray  # what q drew at this place: a token, ACT for act, or FORCED if nothing
-    actions: np.ndarray  # the action that a token belongs to (the code's) or leads to (a thought's); -1: none
+    actions: np.ndarray  # the action that a token of the code is in, or a thought stands before; -1: none
     expert: np.ndarray  # bool: a token of the code
     advantages: np.ndarray | None = None  # [T]
 
     def without_malformed(self) -> "Rollout":
-        """The same with act in place of every malformed thought and of the indentation after it."""
+        """The same without its malformed thoughts, as if q had acted there."""
         keep = self.expert | ~np.isin(self.actions, self.malformed)
         thoughts = {t: thought for t, thought in self.thoughts.items() if t not in self.malformed}
         return Rollout(self.snippet, thoughts, [], *(getattr(self, name)[keep] for name in ARRAYS))
 
     def texts(self, v: Vocabulary) -> dict[int, str]:
-        """Action -> its thought, newline included; the well-formed ones."""
+        """Action -> text of its thought, newline included; well-formed thoughts only."""
         thoughts = self.without_malformed().thoughts
         return dict(zip(thoughts, v.decode(list(thoughts.values()))))
 
@@ -601,7 +605,7 @@ def all_act(s: Snippet) -> Rollout:
 
 
 def written(s: Snippet, t: int, drawn: list[int], v: Vocabulary) -> list[int]:
-    """What stands before action t if q drew this thought: the thought and the indentation once more.
+    """What stands before action t if q drew this thought: the thought, then the indentation once more.
 
     A malformed thought is closed: its last token becomes CLOSING.
     """
@@ -621,14 +625,14 @@ def rolled_out(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary) -> Rol
 
 
 def turns(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary, longest: int):
-    """All turns of one snippet, as a coroutine. It is sent the token that q draws at the next place, and yields
-    the token to write there. Notes in `thoughts` what q drew: action -> tokens.
+    """Writes one snippet, as a coroutine: it is sent the token that q draws at the next place, and yields the
+    token to write there. It notes in `thoughts` what q drew: action -> tokens.
     """
     action_at = {boundary: t for t, boundary in enumerate(s.boundaries.tolist())}
     drawn = yield
     for place, token in enumerate(s.ids[1:].tolist(), start=1):
         t = action_at.get(place)
-        if t is not None and drawn in v.opens_ids:  # at every other boundary q acts
+        if t is not None and drawn in v.opens_ids:  # q thinks
             thoughts[t] = [drawn]
             while not (drawn in v.ends_ids or len(thoughts[t]) == longest):
                 drawn = yield drawn
@@ -656,7 +660,7 @@ class Forcing(LogitsProcessor):
 
 
 def rollout_forced(model, snippets: list[Snippet], noise, v: Vocabulary, args: Args) -> list[Rollout]:
-    """Token by token, for every architecture: one call of generate writes all snippets through all their turns."""
+    """Token by token, for every architecture: one call of `generate` writes all snippets."""
     thoughts: list[dict] = [{} for _ in snippets]
     rows = [turns(s, own, v, args.max_latent_tokens) for s, own in zip(snippets, thoughts)]
     ids = torch.tensor([[int(s.ids[0])] for s in snippets], device=noise.device)
@@ -711,9 +715,9 @@ def rollout_drafted(model, snippets: list[Snippet], noise, v: Vocabulary, args: 
             tokens = list(itertools.islice(drawn, len(to)))
             acts = next((i for i, token in enumerate(tokens) if token in v.opens_ids), len(to))
             row.code = to[min(acts, len(to) - 1)]
-            vain = to[-1] - row.code  # tokens that were read after the place of the thought
-            holds[k, holds.shape[1] - len(chunk) : holds.shape[1] - vain] = 1
-            row.turn, row.read, row.unread = row.turn + acts, row.read + len(chunk) - vain, ()
+            wasted = to[-1] - row.code  # tokens that were read after the place of the thought
+            holds[k, holds.shape[1] - len(chunk) : holds.shape[1] - wasted] = 1
+            row.turn, row.read, row.unread = row.turn + acts, row.read + len(chunk) - wasted, ()
             if acts < len(to):
                 thinking.append((k, tokens[acts], row.read))
         mask = torch.cat([mask, torch.from_numpy(holds).to(device)], 1)
@@ -737,7 +741,7 @@ def think(model, cache, mask, index, token, noise, place, v: Vocabulary, args: A
 
     noise: of all rows of the cache. The cache itself stays as it is.
     """
-    own = copy.copy(cache)  # of the layers, too; reordering makes new tensors
+    own = copy.copy(cache)  # shallow copies are enough: reordering makes new tensors
     own.layers = [copy.copy(layer) for layer in cache.layers]
     own.reorder_cache(index)
     ids = torch.cat([torch.zeros_like(mask[index]), token[:, None]], 1)  # what is in the cache needs no ids
@@ -789,14 +793,14 @@ def sample(
 def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, given_decision=False):
     """Log-probability of each token of the code given all before it, thoughts included: one array a rollout.
 
-    With `given_decision` the first token of an action is conditioned on not opening a thought: log p - log(1 -
-    sum_H p), unless the code itself has a comment there (D5). Equal rows are scored once.
+    With `given_decision` the first token of an action is conditioned on not opening a thought: log p minus the
+    log-probability of act, unless the code itself has a comment there (D5). Equal rows are scored once.
     """
     keys = [r.ids.tobytes() + r.expert.tobytes() for r in rollouts]
     distinct, scored = list(dict(zip(keys, rollouts)).items()), {}
     with gathered(model):
         for batch in micro_batches([len(r.ids) for _, r in distinct], args.micro_batch_tokens):
-            names, chosen = zip(*(distinct[i] for i in batch))
+            own_keys, chosen = zip(*(distinct[i] for i in batch))
             code = [np.flatnonzero(r.expert) for r in chosen]
             acts = [c[:0] for c in code]  # where the probability of act is wanted, too
             if given_decision:
@@ -809,9 +813,9 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
                 targets=torch.from_numpy(np.concatenate(targets)).to(v.opens.device),
             )  # fmt: skip
             parts = np.split(logprobs.double().cpu().numpy(), np.cumsum(list(map(len, where)))[:-1])
-            for name, c, a, part in zip(names, code, acts, parts):
+            for key, c, a, part in zip(own_keys, code, acts, parts):
                 part[np.searchsorted(c, a)] -= part[len(c) :]
-                scored[name] = part[: len(c)]
+                scored[key] = part[: len(c)]
     return [scored[key] for key in keys]
 
 
@@ -862,21 +866,20 @@ def policy_gradient_loss(model, rollouts: list[Rollout], v: Vocabulary, args: Ar
     """This micro-batch's part of the E-step loss, and the sum of its entropies (nats).
 
     loss = - (1 / decisions) sum_t A_t log q(z_t) - entropy_coef * mean entropy; log q(z_t) sums over the
-    thought's tokens, and `decisions` counts them in the whole global batch. Only latents get logits and
-    gradients. There is one update per batch, so no ratio and no clipping.
+    tokens of z_t, and `decisions` is the number of z_t in the whole global batch. Only latents get logits. There
+    is one update per batch, so no ratio and no clipping.
     """
-    device = v.opens.device
     where = [np.flatnonzero(r.targets != FORCED) for r in rollouts]
-    targets = torch.from_numpy(np.concatenate([r.targets[w] for r, w in zip(rollouts, where)])).to(device)
-    advantages = np.concatenate([r.advantages[r.actions[w]] for r, w in zip(rollouts, where)])
-    # in the entropy of a decision, all tokens that mean act are one outcome
-    decisive = np.concatenate([np.diff(r.actions[w], prepend=-1) > 0 for r, w in zip(rollouts, where)])
-    logprobs, entropy = token_logprobs(
-        model, [r.ids for r in rollouts], where, targets=targets, event=~v.opens,
-        merged=torch.from_numpy(decisive).to(device), temperature=args.temperature, entropy=True,
+    latents = list(zip(rollouts, where))
+    targets = np.concatenate([r.targets[w] for r, w in latents])
+    advantages = np.concatenate([r.advantages[r.actions[w]] for r, w in latents])
+    first = np.concatenate([np.diff(r.actions[w], prepend=-1) > 0 for r, w in latents])  # tokens that decide
+    targets, advantages, first = (torch.from_numpy(a).to(v.opens.device) for a in (targets, advantages, first))  # [N]
+    logprobs, entropy = token_logprobs(  # in the entropy of a decision, all tokens that mean act are one outcome
+        model, [r.ids for r in rollouts], where, targets=targets, event=~v.opens, merged=first,
+        temperature=args.temperature, entropy=True,
     )  # fmt: skip
-    advantages = torch.from_numpy(advantages).float().to(device)  # [N]
-    loss = -(advantages * logprobs).sum() - args.entropy_coef * entropy.sum()
+    loss = -(advantages.float() * logprobs).sum() - args.entropy_coef * entropy.sum()
     return loss / decisions, entropy.detach().sum()
 
 
@@ -921,7 +924,7 @@ def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks,
     (rollouts,) = sample(q, [rows], "E", number * len(rows), v, args, ranks)  # R
     clock.append(time.perf_counter())
     interrupt.check()
-    # 2 score; also each snippet without thoughts, which costs little: most rollouts have few
+    # 2 score; also the snippets without thoughts, for `reward/gain`
     plain = [all_act(r.snippet) for r in rollouts[::G]]
     logprobs = expert_logprobs(pi, rollouts + plain, v, args, given_decision=True)
     penalty = 0.0 if number < args.penalty_warmup else args.penalty  # D4
@@ -951,7 +954,7 @@ def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks,
 
 
 def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args, ranks: Ranks):
-    """M-step 1, for `count` updates from number `first` on: (this rank's rollouts, seconds, the stream's cursor).
+    """M-step 1 for `count` updates, numbered from `first`. Yields this rank's rollouts, seconds, stream's cursor.
 
     q is frozen, so several updates are sampled at once: a GPU takes about as long for many rows as for a few.
     """
@@ -967,7 +970,8 @@ def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args
 
 def m_step(pi, optimizer, rollouts: list[Rollout], seconds: float, args: Args, ranks: Ranks, interrupt) -> dict:
     """One M-step update of pi on this rank's rollouts, which took `seconds` to sample. Returns metrics."""
-    clock = [time.perf_counter() - seconds, *[time.perf_counter()] * 2]  # nothing to score
+    now = time.perf_counter()
+    clock = [now - seconds, now, now]  # nothing to score
     sums = rollout_sums(rollouts)
     rollouts = [r.without_malformed() for r in rollouts]
     sums["trained"] = sum(r.expert.sum() if args.mask_latents else len(r.ids) - 1 for r in rollouts)
@@ -1004,11 +1008,13 @@ PANELS = (
     ("share of thoughts that are well-formed", {"rollout/format_rate": ""}, "update"),
     ("reward over wall time", {"reward/gain": "E-step"}, "time/wall_s"),
 )  # fmt: skip
-LEGEND = "Thoughts in green. After each: l_t, the line's mean log-likelihood per token, with the thought and without."
+LEGEND = (
+    "Thoughts in green. After each: l_t, the next line's mean log-likelihood per token; then l_t without any thought."
+)
 
 
 def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
-    """Counts to be added up over ranks, the same keys on all; some by the kind of the line that follows."""
+    """Counts to be added up over ranks, with the same keys on all; two of them also by kind of line."""
     decisions = Counter(kind for r in rollouts for kind in r.snippet.kinds)
     thoughts = Counter(r.snippet.kinds[t] for r in rollouts for t in r.thoughts)
     return {
@@ -1028,7 +1034,7 @@ def think_rates(sums: dict[str, float], name: str) -> dict[str, float]:
 
 
 def shared_metrics(sums: dict[str, float], clock: list[float]) -> dict[str, float]:
-    """Metrics of both steps. clock: when the rollout, the scores and the update began, and the end (s)."""
+    """Metrics of both steps. clock: when the rollout, the score and the update began, and when it ended (s)."""
     seconds = np.diff(clock)
     return {
         "rollout/think_rate": sums["thoughts"] / max(1, sums["decisions"]),
@@ -1042,8 +1048,8 @@ def shared_metrics(sums: dict[str, float], clock: list[float]) -> dict[str, floa
 def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, run: Run) -> tuple[dict, list[str]]:
     """Cross-entropy (nats per token) of held-out code with the model's own thoughts and without; pass@1.
 
-    The noise is the same every time. Malformed thoughts become act, as in the M-step. Returns the metrics and
-    the texts of the two snippets in which thoughts helped most.
+    The noise is the same every time. Malformed thoughts are left out, as in the M-step. Returns the metrics and
+    the texts of the two snippets in which a thought helped most.
     """
     (drawn,) = sample(model, [snippets], "eval", 0, v, args, run.ranks)
     rollouts, plain = [r.without_malformed() for r in drawn], [all_act(r.snippet) for r in drawn]
@@ -1057,7 +1063,7 @@ def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, r
         sums = all_sum(sums, run.ranks)
         totals.update(sums)
         for name in ("ce_code", "ce_code_act"):
-            metrics[f"eval/{name}"] = totals[name] / totals["expert_tokens"]  # the last one holds
+            metrics[f"eval/{name}"] = totals[name] / totals["expert_tokens"]  # of the sources so far
             metrics[f"eval/{name}/{source}"] = sums[name] / sums["expert_tokens"]
         metrics |= think_rates(sums, f"eval/think_rate/{source}")
     if problems:
@@ -1150,7 +1156,7 @@ def check(args: Args, ranks: Ranks) -> None:
     n = ranks.world_size
     for flag, size in (("rl", args.rl_batch_size), ("ntp", args.ntp_batch_size)):
         if size <= 0 or size % n:
-            raise UserError(f"--{flag}-batch-size {size} does not divide by {n} ranks: use {max(n, size // n * n)}")
+            raise UserError(f"--{flag}-batch-size {size} does not divide by {n} rank(s): use {max(n, size // n * n)}")
     positive = "em_iterations ntp_updates max_latent_tokens temperature rollout_rows save_every micro_batch_tokens"
     not_negative = "rl_updates return_horizon penalty_warmup eval_every eval_snippets rl_learning_rate"
     check_sizes(args, f"{positive} max_grad_norm", f"{not_negative} ntp_learning_rate weight_decay entropy_coef")
@@ -1173,7 +1179,7 @@ def dry_run(model, v: Vocabulary, context: int, args: Args, ranks: Ranks) -> Non
     snippets = stream.batch(64 * ranks.world_size)
     (rollouts,) = sample(model, [snippets], "dry run", 0, v, args, ranks)
     rows = args.rollout_rows, max(s.width(args.max_latent_tokens) for s in snippets)
-    frozen = 0 if args.algo == "ntp" else 4
+    frozen = 0 if args.algo == "ntp" else 4  # bytes per parameter
     memory = memory_plan(args.model, ranks, rows, args.micro_batch_tokens, args.gradient_checkpointing, frozen)
     rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
     tokens, decisions = sum(len(s.ids) for s in snippets) / len(snippets), stream.metrics()["data/decisions"]
@@ -1219,7 +1225,7 @@ def main(args: Args) -> None:
         "update": 0, "iteration": 0, "phase": "E" if learns_q else "M", "done": 0, "stages": [],
         "cursors": {"E": (0, 0), "M": (0, 0)},
     }  # fmt: skip
-    # what a checkpoint holds: the model that learns, and the other one if it learns in its turn
+    # what a checkpoint holds: the model that learns, and the other one unless it never learns
     models = {"E": {"policy": q, "frozen": pi}, "M": {"policy": pi} | ({"frozen": q} if learns_q else {})}
     optimizer, stages, shown, interrupt = None, state["stages"], [], Interrupt(ranks)
     if run.state:
@@ -1238,7 +1244,7 @@ def main(args: Args) -> None:
         metrics |= {"update": update, "phase": phase, "iteration": iteration, **streams[phase].metrics(), **held}
         run.log(metrics, CONSOLE, total, math.isnan(metrics["optim/grad_norm"]))
         if update == 1 and metrics["data/decisions"] < 1:
-            run.say("warning: next to no line can be decided about; is --dataset code? RA3 is then plain prediction")
+            run.say("warning: less than one decision a snippet; RA3 is then plain prediction. Is --dataset code?")
         if last:
             stages.append((title, held))
             run.export(learner, f"em_{iteration:03d}" + "_q" * (phase == "E"))
@@ -1256,7 +1262,7 @@ def main(args: Args) -> None:
             state["iteration"] = iteration
             # E-step: q starts from pi and learns where a thought helps
             if state["phase"] == "E":
-                if optimizer is None:
+                if optimizer is None:  # else the run was resumed within this step
                     copy_weights(pi, q)
                     optimizer = new_optimizer(q, args.rl_learning_rate, args.weight_decay, BETAS)
                 for k in range(state["done"], args.rl_updates):
