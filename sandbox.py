@@ -118,10 +118,7 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "float": (lambda value: [float.__float__(value)], float),
     "str": (lambda value: [str.__str__(value)], str),
     "bytes": (lambda value: [value.decode("latin-1")], lambda text: text.encode("latin-1")),
-    "list": (list, lambda *parts: list(parts)),
-    "tuple": (list, lambda *parts: parts),
-    "set": (list, lambda *parts: set(parts)),
-    "frozenset": (list, lambda *parts: frozenset(parts)),
+    **{kind.__name__: (list, lambda *parts, kind=kind: kind(parts)) for kind in (list, tuple, set, frozenset)},
     "dict": (lambda value: [[*value], [*value.values()]], lambda keys, values: dict(zip(keys, values))),
     "complex": (lambda value: [value.real, value.imag], complex),
     "range": (lambda value: [value.start, value.stop, value.step], range),
@@ -139,14 +136,13 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value], namedtuple),
 }
 BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
-SCALARS = {type(None), bool, int, float, str}
 CHANGEABLE = (list, dict, set, collections.deque)  # and arrays
 
 
 def pack(value, peer):
     """`peer.outgoing` packs what is not plain data."""
     kind = type(value)
-    if kind in SCALARS:
+    if value is None or kind in (bool, int, float, str):
         return value
     if kind.__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return pack(value.item(), peer)
@@ -531,7 +527,6 @@ def tester(job, verdict, pipes, others):
 libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
 CLONE_THREAD, ALL_BITS, WRITE, READ_WRITE, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_WRONLY, os.O_RDWR, os.O_TRUNC
-TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 ANY_PID = 0x7FFFFFFF  # stands for C's pid in the filter, which is made before C is
 
 # What Python and its libraries need: the name and the number on x86_64. Other machines have no filter.
@@ -559,7 +554,8 @@ ARGUMENTS = {
     "prlimit64": [(0, ALL_BITS, {0})],  # with a pid it sets the limits of another process
     # not of datagrams, which can be sent to any name
     "socketpair": [(0, ALL_BITS, {socket.AF_UNIX}), (1, 0xF, {socket.SOCK_STREAM})],
-    "ioctl": [(1, ALL_BITS, {TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX})],
+    # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+    "ioctl": [(1, ALL_BITS, {0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451})],
     # not F_SETOWN and F_SETSIG, with which the kernel sends any signal to any process
     "fcntl": [(1, ALL_BITS, {0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1033, 1034})],
     # O_TRUNC truncates even what is opened to be read, which the rights of Landlock used here allow
@@ -652,10 +648,6 @@ def confine(readable, without):
 
 
 # ---- Z, the zygote ------------------------------------------------------------------------------------------
-
-# Programs often import these. They are imported once, not in each program; `threading` or `random` would do
-# work at each fork.
-PRELOADED = ("array", "atexit", "bisect", "copy", "heapq", "itertools", "string", "typing")
 
 
 def fork(role, *args):
@@ -769,7 +761,8 @@ def zygote(config):
     sys.set_int_max_str_digits(0)
     sys.setrecursionlimit(5000)  # for data nested 500 deep
     _thread.stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
-    for name in PRELOADED:
+    # Programs often import these. `threading` and `random` would do work at each fork.
+    for name in ("array", "atexit", "bisect", "copy", "heapq", "itertools", "string", "typing"):
         importlib.import_module(name)
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["core"]})
@@ -916,7 +909,7 @@ class Worker:
         outcomes = [json.loads(line) for line in verdict.splitlines()]
         if why:
             outcomes.append(why)
-        elif tester_status:
+        elif tester_status or not outcomes:
             outcomes.append(died(status if tester_status == GONE else tester_status))
         return outcomes
 
@@ -952,7 +945,8 @@ def same_output(output, expected):
 
 
 def same_line(got, want):
-    got, want = got.split(), want.split()
+    want = want.split()
+    got = got.split(None, len(want))
     return len(got) == len(want) and all(map(same_token, got, want))
 
 
