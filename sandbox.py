@@ -14,7 +14,7 @@ produce too: program and test never share a process.
                                   '- C  candidate: runs the program
                              C <---> T  calls and their results, as JSON
 
-- C holds stdin, stdout and stderr, or two pipes from and to T. No test is in its memory (it is a copy of Z, which reads
+- C holds stdin, stdout and stderr, or a pipe to T. No test is in its memory (it is a copy of Z, which reads
   neither code nor tests) nor in a file that it can open, and it can neither trace nor signal another process. All it
   can do is answer T's calls, rightly or wrongly.
 - T executes the tests. A name that a test does not define is asked from C. C's answers are JSON that can only become
@@ -180,20 +180,19 @@ class Peer:
     """One end of the channel between C and T: a JSON text a line. Either asks; whoever waits for an answer answers
     meanwhile."""
 
-    def __init__(self, reader, writer):
-        self.reader, self.writer = reader, writer
-        self.lock = _thread.RLock()  # a program's threads may call back
+    def __init__(self, pipe):
+        self.pipe, self.lock = pipe, _thread.RLock()  # a program's threads may call back
         self.shown, self.numbers = [], {}  # what the other side knows by number; id -> number
 
     def send(self, *message):
         line = memoryview(json.dumps(message).encode() + b"\n")
         while line:
-            line = line[os.write(self.writer, line) :]
+            line = line[os.write(self.pipe, line) :]
 
     def receive(self):
         line = bytearray()
         while not line.endswith(b"\n"):
-            part = os.read(self.reader, 1 << 16)
+            part = os.read(self.pipe, 1 << 16)
             line += part
             if not part or len(line) > self.limit:
                 raise EOFError
@@ -339,8 +338,8 @@ class Program(Peer):
 
     limit, caught = ANSWER_LIMIT, Exception
 
-    def __init__(self, reader, writer):
-        super().__init__(reader, writer)
+    def __init__(self, pipe):
+        super().__init__(pipe)
         self.known, self.used = {}, False  # what stays in C: number -> handle or exception class
 
     def exchange(self, request, *args):
@@ -512,13 +511,12 @@ def judge(program, job, tell):
     return None
 
 
-def tester(job, verdict, pipes, others):
+def tester(job, verdict, pipe, pipe_of_c):
     """All of T's life."""
-    for pipe in others:
-        os.close(pipe)
+    os.close(pipe_of_c)
     lower_limit(resource.RLIMIT_AS, TESTER_MB * MIB)
     job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
-    judge(Program(*pipes), job, lambda failure: os.write(verdict, json.dumps(failure).encode() + b"\n"))
+    judge(Program(pipe), job, lambda failure: os.write(verdict, json.dumps(failure).encode() + b"\n"))
     os._exit(0)
 
 
@@ -664,7 +662,7 @@ def fork(role, *args):
 
 
 def candidate(code, fds, memory_mb, filter_template):
-    """All of C's life. fds: two pipes to and from T or stdin, stdout and stderr."""
+    """All of C's life. fds: the pipe to T, or stdin, stdout and stderr."""
     source, script = os.pread(code, os.fstat(code).st_size, 0), len(fds) == 3
     first = 0 if script else 3
     for number, fd in enumerate(fds, first):  # fds ascends: none is overwritten before its turn
@@ -675,7 +673,7 @@ def candidate(code, fds, memory_mb, filter_template):
         apply_filter(filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid())))
     if script:
         os._exit(run_script(source) & 0xFF)
-    Candidate(4, 3).serve(source)
+    Candidate(3).serve(source)
 
 
 def ended(pid, wait_s):
@@ -720,9 +718,9 @@ def run_program(timeout_s, memory_mb, fds, filter_template):
     """fds: the code, then the job and the verdict of T, or stdin, stdout and stderr. -> (why it had to be
     ended, exit status of T if there is one, of C), a status of None for a process that was killed here"""
     judged = len(fds) == 3
-    pipes = [*os.pipe(), *os.pipe()] if judged else []  # of answers: to read, to write; of questions alike
-    pids = [fork(tester, *fds[1:], (pipes[0], pipes[3]), pipes[1:3])] if judged else []
-    pids.append(fork(candidate, fds[0], pipes[1:3] if judged else fds[1:], memory_mb, filter_template))
+    pipes = [end.detach() for end in socket.socketpair()] if judged else []
+    pids = [fork(tester, *fds[1:], *pipes)] if judged else []
+    pids.append(fork(candidate, fds[0], pipes[1:] or fds[1:], memory_mb, filter_template))
     for pipe in pipes:  # so that T and C can see each other's end
         os.close(pipe)
     status, why = watch(pids, fds[2] if judged else None, timeout_s)
@@ -742,13 +740,11 @@ def warm_up():
     main, code = sys.modules["__main__"], b"import math\ndef f(a: int, b=()): return a, {x: b for x in ()}"
     tests, setup = (compile(text, "", "exec") for text in ("assert f(1, b=[2.5, 'a']) == (1, {})\n" * 20, ""))
     job = {"tests": tests, "setup": setup, "entry_point": None, "called": set(), "cases": [], "all_cases": False}
-    answers, to_t, questions, to_c = pipes = *os.pipe(), *os.pipe()
-    program, candidate = Program(answers, to_c), Candidate(questions, to_t)
+    ours, theirs = socket.socketpair()
+    program, candidate = Program(ours.fileno()), Candidate(theirs.fileno())
     candidate.source, receive = code, program.receive
     program.receive = lambda: candidate.answer(*candidate.receive()) or receive()  # they take turns
     judge(program, job, json.dumps)
-    for pipe in pipes:
-        os.close(pipe)
     run_script(b"print(1)")
     sys.modules["__main__"] = main
     del sys.modules["solution"]
