@@ -1,7 +1,7 @@
 """Helpers that ra3.py, rmt.py, grpo_rlvr.py and eval_code.py share.
 
-The algorithms are in the scripts. Of what changes a gradient, only this is here: `token_logprobs`, which tests
-pin, and `new_optimizer` and `optimizer_step` (AdamW, clipping).
+The algorithms are in the scripts. Only two things here change a gradient: `token_logprobs`, which tests pin, and
+the optimizer, `new_optimizer` and `optimizer_step` (AdamW, clipping).
 
     1 errors and signals     UserError, launch, Interrupt
     2 processes              setup, Ranks, all_sum
@@ -60,7 +60,7 @@ TINY = Path(__file__).parent / "tiny"  # the bundled toy models and their data
 
 
 def run_tests(*args, **kw) -> list[dict]:
-    """sandbox.run_tests, imported when it is first called."""
+    """sandbox.run_tests. The import waits until it is called: a fork that runs no programs needs no sandbox.py."""
     from sandbox import run_tests
 
     return run_tests(*args, **kw)
@@ -84,9 +84,9 @@ def launch(main: Callable, args) -> None:
     """Run `main(args)` and leave with an exit code: 0 done, 2 after one line about what the user can put
     right, 130 after an interrupt, 1 after a traceback.
 
-    It leaves by os._exit. A rank that fails must not wait for the others, which may be inside a collective:
-    torchrun then ends the job. And a rank that is done can abort at the interpreter's end, when a thread of
-    gloo still holds a tensor.
+    It leaves by os._exit, for two reasons. A rank that fails must not wait for the others, which may be inside a
+    collective; torchrun then ends them. And the interpreter's own end can abort a rank that is done, when a
+    thread of gloo still holds a tensor.
     """
     code, message = 0, ""
     try:
@@ -105,7 +105,7 @@ def launch(main: Callable, args) -> None:
         elif isinstance(error, getattr(sys.modules.get("sandbox"), "SandboxError", ())):
             code, message = 2, f"error: {error}\n"  # a limit of the machine
     if message and int(os.environ.get("RANK", 0)):
-        time.sleep(2)  # mostly every rank meets the same error: rank 0 says it, and torchrun ends the others
+        time.sleep(2)  # mostly all ranks meet the same error: rank 0 prints it, and torchrun ends the others
     sys.stdout.flush()
     print(message, end="", file=sys.stderr, flush=True)
     os._exit(code)
@@ -121,7 +121,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_sizes(args, positive: str, not_negative: str) -> None:
-    """UserError for an argument out of its range. Names are separated by blanks."""
+    """UserError for an argument out of its range. positive, not_negative: names, separated by spaces."""
     for names, least, words in ((positive, 1e-300, "be positive"), (not_negative, 0, "not be negative")):
         for name in names.split():
             if not getattr(args, name) >= least:
@@ -144,7 +144,7 @@ class Interrupt:
             print("\nstopping, then saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
     def check(self) -> None:
-        """Raise Stop on all ranks as soon as one of them got a signal (a collective: call it on all)."""
+        """Raise Stop on all ranks if one of them got a signal (a collective: call it on all)."""
         if all_sum(float(self.signal != 0), self.ranks):
             raise Stop
 
@@ -242,7 +242,7 @@ def load_tokenizer(name: str):
 
 
 def eos_ids(tokenizer, name: str) -> set[int]:
-    """Tokens that end what the model `name` writes: the tokenizer's eos, and a chat model's end of a turn."""
+    """Tokens that end what the model `name` writes: the tokenizer's eos and those of its generation config."""
     with contextlib.suppress(OSError):
         more = GenerationConfig.from_pretrained(name).eos_token_id
         return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
@@ -263,17 +263,17 @@ def token_texts(tokenizer, vocab_size: int) -> list[str]:
 def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = True, recompute: bool = False):
     """The causal language model `name` (hub id or folder) on this rank's device, ready for `token_logprobs`.
 
-    longest: tokens of the longest row of the run; 0 for a model that only samples. train: fp32 weights with
-    gradients; else none, and bf16 on a GPU. On a GPU, or with several ranks, it is sharded (FSDP2; bf16 compute
-    on a GPU). recompute: gradient checkpointing. UserError if it does not load, if it has fewer tokens than the
-    tokenizer, if `longest` exceeds its context, or if `check_forward` refuses it.
+    longest: tokens of the longest row of the run; 0 for a model that only samples. train: weights in fp32, with
+    gradients; else no gradients, and bf16 on a GPU. recompute: gradient checkpointing. On a GPU, or with several
+    ranks, the model is sharded (FSDP2; bf16 compute on a GPU). UserError if it does not load, if it has fewer
+    tokens than the tokenizer, if `longest` exceeds its context, or if `check_forward` refuses it.
     """
     on_cpu = ranks.device.type == "cpu"
     try:
         config = AutoConfig.from_pretrained(name)
         text_config = config.get_text_config()
         for key in [key for key in vars(text_config) if "dropout" in key or key.endswith("pdrop")]:
-            setattr(text_config, key, 0.0)  # gradient checkpointing needs train mode
+            setattr(text_config, key, 0.0)  # gradient checkpointing works in train mode only
         dtype = torch.float32 if train or on_cpu else torch.bfloat16
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval()
     except Exception as error:  # as for the tokenizer
@@ -283,7 +283,7 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
     largest = max(*tokenizer.get_vocab().values(), *eos_ids(tokenizer, name))
     if largest >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {name} has more tokens than the model: call model.resize_token_embeddings")
-    # nothing of its own, which may add top-k or a penalty; the Sampler draws, and generate takes its choice
+    # not the model's own, which may add top-k or a penalty: the Sampler draws, and generate takes what it drew
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     model.requires_grad_(train)
     model.run = types.MethodType(run_function, model)
@@ -307,15 +307,14 @@ def context_of(name: str) -> int:
 
 
 def run_function(model, function: Callable, *args, **kw):
-    """`model.run(function, ...)` is function(model, ...), and FSDP prepares the weights for it as for
-    forward."""
+    """`model.run(function, ...)` is function(model, ...). FSDP gathers the weights for it, as for forward."""
     return function(model, *args, **kw)
 
 
 def check_forward(model, name: str, longest: int) -> None:
     """UserError unless, on short rows, `token_logprobs` agrees with the model's own forward and with `generate`,
-    also when a row is padded to `longest`. Sets model.shares_prompts (may completions continue on their
-    prompt's cache?) and model.can_draft (may parts of that cache be masked, too?).
+    also when a row is padded to `longest`. Sets model.shares_prompts (completions may continue on their prompt's
+    cache) and model.can_draft (parts of that cache may be masked, too).
     """
     vocab_size, close = model.config.get_text_config().vocab_size, 1e-3 if model.dtype == torch.float32 else 0.3
     generator = torch.Generator().manual_seed(0)
@@ -338,7 +337,7 @@ def check_forward(model, name: str, longest: int) -> None:
         )
         done = [row[:8] + out[0, 8:].tolist(), other[:3] + out[1, 8:].tolist()], [np.arange(8, 14), np.arange(3, 9)]
         again, _ = token_logprobs(model, *done)
-        # rows may continue on a cache, and what it holds may be masked: not with a recurrent state
+        # may a row continue on a cache of which a part is masked? Not with a recurrent state
         cache = DynamicCache(config=model.config)
         states = read_on(model, [row[:6] + other[:3]], [0], torch.zeros(1, 0, dtype=torch.long), cache)
         mask = torch.tensor([[1] * 6 + [0] * 3])
@@ -366,10 +365,9 @@ def cache_argument(model) -> str:
 
 
 def read_on(model, rows, starts, mask, cache) -> torch.Tensor:
-    """Last hidden states [B, T, D] of rows of tokens, left-padded, that continue on a cache.
+    """Last hidden states [B, T, D], left-padded, of rows of tokens that continue on a cache.
 
-    starts [B]: position of each row's first token. mask [B, columns of the cache]: 0 for what is to be
-    ignored.
+    starts [B]: position of each row's first token. mask [B, columns of the cache]: 0 where the cache is ignored.
     """
     ids, new = pad_left(rows, model.device)
     place = (torch.tensor(starts, device=model.device)[:, None] + new.cumsum(1) - 1).clamp(min=0)
@@ -380,12 +378,12 @@ def read_on(model, rows, starts, mask, cache) -> torch.Tensor:
 
 def decoder_layers(model) -> torch.nn.ModuleList:
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]  # a layer may hold experts
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]  # a layer's experts are one, too
     return next((m for m in lists if len(m) == depth), None) or max(lists, key=len)
 
 
 def shard(model, ranks: Ranks):
-    """FSDP2: one group of parameters per decoder layer, one for the rest; gradients are summed in fp32."""
+    """FSDP2: one group of parameters per decoder layer, one for the rest; gradients are averaged in fp32."""
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if ranks.device.type == "cuda" else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
@@ -398,7 +396,8 @@ def shard(model, ranks: Ranks):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Whole weights on every rank inside: no collective in forward or generate, so ranks may differ."""
+    """Inside, every rank has the whole weights: forward and generate need no collective, so ranks may do
+    different work."""
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
     model.eval()
     for group in groups:
@@ -414,27 +413,27 @@ def gathered(model):
 
 @torch.no_grad()
 def copy_weights(source, target) -> None:
-    """target := source, in place; both sharded alike."""
+    """target := source, in place; both are sharded alike."""
     for new, old in zip(source.parameters(), target.parameters()):
         old.copy_(new)
 
 
 def new_optimizer(model, learning_rate: float, weight_decay: float, betas=(0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW with a state for every parameter from the start, also for one that never gets a gradient: what a
-    checkpoint saves and what it expects are then the same."""
+    """AdamW that has a state for every parameter from the start, even for one that never gets a gradient. So
+    every checkpoint holds the same tensors, and a fresh optimizer can load it."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=True
     )
-    distributed_state.get_optimizer_state_dict(model, optimizer)  # makes the missing states, by a step of size 0
+    distributed_state.get_optimizer_state_dict(model, optimizer)  # makes the states, by a step of size 0
     for state in optimizer.state.values():
         state["step"].zero_()
     return optimizer
 
 
 def optimizer_step(model, optimizer, loss: float, max_norm: float, ranks: Ranks) -> float:
-    """Clip the (global) gradient to `max_norm`, step, clear it; its norm before, the same on all ranks.
+    """Clip the global gradient to `max_norm`, step, clear it. Returns its norm before clipping.
 
-    If the norm, or the sum of the ranks' losses, is NaN or infinite, nothing steps and NaN is returned.
+    If the norm, or the sum of the ranks' losses, is NaN or infinite, no rank steps, and all return NaN.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
@@ -449,8 +448,8 @@ def optimizer_step(model, optimizer, loss: float, max_norm: float, ranks: Ranks)
 def memory_plan(name: str, ranks: Ranks, rollout: tuple[int, int], tokens: int, recompute: bool, frozen: int):
     """What --dry-run says about memory: estimates in GiB for one rank, from the model's config alone.
 
-    rollout: rows at once, tokens of the longest; tokens: of a micro-batch; frozen: bytes per parameter of a
-    second model.
+    rollout: rows at once, and tokens of the longest. tokens: of a micro-batch. frozen: bytes per parameter of
+    the second model; 0 if there is none.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
@@ -492,7 +491,8 @@ def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    # right=True: the first index whose cdf exceeds the threshold, so an index of probability 0 is never drawn
+    # right=True: the first index whose cdf exceeds the threshold, so an index of probability 0 is never drawn.
+    # The threshold stays below the total; else rounding could leave no such index
     threshold = torch.minimum(noise.to(cdf).unsqueeze(-1) * total, total * (1 - 2**-22))
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
 
@@ -501,8 +501,8 @@ class Sampler(LogitsProcessor):
     """Draws each token for `generate` from its row's own noise, and notes the token's log-probability.
 
     All other tokens are masked, so generate, which is greedy, takes the drawn one. noise [B, T]: column t is
-    for the t-th new token; start: columns of the prompts; temperature 0: the most likely token. `rows`: the
-    rows of `noise` that are still in the batch.
+    for the t-th new token; start: columns of the prompts; temperature 0: the most likely token. The attribute
+    `rows`: which rows of `noise` are still in the batch; the caller may shorten it.
     """
 
     def __init__(self, noise: torch.Tensor, start: int, temperature: float, device) -> None:
@@ -544,10 +544,10 @@ def micro_batches(
 ) -> list[list[int]]:
     """Indices of rows, the longest first, cut into parts of at most max_tokens (at least one row each).
 
-    lengths: tokens of each row; a part counts its rows times the longest (padding). prompts: each row's prompt
-    (token ids), then not in `lengths`: it counts once in a part, and rows that share it stay together. With
-    `ranks`, every rank returns the same number of parts (FSDP's collectives must pair up), if need be empty
-    ones, for which the caller runs one row with weight zero.
+    lengths: tokens of each row; a part counts as its rows times the longest (padding). prompts: each row's
+    prompt (token ids), if `lengths` leaves it out: it counts once in a part, and rows that share it stay
+    together. With `ranks`, every rank returns the same number of parts, because FSDP's collectives must pair
+    up. Some may be empty; for these the caller runs one row with weight zero.
     """
     prompts = [()] * len(lengths) if prompts is None else prompts
     longest: dict = {}
@@ -600,17 +600,18 @@ def token_logprobs(model, rows, where, **options) -> tuple[torch.Tensor, torch.T
 
     rows: B lists of token ids. where: for each row the positions (>= 1) of the tokens wanted; N in all, row
     by row. Options:
-      targets [N]     other tokens than the rows'; the target EVENT (-1) stands for "any token of the set
-                      `event`" (bool [V]), whose log-probability log sum_{v in event} p_v is exact
-      merged [N]      bool: where the set counts as one outcome in the entropy (default: where EVENT is wanted)
+      targets [N]     tokens in place of the rows' own. The target EVENT (-1) stands for "any token of the set
+                      `event`" (bool [V]); its log-probability log sum_{v in event} p_v is exact
+      merged [N]      bool: where the set counts as one outcome in the entropy (default: where the target is EVENT)
       temperature     divides the logits
-      entropy         False: zeros are returned for it (it costs a second pass over the logits)
+      entropy         False: its place is filled with zeros (it costs a second pass over the logits)
       prompt_lengths  how many tokens of each row are its prompt; the positions wanted are beyond them. Equal
                       prompts go through the model once, and the rest of each row continues on their cache
     Returns logprobs [N] and entropies [N] in nats, float32. Logits exist at these positions alone, in chunks
     that the backward pass computes again.
     """
-    model.train(torch.is_grad_enabled() and getattr(model, "recompute", False))  # else layers keep activations
+    # gradient checkpointing works in train mode only
+    model.train(torch.is_grad_enabled() and getattr(model, "recompute", False))
     return model.run(_token_logprobs, rows, where, **options)
 
 
@@ -765,8 +766,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
 
 def fingerprint(sources: Sequence[str]) -> str:
-    """A hash by which a resumed run notices that its data files have changed: their names, sizes and first
-    MiB."""
+    """A hash of the names, sizes and first MiB of data files. By it a resumed run notices that they changed."""
     digest = hashlib.sha256(sys.version.encode() * ("stdlib" in sources))
     for source in filter(os.path.exists, sources):
         files = sorted(p for p in Path(source).rglob("*") if p.is_file()) or [Path(source)]
@@ -794,10 +794,10 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
 # ---------------------------------------------------------------- 7 run folder
 
 # arguments that may differ on --resume: they change memory, speed, output, or how long the run goes on
-# (rmt.py's budget and curriculum follow --updates, too)
+# (with another --updates, rmt.py's budget and curriculum change, too)
 NOT_DEFINING = {"resume", "output_dir", "dry_run", "workers", "track", "save_every", "eval_every", "updates"}
 NOT_DEFINING |= {"em_iterations", "micro_batch_tokens", "rollout_rows", "gradient_checkpointing"}
-MAX_SKIPPED = 3  # a run ends after so many updates in a row without a finite loss and gradient
+MAX_SKIPPED = 3  # so many updates in a row without a finite loss and gradient end the run
 SAMPLES = """<!DOCTYPE html><meta charset="utf-8"><title>samples</title><style>
 :root { color-scheme: light dark }
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
@@ -818,7 +818,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint. First what makes it complete, so that it is never taken for one while it goes."""
+    """Remove a checkpoint, state.json first: without it, what a killed run leaves is not taken for complete."""
     (folder / "state.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -826,9 +826,9 @@ def discard(folder: Path) -> None:
 class Run:
     """One folder per run: args.json, env.txt, sources, metrics.jsonl, samples.html, curves.png, checkpoints.
 
-    data: the sources that it reads, for `fingerprint`. `state` is what the last good checkpoint holds in
-    state.json (None for a fresh run). UserError if the folder cannot be written, if there is nothing to
-    resume, or if the arguments that define the run, or its data, differ.
+    data: the sources that it reads, for `fingerprint`. `state` is the state.json of the last complete checkpoint
+    (None for a fresh run). UserError if the folder cannot be written, if there is nothing to resume, or if the
+    arguments that define the run, or its data, differ.
     """
 
     def __init__(self, args, script: str, ranks: Ranks, data: Sequence[str] = ()) -> None:
@@ -836,13 +836,13 @@ class Run:
         model = Path(args.model).resolve().name if Path(args.model).exists() else args.model.replace("/", "_")
         task = "".join(f"_{getattr(args, name)}" for name in ("task", "algo") if hasattr(args, name))
         self.stem = f"{self.script.stem}{task}__{model}__s{args.seed}__"
-        path = together(self._claim, ranks) if ranks.main else together(lambda: None, ranks)
+        path = together(self._claim if ranks.main else lambda: None, ranks)
         self.path = Path(all_gather_list([path], ranks)[0])
-        self.state = together(self._open, ranks)
-        together(self._prepare, ranks)  # when no rank refuses
+        self.state = together(self._open, ranks)  # changes no file: a rank may still refuse
+        together(self._prepare, ranks)
         self.writer = self.tracker = self.first_log = None
         self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
-        self.started, self.seconds_before = time.time(), 0.0  # the latter: of this run, before it was resumed
+        self.started, self.seconds_before = time.time(), 0.0  # seconds_before: of this run until it was resumed
         resumed = f", resumed at update {self.state['update']}" if self.state else ""
         self.say(f"run folder {self.path}{resumed}")
 
@@ -859,16 +859,18 @@ class Run:
         if args.output_dir:
             return args.output_dir
         if args.resume:
-            bootstraps = getattr(args, "bootstrap_only", False)  # RA3: it continues a file
+            bootstraps = getattr(args, "bootstrap_only", False)  # RA3: it continues a file, not a checkpoint
             kept = "bootstrapped.jsonl" if bootstraps else "checkpoints/state_*/state.json"
             if earlier := sorted(glob.glob(f"runs/{glob.escape(self.stem)}*/{kept}")):
                 return "/".join(earlier[-1].split("/")[:2])
-        path, number = f"runs/{self.stem}{time.strftime('%Y%m%d-%H%M%S')}", 1
+        first, number = f"runs/{self.stem}{time.strftime('%Y%m%d-%H%M%S')}", 1
+        path = first
         while True:
             with contextlib.suppress(FileExistsError):
-                Path(path + f"_{number}" * (number > 1)).mkdir(parents=True)
-                return path + f"_{number}" * (number > 1)
+                Path(path).mkdir(parents=True)
+                return path
             number += 1
+            path = f"{first}_{number}"
 
     def _open(self) -> dict | None:
         if getattr(self.args, "track", False) and importlib.util.find_spec("wandb") is None:
@@ -895,7 +897,7 @@ class Run:
     def _prepare(self) -> None:
         if not self.ranks.main:
             return
-        if self.state is None:  # a run that was killed before its first checkpoint
+        if self.state is None:  # what a run left that was killed before its first checkpoint
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for torn in self.path.glob("checkpoints/.*.partial"):  # an earlier run was killed there
@@ -910,9 +912,9 @@ class Run:
     def log(self, metrics: dict, console: Sequence[str] = (), total: int = 0, skipped: bool = False) -> None:
         """Append one object to metrics.jsonl and to TensorBoard, print a line (rank 0).
 
-        metrics: holds `update`; values that are not finite are left out. console: formats of the line's parts
-        with keys of metrics; a part whose keys are missing is left out. total: updates of the run. skipped:
-        the update had no finite loss or gradient; UserError if that is so for MAX_SKIPPED in a row.
+        metrics: must hold `update`; values that are not finite are left out. console: the parts of the line, as
+        formats of keys of metrics; a part with a missing key is left out. total: updates of the run. skipped: the
+        update had no finite loss and gradient; UserError if that is so for MAX_SKIPPED in a row.
         """
         self.skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
@@ -1002,8 +1004,8 @@ class Run:
             self.tracker.log({"curves": wandb.Image(str(self.path / "curves.png"))})
 
     def samples(self, title: str, legend: str, blocks: Sequence[str]) -> None:
-        """Add a section to samples.html (rank 0); a resumed run replaces it and all after it. All arguments are
-        HTML; blocks may use the classes of SAMPLES."""
+        """Add a section to samples.html (rank 0). If it is there, because the run was resumed before it, the new
+        one replaces it and all after it. All arguments are HTML; blocks may use the classes of SAMPLES."""
         path, head = self.path / "samples.html", f"{SAMPLES}{self.path.name}</h1>\n<p>{legend}</p>\n"
         if self.ranks.main and blocks:
             earlier = path.read_text(encoding="utf-8") if path.exists() else head
@@ -1015,12 +1017,12 @@ class Run:
     def export(self, model, name: str) -> None:
         """Write checkpoints/<name>, which AutoModelForCausalLM.from_pretrained loads. Atomic; all ranks.
 
-        Configuration and tokenizer are those of --model as they were: only the weights change.
+        Configuration and tokenizer are those of --model, unchanged: only the weights are new.
         """
         target, source = self.path / "checkpoints" / name, self.args.model
-        weights = {}
-        names = [{n for n, _ in model.named_parameters(remove_duplicate=alike)} for alike in (False, True)]
-        tied = names[0] - names[1]  # second names of a tensor; the config may speak of a tie that is none
+        weights, once = {}, {key for key, _ in model.named_parameters()}
+        # second names of a tensor; the config is not asked, because it may claim a tie that does not exist
+        tied = {key for key, _ in model.named_parameters(remove_duplicate=False)} - once
         for key, value in model.state_dict().items():
             if key in tied:
                 continue
@@ -1043,8 +1045,8 @@ class Run:
     def save(self, state: dict, models: dict, optimizer) -> None:
         """Write the state that --resume continues from; the last two are kept. Atomic; all ranks.
 
-        state: JSON-able, with `update`, which is done (and cursors, phase ...); models: name -> model, all
-        saved; optimizer may be None.
+        state: a dict for JSON that holds `update`, the number of updates done, and what else the script needs to
+        go on. models: name -> model; "policy" is the optimizer's. optimizer may be None.
         """
         state = {**state, "skipped": [self.skipped, self.skipped_in_a_row]}
         state["seconds"] = self.seconds_before + time.time() - self.started
@@ -1053,7 +1055,7 @@ class Run:
         def write(aside: Path) -> None:
             try:
                 dcp.save(tensors, checkpoint_id=aside)
-            except dcp.CheckpointException as error:  # what any of the ranks met; no subclass of Exception
+            except dcp.CheckpointException as error:  # of any rank; it is no subclass of Exception
                 raise UserError(failures(error)) from None
             if self.ranks.main:
                 write_whole(aside / "state.json", json.dumps(state))
@@ -1064,7 +1066,7 @@ class Run:
                 discard(old)
 
     def stopped(self, state: dict, models: dict, optimizer) -> None:
-        """Save after a `Stop` and say how to go on, then leave."""
+        """After a `Stop`: save, say how to go on, and leave."""
         self.save(state, models, optimizer)
         self.say(f"saved update {state['update']}; the same command with --resume {self.path} continues")
         raise Stop
@@ -1087,7 +1089,7 @@ class Run:
             together(lambda: write(aside), self.ranks)
             together(rename, self.ranks)
         except UserError as error:
-            clear()  # on a full disk its place is needed
+            clear()  # a full disk needs the space
             reason = f"cannot write {target} ({error}). Earlier checkpoints are intact"
             raise UserError(reason) from None
 
@@ -1095,7 +1097,7 @@ class Run:
         return sorted(p.parent for p in self.path.glob("checkpoints/state_*/state.json"))
 
     def restore(self, models: dict, optimizer) -> dict:
-        """Load the last good checkpoint, cut metrics.jsonl back to it, return its state."""
+        """Load the last complete checkpoint, cut metrics.jsonl back to it, return its state."""
         folder = self._complete()[-1]
         tensors = saved_tensors(models, optimizer)
         try:
@@ -1120,7 +1122,7 @@ class Run:
 
 
 def draw_series(axis, points: np.ndarray, label: str) -> None:
-    """points [n, 2]: faint dots, and their running mean over a tenth of them, interrupted where there are none."""
+    """Faint dots for points [n, 2], and their running mean over a tenth of them, with a gap where x has one."""
     x, y = points.T
     width = max(1, len(y) // 10)
     sums = np.cumsum(np.pad(y, (1, 0)))
@@ -1132,7 +1134,7 @@ def draw_series(axis, points: np.ndarray, label: str) -> None:
 
 
 def peak_memory() -> float:
-    """GiB that this rank has needed at most: of its GPU, else of the process."""
+    """The most GiB that this rank has used: of its GPU, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -1147,7 +1149,7 @@ def saved_tensors(models: dict, optimizer) -> dict:
 
 
 def failures(error: dcp.CheckpointException) -> str:
-    """In one line, what the first rank met that failed."""
+    """In one line, what went wrong on the first rank that failed."""
     return first_line(next(iter(error.failures.values()))[0])
 
 
