@@ -50,6 +50,7 @@ x86_64 it can do most of what this user can. Both are said once, on stderr: use 
 import __future__
 
 import _thread
+import atexit
 import builtins
 import collections
 import contextlib
@@ -76,7 +77,6 @@ import time
 import types
 
 if "zygote" not in sys._xoptions:  # only the caller needs these
-    import atexit
     import subprocess
     import threading
     from concurrent.futures import ThreadPoolExecutor
@@ -266,7 +266,7 @@ def run_script(source):
         sys.excepthook(*sys.exc_info())
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # waits for the threads that are not daemons
-    importlib.import_module("atexit")._run_exitfuncs()
+    atexit._run_exitfuncs()
     made, kinds = gc.get_objects(), (io.TextIOWrapper, io.BufferedWriter)  # what was there before is frozen
     writers = [thing for kind in kinds for thing in made if issubclass(type(thing), kind)]
     for stream in (sys.__stdout__, sys.stdout, *writers):  # all that Python would flush at its end
@@ -758,7 +758,7 @@ def zygote(config):
     sys.setrecursionlimit(5000)  # for data nested 500 deep
     _thread.stack_size(8 * MIB)  # of threads, or they would take 512 MiB each
     # Programs often import these. `threading` and `random` would do work at each fork.
-    for name in ("array", "atexit", "bisect", "copy", "heapq", "itertools", "string", "typing"):
+    for name in ("array", "bisect", "copy", "heapq", "itertools", "string", "typing"):
         importlib.import_module(name)
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["core"]})
@@ -859,20 +859,22 @@ class Worker:
     def job(self, program, memory_mb, *contents):
         """contents: of the files that Z, T and C get. -> why Z has ended the program or "", the exit status of T if
         there is one and of C, and what stands in the files that they write (all but two)"""
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(os.fdopen(os.memfd_create("sandbox"), "r+b", buffering=0)) for _ in contents]
-            for file, content in zip(files, contents):
-                os.pwrite(file.fileno(), content, 0)
-            limits = marshal.dumps((program["timeout_s"], memory_mb))
-            socket.send_fds(self.control, [limits], [file.fileno() for file in files])
+        fds = []
+        try:
+            for content in contents:
+                fds.append(os.memfd_create("sandbox"))
+                os.pwrite(fds[-1], content, 0)
+            socket.send_fds(self.control, [marshal.dumps((program["timeout_s"], memory_mb))], fds)
             answer = self.control.recv(256)
             if not answer:
                 raise SandboxError("the worker died")
             why, *statuses = marshal.loads(answer)
             if "seccomp" not in self.missing and -signal.SIGKILL in statuses:
                 raise SandboxError("a process was killed from outside, perhaps for want of memory")
-            written = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0) for file in files[2:]]
-        return why, statuses, written
+            return why, statuses, [os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds[2:]]
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def run_script(self, program, memory_mb):
         """A stdin program: one run per case. -> for each case None or why it has failed"""
@@ -1028,6 +1030,7 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
             verdicts = dict(zip(jobs, pool.map(lambda program: run_one(program, memory_mb, stopped), jobs.values())))
         except BaseException as error:  # Ctrl-C too
             stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
             close_workers()  # what other threads run there is tried once more
             if isinstance(error, RuntimeError) and "new thread" in str(error):
                 raise SandboxError(f"{error}; {machine_limits()}") from error
