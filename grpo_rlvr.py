@@ -52,12 +52,12 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from common import (
     TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum, cache_argument,
     check_sizes, draw_problems, eos_ids, gathered, launch, load_model, load_tokenizer, memory_plan,
-    micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share, read_rows, run_tests, setup,
+    micro_batches, new_optimizer, optimizer_step, padded, prefill, rank_share, read_rows, run_tests, setup,
     token_logprobs, token_texts, uniforms,
 )  # fmt: skip
 
@@ -319,20 +319,21 @@ def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
 def read_problems(source: str, args: Args, tokenizer) -> tuple[list[Problem], str]:
     """The problems of `source` in an order fixed by the seed, and a note that counts the rows left out.
 
-    UserError if no problem is left.
+    UserError if no problem is left, or if more than half of the rows are of no use, which no option chooses.
     """
     warnings.simplefilter("ignore", SyntaxWarning)  # a `\d` in a solution
     split = "math" if "Skywork" in source else "test" if re.search("humaneval|mbpp", source, re.I) else "train"
-    problems, left_out, row = [], Counter(), {}
+    problems, left_out, row, number = [], Counter(), {}, 0
     for number, row in enumerate(read_rows(source, split), start=1):
         try:
             problems.append(read_problem(row, number, args, tokenizer))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             left_out[str(error) if type(error) is ValueError else f"malformed ({type(error).__name__})"] += 1
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(6))
-    if not problems:
-        columns, count = ", ".join(row) if isinstance(row, dict) else type(row).__name__, left_out.total()
-        raise UserError(f"{source}: {count} of {count} rows cannot be used ({reasons}); columns: {columns}")
+    unusable = sum(n for reason, n in left_out.items() if not reason.startswith(("difficulty outside", "longer than")))
+    if not problems or 2 * unusable > number:
+        columns, words = ", ".join(row) if isinstance(row, dict) else type(row).__name__, "rows cannot be used"
+        raise UserError(f"{source}: {left_out.total()} of {number} {words} ({reasons}); columns: {columns}")
     problems = [problems[i] for i in np.random.default_rng([args.seed, 0]).permutation(len(problems))]
     if args.difficulty_key:  # one problem of each level in turn: the first n are even over the levels
         levels = [[problem for problem in problems if problem.level == level] for level in LEVELS]
@@ -388,25 +389,14 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     noise [B, T], T tokens at most; temperature 0 is greedy. A prompt that rows share is read once.
     """
     (size, steps), device = noise.shape, model.device
-    prompts = list(dict.fromkeys(map(tuple, prompt_ids)))  # the N different ones
-    number = {prompt: n for n, prompt in enumerate(prompts)}
-    which = torch.tensor([number[tuple(ids)] for ids in prompt_ids], device=device)  # [B]
-    ids, mask = pad_left(prompts, device)  # [N, L]
-    start, cache = ids.shape[1], DynamicCache(config=model.config)
-    options = {"use_cache": True, cache_argument(model): cache}
-    if start > 1:  # all but the last token of a prompt, which generate reads
-        place = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        part = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": place}
-        model(**part, logits_to_keep=1, **options)
-        cache.reorder_cache(which)  # a row for every completion
-    ids, mask = ids[which], mask[which]  # [B, L]
-    sampler = Sampler(noise, start, temperature, device)
+    ids, mask, cache = prefill(model, prompt_ids)  # [B, P]
+    start, sampler = ids.shape[1], Sampler(noise, ids.shape[1], temperature, device)
     tokens = torch.zeros(size, 1 + steps, dtype=torch.long, device=device)  # [B, 1 + T], the prompt's last first
     for first in range(0, steps, CHUNK):
         new = min(CHUNK, steps - first)
         ids = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new, synced_gpus=False,
-            logits_processor=LogitsProcessorList([sampler]), **options,
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, synced_gpus=False, use_cache=True,
+            logits_processor=LogitsProcessorList([sampler]), **{cache_argument(model): cache},
         )  # fmt: skip
         mask = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
         tokens[sampler.rows, : 1 + first + new] = ids[:, start - 1 :]
@@ -638,10 +628,14 @@ def note_old_logprobs(model, samples: list[Sample], args: Args) -> None:
                 samples[i].old_logprobs = row[: len(samples[i].completion_ids)]
 
 
-def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, ref_model=None):
-    """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm)."""
+def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ranks: Ranks, stop, ref_model=None):
+    """One optimizer step on this rank's samples of a minibatch: (sums over their tokens, gradient norm).
+
+    stop: called before each micro-batch; it may raise Stop.
+    """
     nothing, ref, sums = Sample([0, 0], [0], [0.0], old_logprobs=[0.0]), None, Counter()
     for batch in sample_batches(model, samples, args.micro_batch_tokens, ranks):
+        stop()
         micro = [samples[i] for i in batch] or [nothing]  # a rank without work still joins the collectives
         logprobs, entropies, mask = completion_logprobs(model, micro, args.temperature, entropy=True)
         if args.beta:
@@ -663,7 +657,7 @@ def train_minibatch(model, optimizer, samples, normalizer: float, args: Args, ra
     return sums, optimizer_step(model, optimizer, float(sums["loss"]), args.max_grad_norm, ranks)
 
 
-def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks) -> dict:
+def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, ranks: Ranks, stop: Callable) -> dict:
     """Step 4: the metrics of the optimizer steps on the groups, one step for each minibatch of them."""
     size = max(1, -(-len(groups) // args.minibatches))
     minibatches = [groups[i : i + size] for i in range(0, len(groups), size)]
@@ -676,7 +670,8 @@ def learn(model, ref_model, optimizer, groups: list[list[Sample]], args: Args, r
         counted, steps = (groups, len(minibatches)) if args.loss_type == "dapo" else (minibatch, 1)
         lengths = torch.tensor([len(s.completion_ids) * s.in_loss for group in counted for s in group])
         normalizer = loss_normalizer(lengths, args.loss_type, args.max_new_tokens) / steps
-        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, ref_model)
+        may_stop = (lambda: None) if norms else stop  # after the first step, the update is finished
+        share_sums, norm = train_minibatch(model, optimizer, share, normalizer, args, ranks, may_stop, ref_model)
         sums.update(share_sums)
         norms.append(norm)
     sums = all_sum({key: float(sums[key]) for key in SUMS if key != "kl" or args.beta}, ranks)
@@ -852,7 +847,7 @@ def main(args: Args) -> None:
 
             # 4 update
             begin, groups = time.time(), groups[: args.prompts_per_update]
-            learnt = learn(model, ref_model, optimizer, groups, args, ranks)
+            learnt = learn(model, ref_model, optimizer, groups, args, ranks, interrupt.check)
             seconds["time/update_s"] = time.time() - begin
 
             # 5 log, evaluate, save

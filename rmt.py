@@ -42,12 +42,12 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from common import (
     LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum,
     cache_argument, check_sizes, column, draw_problems, eos_ids, gathered, hidden_before, launch, load_model,
-    load_tokenizer, memory_plan, micro_batches, new_optimizer, optimizer_step, pad_left, padded, rank_share,
+    load_tokenizer, memory_plan, micro_batches, new_optimizer, optimizer_step, padded, prefill, rank_share,
     read_rows, setup, token_logprobs, token_texts, uniforms,
 )  # fmt: skip
 
@@ -388,25 +388,14 @@ def rollout(model, prompt_ids: list[list[int]], noise, temperature: float, table
     noise [B, T], T tokens at most; temperature 0 is greedy. A prompt that rows share is read once.
     """
     (size, steps), device = noise.shape, model.device
-    prompts = list(dict.fromkeys(map(tuple, prompt_ids)))  # the N different ones
-    number = {prompt: n for n, prompt in enumerate(prompts)}
-    which = torch.tensor([number[tuple(ids)] for ids in prompt_ids], device=device)  # [B]
-    ids, mask = pad_left(prompts, device)  # [N, L]
-    start, cache = ids.shape[1], DynamicCache(config=model.config)
-    options = {"use_cache": True, cache_argument(model): cache}
-    if start > 1:  # all but the last token of a prompt, which generate reads
-        place = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        part = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": place}
-        model(**part, logits_to_keep=1, **options)
-        cache.reorder_cache(which)  # a row for every completion
-    ids, mask = ids[which], mask[which]  # [B, L]
-    sampler = Sampler(noise, start, temperature, device)
+    ids, mask, cache = prefill(model, prompt_ids)  # [B, P]
+    start, sampler = ids.shape[1], Sampler(noise, ids.shape[1], temperature, device)
     tokens = torch.zeros(size, 1 + steps, dtype=torch.long, device=device)  # [B, 1 + T], the prompt's last first
     for first in range(0, steps, CHUNK):
         new = min(CHUNK, steps - first)
         ids = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new, synced_gpus=False,
-            logits_processor=LogitsProcessorList([sampler]), **options,
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, synced_gpus=False, use_cache=True,
+            logits_processor=LogitsProcessorList([sampler]), **{cache_argument(model): cache},
         )  # fmt: skip
         mask = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
         tokens[sampler.rows, : 1 + first + new] = ids[:, start - 1 :]

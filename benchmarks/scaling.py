@@ -19,7 +19,7 @@ from midtraining import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RA3 = ["ra3.py", "--tiny", "--eval-snippets", "2", "--eval-problems", ""]
-STDLIB = [*RA3, "--dataset", "stdlib", "--max-snippet-tokens"]  # long texts, so that every snippet is as long as it may be
+STDLIB = [*RA3, "--dataset", "stdlib", "--max-snippet-tokens"]  # long texts: snippets as long as they may be
 GRPO = ["grpo_rlvr.py", "--tiny", "--eval-problems", "2"]
 RUNS = {  # what is varied -> ranks, command
     "ra3, 32 snippets (E), 64 (M)": (1, RA3),

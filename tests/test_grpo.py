@@ -36,6 +36,10 @@ V = len(TOKENIZER)
 torch.set_num_threads(1)
 
 
+def nothing():
+    """In place of Interrupt.check."""
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A random model with a toy tokenizer; a tenth of its tokens end a completion, so lengths vary."""
@@ -245,7 +249,7 @@ def test_micro_batches_change_nothing(model_dir, loss_type):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         samples = random_samples(model)
         normalizer = loss_normalizer(torch.tensor([len(s.completion_ids) for s in samples]), loss_type, 1024)
-        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE, reference)
+        sums, norm = grpo_rlvr.train_minibatch(model, optimizer, samples, normalizer, args, ONE, nothing, reference)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert sums["tokens"] == sum(len(s.completion_ids) for s in samples) and norm > 0 and sums["kl"] > 1e-3
     for other in weights[1:]:
@@ -258,7 +262,7 @@ def test_stop_token_is_trained_and_truncation_can_be_masked(model_dir):
     sample = Sample([4, 9, 5], [0], [0.0], ended=True, advantage=1.0, in_loss=True)
     grpo_rlvr.note_old_logprobs(model, [sample], args)
     (before,), optimizer = sample.old_logprobs, torch.optim.SGD(model.parameters(), lr=0.01)
-    rest = 1.0, args, ONE
+    rest = 1.0, args, ONE, nothing
     grpo_rlvr.train_minibatch(model, optimizer, [sample], *rest)
     grpo_rlvr.note_old_logprobs(model, [sample], args)
     assert sample.old_logprobs[0] > before + 1e-4
@@ -458,6 +462,8 @@ def test_code_rows_as_users_have_them(tmp_path, row, expected):
         assert not found and note == f"; left out: {expected}"
         with pytest.raises(UserError, match=r"rows.jsonl: 1 of 1 rows cannot be used.*columns: question"):
             read(tmp_path, [row])
+        with pytest.raises(UserError, match="2 of 3 rows cannot be used"):  # more than half
+            read(tmp_path, [row, fine, row])
 
 
 MATH_ROW = {"prompt": "Fine.", "reward_model": {"ground_truth": "1"}, "extra_info": {"model_difficulty": {"K": 1}}}
