@@ -329,7 +329,7 @@ def check_forward(model, name: str, longest: int) -> None:
         plain, _ = token_logprobs(model, [row], where)  # [11]
         logits = model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, :-1]
         own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=model.device)[:, None])[:, 0]
-        padded, _ = token_logprobs(model, [row + filler], where)
+        filled, _ = token_logprobs(model, [row + filler], where)
         ids, mask = pad_left([row[:8], other[:3]], model.device)
         sampler = Sampler(torch.full((2, 6), 0.5), ids.shape[1], 1.0, model.device)
         out = model.generate(
@@ -350,7 +350,7 @@ def check_forward(model, name: str, longest: int) -> None:
         model.can_draft = attends and not any(cache.is_sliding)  # a window would count what is masked
     if far(plain, own):
         raise UserError(f"{name} is not supported: its logits are not its output layer's (scaled or capped)")
-    if far(plain, padded):
+    if far(plain, filled):
         raise UserError(
             f"{name} is not supported for rows of {longest} tokens: its positions depend on the longest row "
             "(rope_scaling); shorten the rows, or remove rope_scaling from its config.json"

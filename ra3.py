@@ -87,7 +87,7 @@ class Args:
     dry_run: bool = False
     """print the plan, one bootstrapped snippet and a memory estimate, and stop"""
     track: bool = False
-    """send metrics to Weights & Biases, if it is installed"""
+    """send metrics to Weights & Biases as well (needs `pip install wandb`)"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """pi_0: a causal LM, as a hub id or a folder"""
@@ -105,10 +105,10 @@ class Args:
     max_snippet_tokens: int = 1024
     """longer texts are cut into several snippets (tokens)"""
     granularity: Literal["line", "snippet"] = "line"
-    """how much code an action spans; `snippet`: one latent for all of it, as in BRiTE"""
+    """the code that follows one latent: a line, or the whole snippet, as in BRiTE"""
     # ---- rollout
     rollout: Literal["drafted", "forced"] = "drafted"
-    """forced: token by token, for any model; drafted: several lines a pass, for full attention (same results)"""
+    """drafted: several lines a pass; forced: token by token. Same results; without full attention always forced"""
     max_latent_tokens: int = 16
     """longest thought, its newline included (tokens)"""
     temperature: float = 1.0
@@ -117,7 +117,7 @@ class Args:
     """rows that one rank rolls out at once; memory and speed only"""
     # ---- algorithm
     algo: Literal["ra3", "ntp"] = "ra3"
-    """ntp: the M-step alone, without thoughts: the baseline, on the same snippets"""
+    """ntp: the baseline, which is the M-step alone, without thoughts, on the same snippets"""
     em_iterations: int = 1
     """number of EM iterations (the paper's one billion tokens are about 11)"""
     group_size: int = 3
@@ -125,7 +125,7 @@ class Args:
     penalty: float = 0.05
     """c: what a thought must add to the line's mean log-likelihood (nats per token)"""
     penalty_warmup: int = 10
-    """RL updates at the start that use c = 0"""
+    """E-step updates at the start of the run that use c = 0"""
     return_horizon: int = 5
     """how many rewards a return adds up; 0: all that follow, as in the other manuscript"""
     entropy_coef: float = 0.001
@@ -159,7 +159,7 @@ class Args:
     eval_problems: str = ""
     """a file with HumanEval's columns: also report pass@1 (greedy) on it"""
     eval_every: int = 0
-    """updates between evaluations within a step; 0: only at the start and at the end of each step"""
+    """updates between evaluations; 0: only before training and after each E-step and M-step"""
     save_every: int = 50
     """updates between checkpoints for --resume; the last two are kept"""
     bootstrap_only: bool = False
@@ -285,9 +285,12 @@ CLOSING = "\n"  # the token that ends a malformed one
 class Vocabulary:
     """The tokenizer, and what each token's text means for a thought.
 
+    text                what each token adds to a text
     opens, opens_ids    tokens that open a thought at a decision: bool [V] on the device, and as a set of ids
     ends_ids            tokens that end a thought: they hold a newline, or would break the source in a comment
     broken              those of ends_ids that make any thought malformed
+    closing             the token CLOSING
+    separator           the first token of every row: bos, or eos if there is none
     """
 
     def __init__(self, tokenizer, size: int, device) -> None:
@@ -500,6 +503,7 @@ class SnippetStream:
         e, m = args.rl_updates * args.rl_batch_size, args.ntp_updates * args.ntp_batch_size
         e_share = 1000 * min(0.5, max(0.1, e / max(1, e + m)))
         for epoch in itertools.count():
+            # i[2]: the hash of the text; its multiples of 20 are held out
             items = (i for i in interleaved(args) if i[2] % 20 and (i[2] // 20 % 1000 < e_share) == (self.part == "E"))
             items = shuffled(items, random.Random(f"{args.seed} {self.part} {epoch}"))
             first = next(items, None)
@@ -565,11 +569,12 @@ def shuffled(items: Iterator, generator: random.Random, size: int = 10_000) -> I
 
 FORCED = -2  # in `targets`: a token that q did not choose. ACT stands for "any token but one that opens a thought"
 DRAFT = 4  # decisions of a row that share a forward pass; memory and speed only
+ARRAYS = ("ids", "targets", "actions", "expert")  # of a Rollout, one value for each of its tokens
 
 
 @dataclass
 class Rollout:
-    """One rolled-out snippet: the separator, then the code with q's thoughts in it. Arrays [W] over its tokens."""
+    """One rolled-out snippet: the separator, then the code with q's thoughts in it. The ARRAYS are [W]."""
 
     snippet: Snippet
     thoughts: dict[int, list[int]]  # action -> the tokens of the thought that q drew before it
@@ -590,9 +595,6 @@ class Rollout:
         """Action -> text of its thought, newline included; well-formed thoughts only."""
         thoughts = self.without_malformed().thoughts
         return dict(zip(thoughts, v.decode(list(thoughts.values()))))
-
-
-ARRAYS = ("ids", "targets", "actions", "expert")  # of a Rollout
 
 
 def all_act(s: Snippet) -> Rollout:
@@ -1131,7 +1133,7 @@ def bootstrap(model, v: Vocabulary, context: int, run: Run, args: Args, ranks: R
     if ranks.main:
         write_whole(target, "".join(line + "\n" for line in earlier))
     stream, count = SnippetStream(args, "all", v, context, ranks), len(earlier)
-    stream.batch(count)
+    stream.batch(count)  # those that the file holds
     while snippets := stream.batch(args.rollout_rows * ranks.world_size):
         lines = []
         (rollouts,) = sample(model, [snippets], "bootstrap", count, v, args, ranks)
@@ -1201,7 +1203,7 @@ def main(args: Args) -> None:
     longest = min(4 * args.max_snippet_tokens, context_of(name))  # of a row with its thoughts
     pi = load_model(name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
     v = Vocabulary(tokenizer, pi.config.get_text_config().vocab_size, ranks.device)
-    q = None
+    q = None  # in a dry run pi stands for it
     if args.algo == "ra3" and not args.bootstrap_only and (args.q_model or not args.dry_run):
         q = load_model(args.q_model or name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
         if q.config.get_text_config().vocab_size != pi.config.get_text_config().vocab_size:
