@@ -135,7 +135,6 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.ravel().tolist()], array),
     "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value], namedtuple),
 }
-BASES = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
 CHANGEABLE = (list, dict, set, collections.deque)  # and arrays
 
 
@@ -151,7 +150,8 @@ def pack(value, peer):
         NAMEDTUPLES.setdefault((kind.__name__, kind._fields), kind)
         name = "namedtuple"
     elif name not in PLAIN or name == "numpy.ndarray" and value.dtype.kind not in "biufcSU":
-        name = next((base.__name__ for base in BASES if isinstance(value, base)), None)
+        bases = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
+        name = next((base.__name__ for base in bases if isinstance(value, base)), None)
     if name is None:
         return peer.outgoing(value)
     return [name, *[pack(part, peer) for part in PLAIN[name][0](value)]]
@@ -376,9 +376,13 @@ class Program(Peer):
         elif number not in self.known and tag == "exception":
             name, *bases = rest
             bases = tuple(unpack(base, self) for base in bases)
-            text = lambda error: vars(error).get("text", Exception.__str__(error))  # noqa: E731 - what C said
-            self.known[number] = type(name, bases, {"__str__": text, "_number": number})
+            self.known[number] = type(name, bases, {"__str__": said, "_number": number})
         return self.known[number]
+
+
+def said(error):
+    """str() of an exception whose class is like one of C's: what C said when it raised it."""
+    return vars(error).get("text", Exception.__str__(error))
 
 
 class Handle:
@@ -560,7 +564,6 @@ ARGUMENTS = {
     "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, WRITE, READ_WRITE, WRITE | O_TRUNC, READ_WRITE | O_TRUNC})],
 }
 ONLY_TO_READ = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # where Landlock is missing
-
 
 # What C gives up beyond that: no process but its own threads, no signal but to itself. If SIGKILL ends it, that was the
 # machine: it cannot send it to itself, nor by a limit on its CPU time.
