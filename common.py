@@ -379,7 +379,7 @@ def read_on(model, rows, starts, mask, cache) -> torch.Tensor:
 def decoder_layers(model) -> torch.nn.ModuleList:
     depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]  # a layer's experts are one, too
-    return next((m for m in lists if len(m) == depth), None) or max(lists, key=len)
+    return next((m for m in lists if len(m) == depth), max(lists, key=len))
 
 
 def shard(model, ranks: Ranks):
@@ -786,7 +786,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
 def fingerprint(sources: Sequence[str]) -> str:
     """A hash of the names, sizes and first MiB of data files. By it a resumed run notices that they changed."""
-    digest = hashlib.sha256(sys.version.encode() * ("stdlib" in sources))
+    digest = hashlib.sha256(sys.version.encode() * ("stdlib" in sources))  # each Python has its own
     for source in filter(os.path.exists, sources):
         files = sorted(p for p in Path(source).rglob("*") if p.is_file()) or [Path(source)]
         for file in files:

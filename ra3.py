@@ -18,7 +18,8 @@ action the model chooses a latent z_t: *act* (write nothing) or *think* (write o
     5 log, evaluate, save
 
 Notation: pi `pi`, q `q`, z_t latent, a_t action, l_t `line_likelihoods`, c `penalty`, G `group_size`.
-Shapes: S snippets, G rollouts of each, R = S*G rows, W tokens of a row, T actions, V vocabulary, N decisions.
+Shapes: S snippets of L tokens, G rollouts of each, R = S*G rows of W tokens, T actions of a snippet, N tokens
+that q draws, V vocabulary. In one forward pass: B rows, C tokens of each, D hidden size.
 
 Where this differs from the paper, or the paper leaves a choice open (docs/ra3.md has the full list):
   D1 The model decides with the first token of the line itself: a token that begins with "#" opens a thought;
@@ -619,10 +620,13 @@ def rolled_out(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary) -> Rol
     r = all_act(s)
     r.thoughts, r.malformed = thoughts, [t for t, drawn in thoughts.items() if v.malformed(drawn)]
     for t, drawn in sorted(thoughts.items(), reverse=True):  # from the end, so that earlier places stay
-        place, tokens = s.boundaries[t], written(s, t, drawn, v)
-        r.targets[place] = FORCED
-        for name, values in zip(ARRAYS, (tokens, drawn + [FORCED] * len(s.indents[t]), t, False)):
-            setattr(r, name, np.insert(getattr(r, name), [place] * len(tokens), values))
+        tokens = written(s, t, drawn, v)
+        places = [s.boundaries[t]] * len(tokens)
+        r.targets[s.boundaries[t]] = FORCED
+        r.ids = np.insert(r.ids, places, tokens)
+        r.targets = np.insert(r.targets, places, drawn + [FORCED] * len(s.indents[t]))
+        r.actions = np.insert(r.actions, places, t)
+        r.expert = np.insert(r.expert, places, False)
     return r
 
 
@@ -639,8 +643,8 @@ def turns(s: Snippet, thoughts: dict[int, list[int]], v: Vocabulary, longest: in
             while not (drawn in v.ends_ids or len(thoughts[t]) == longest):
                 drawn = yield drawn
                 thoughts[t].append(drawn)
-            for last in written(s, t, thoughts[t], v)[len(thoughts[t]) - 1 :]:
-                drawn = yield last
+            for forced in written(s, t, thoughts[t], v)[len(thoughts[t]) - 1 :]:  # its last token, the indentation
+                drawn = yield forced
         drawn = yield token
     while True:  # other rows are longer
         yield v.tokenizer.eos_token_id
@@ -652,7 +656,7 @@ class Forcing(LogitsProcessor):
     def __init__(self, rows: list, noise: torch.Tensor, temperature: float) -> None:
         self.rows, self.noise, self.temperature = rows, noise, temperature
         for row in rows:
-            next(row)
+            next(row)  # to its first yield
 
     def __call__(self, input_ids, scores):
         probs = (scores.float() / self.temperature).softmax(-1)
