@@ -156,7 +156,7 @@ MATH = {  # RMT, sections 5.1 and 5.3: 10 epochs of 4096 problems, 128 at a time
 }  # fmt: skip
 TINY_CODE = {  # for a model of a million parameters
     "tiny": True, "prompts_per_update": 16, "group_size": 8, "max_new_tokens": 64, "temperature": 1.0,
-    "reward_timeout_s": 2.0, "minibatches": 1, "updates": 40, "learning_rate": 1e-4,
+    "reward_timeout_s": 2.0, "minibatches": 1, "updates": 30, "learning_rate": 1e-4,
     "micro_batch_tokens": 2048, "save_every": 0, "model": f"{TINY}/code/model",
     "dataset": f"{TINY}/code/rl_train.jsonl", "eval_dataset": f"{TINY}/code/test.jsonl",
 }  # fmt: skip
