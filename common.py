@@ -641,6 +641,8 @@ def hidden_before(model, rows, where, prompt_lengths=None) -> torch.Tensor:
     before = torch.from_numpy(np.concatenate(where) - 1).to(device)  # [N]; position t - 1 predicts token t
     if prompt_lengths is None or not model.shares_prompts:
         return decoder(input_ids=pad_right(rows, device), use_cache=False).last_hidden_state[row, before]
+    # not `prefill`: FSDP gathers a layer in the backward pass only if the layer's output gets a gradient, so the last
+    # hidden state of the prompt must be in the loss
     prompts = [tuple(ids[:length]) for ids, length in zip(rows, prompt_lengths)]
     distinct = list(dict.fromkeys(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}
