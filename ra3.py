@@ -1216,7 +1216,7 @@ def main(args: Args) -> None:
         args = replace(args, rollout="forced")
     problems = list(read_rows(args.eval_problems)) if args.eval_problems else []
     if args.dry_run:
-        dry_run(q or pi, v, longest, args, ranks)
+        dry_run(None if args.algo == "ntp" else q or pi, v, longest, args, ranks)
         return
     run = Run(args, __file__, ranks, [*args.dataset, *filter(None, [args.eval_problems])])
     if args.bootstrap_only:
