@@ -37,12 +37,12 @@ runs programs that are known to be right.
 argument that is a list, dict, set or array takes the content that the call gave it, if the call returned None, and only
 then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions and iterators (C calls
 back), importable functions and types (by name). Two objects of the program are compared and combined by the program.
-What cannot cross: an operator between an object of the program and plain data, instances of the test's own classes,
-the identity of lists, what both sides would share (`random.seed`, captured stdout, monkeypatches).
+What cannot cross: operators between an object of the program and plain data, its type, its use in `with`, instances
+of the test's own classes, the identity of lists, what both sides would share (`random.seed`, captured stdout, patches).
 
-**Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
-computing anything (`assert f(x)`, or two objects of the program's own class that it says are equal); a callback that
-runs what it is given. Programs cannot use subprocess or multiprocessing or write files. Without Landlock (Linux < 5.13,
+**Not covered.** Kernel exploits; stat() of any path; tests that can be met without computing anything (`assert f(x)`,
+`np.allclose(f(x), 3)` by `[]`, two objects of the program's own class that it says are equal); a callback that runs
+what it is given. Programs cannot use subprocess or multiprocessing or write files. Without Landlock (Linux < 5.13,
 gVisor) a program can read what this user can, the caller's memory with the tests included; on a machine other than
 x86_64 it can do most of what this user can. Both are said once, on stderr: use a container then. Linux only.
 """
@@ -107,7 +107,7 @@ def array(dtype, shape, values):
 
 
 def namedtuple(name, fields, *parts):
-    if (name, fields) not in NAMEDTUPLES:
+    if (name, fields) not in NAMEDTUPLES and Handle.WITHHELD.isdisjoint(fields):
         NAMEDTUPLES[name, fields] = collections.namedtuple(name, fields)  # which checks that they are names
     return NAMEDTUPLES[name, fields]._make(parts)
 
@@ -308,7 +308,7 @@ class Candidate(Peer):
             return ["named", "builtins", value.__name__]
         if isinstance(value, type) and issubclass(value, BaseException):
             bases = [self.outgoing(base) for base in value.__bases__ if issubclass(base, BaseException)]
-            return ["exception", self.number(value), value.__name__, *bases]
+            return ["exception", self.number(value), value.__name__, value.__module__, *bases]
         return ["mine", self.number(value)]
 
     def incoming(self, tag, *parts):
@@ -374,9 +374,12 @@ class Program(Peer):
         if number not in self.known and tag == "mine":
             self.known[number] = Handle(self, number)
         elif number not in self.known and tag == "exception":
-            name, *bases = rest
+            name, home, *bases = rest
             bases = tuple(unpack(base, self) for base in bases)
-            self.known[number] = type(name, bases, {"__str__": said, "_number": number})
+            same = getattr(sys.modules.get(home), name, None)  # `except json.JSONDecodeError` is to catch it
+            if isinstance(same, type) and issubclass(same, Exception) and same.__module__ != "unittest.case":
+                bases = (same,)
+            self.known[number] = type(name, bases, {"__init__": Exception.__init__, "__str__": said, "_number": number})
         return self.known[number]
 
 
@@ -420,8 +423,8 @@ def request_method(name):
 
 OPERATORS = ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and",
              "or", "xor", "lshift", "rshift")
-for _name in ("call", "setattr", "len", "bool", "str", "repr", "iter", "next", "getitem", "setitem", "delitem", "neg",
-              "pos", "abs", "invert", *OPERATORS):
+for _name in ("call", "setattr", "len", "bool", "str", "repr", "hash", "iter", "next", "getitem", "setitem", "delitem",
+              "neg", "pos", "abs", "invert", *OPERATORS):
     setattr(Handle, f"__{_name}__", request_method(_name))
 
 
@@ -442,7 +445,7 @@ class TestNamespace(dict):
             value = self.program.ask("find", name)
         except NameError:
             raise KeyError(name) from None
-        self.program.used |= not isinstance(value, (Handle, type))  # a constant
+        self.program.used |= not isinstance(value, Handle)  # a constant, or a built-in class
         return value
 
 

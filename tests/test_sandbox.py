@@ -211,6 +211,13 @@ CHEATS_OF_TESTS = {
                                  "assert all(map(lambda x: add(x, 1) == x + 1, [1, 2]))"),
     "startswith of an object": ("class S:\n    def startswith(self, x): return True\ndef add(a, b): return S()",
                                 "assert add('a', 'b').startswith('a')"),
+    "namedtuple with the methods of a text": (
+        "import collections\ndef add(a, b): return collections.namedtuple('P', 'isdigit startswith')(callable, lambda x: True)",
+        "assert add('1', '2').startswith('12')"),
+    "namedtuple with the methods of a set": ("import collections\ndef f(): return collections.namedtuple('P', 'issubset')(lambda x: True)",
+                                             "assert f().issubset({1, 2})"),
+    "object with the hash of the answer": ("class H:\n    def __hash__(self): return 3\n    def __eq__(self, o): return True\n"
+                                           "def add(a, b): return H()", "assert add(1, 2) in {3} or {3: 1}.get(add(1, 2))"),
     "isdigit of an object": ("class S:\n    isdigit = lambda self: True\ndef add(a, b): return S()",
                              "assert add('1', '2').isdigit()"),
     "object in a list": (LIAR + "def add(a, b): return E()", "assert add(1, 2) in [3, 4]"),
@@ -281,6 +288,10 @@ def f(x):
                        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n"
                        "r = unittest.TestResult()\nunittest.defaultTestLoader.loadTestsFromTestCase(T).run(r)\n"
                        "assert r.wasSuccessful() and not r.skipped"),
+    "skips the test, by another module's name for it": (
+        forged('["error", ["exception", 5, "SkipTest", "numpy.testing", ["named", "builtins", "Exception"]], ["tuple"], ["dict", ["list"], ["list"]]]'),
+        "import unittest, numpy.testing\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n"
+        "r = unittest.TestResult()\nunittest.defaultTestLoader.loadTestsFromTestCase(T).run(r)\nassert r.wasSuccessful()"),
     "exits by its own exception": ("class Bad(SystemExit): pass\ndef f(x): raise Bad(0)", "assert f(1) == 1"),
     "an int that is an instance of everything": ("class M(type):\n    def __instancecheck__(c, o): return True\n"
                                                  "class A(metaclass=M): pass\ndef f(): return 3",
@@ -589,6 +600,12 @@ HONEST = {  # name: (code, tests)
                        "try:\n    f(10)\n    assert False\nexcept Bad as e:\n    assert str(e) == 'code 10' and e.code == 10\n"
                        "try:\n    g()\nexcept Error as e: assert e.args == ('k',)\n"
                        "import unittest\nunittest.TestCase().assertRaises(Bad, f, -1)\nassert issubclass(Worse, Bad)"),
+    "exceptions of the standard library": (
+        "import dataclasses, decimal, json\ndef f(s): return json.loads(s)\ndef g(s): return decimal.Decimal(s)\n"
+        "@dataclasses.dataclass(frozen=True)\nclass P:\n    x: int",
+        "import dataclasses, decimal, json, unittest\nraises = unittest.TestCase().assertRaises\nraises(decimal.InvalidOperation, g, 'x')\n"
+        "raises(dataclasses.FrozenInstanceError, setattr, P(1), 'x', 2)\n"
+        "try:\n    f('x')\n    assert False\nexcept json.JSONDecodeError as e: assert e.pos == 0 and 'Expecting value' in str(e)"),
     "only raises": ("class Bad(Exception): pass\ndef f(): raise Bad", "try:\n    f()\nexcept Bad: pass\nelse: assert False"),
     "isinstance of own classes": ("class A: pass\nclass B(A): pass",
                                   "assert isinstance(B(), A) and not isinstance(A(), B) and not isinstance(3, A)\n"
@@ -617,6 +634,9 @@ HONEST = {  # name: (code, tests)
                 "n = Node(1)\nn.left = Node(2)\nn.left.left = Node(3)\nassert depth(n) == 3\nassert n.left.v == 2\n"
                 "assert Node(4) == Node(4)\nassert Node(4) != Node(5)\nassert str(n) == 'N1'\nassert len(n) == 7\n"
                 "assert n[3] == [1, 3]"),
+    "hash": ("class V:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x\n    def __hash__(s): return hash(s.x)",
+             "assert len({V(1), V(1), V(2)}) == 2 and {V(1): 5}[V(1)] == 5"),
+    "a built-in class": ("to_int = int", "assert to_int('3') == 3"),
     "stateful class": ("class Stack:\n    def __init__(self): self.x = []\n    def push(self, v): self.x.append(v)\n"
                        "    def pop(self): return self.x.pop()", "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2"),
     "constants": ("LIMIT = 7\ndef f(): return LIMIT", "assert LIMIT == 7 and f() == LIMIT"),
