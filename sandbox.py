@@ -815,16 +815,15 @@ class Worker:
     """A zygote, used by one thread at a time."""
 
     live, idle, warned = [], [], False
-
-    def __init__(self):
-        Worker.live.append(self)
-        self.place, self.process = Worker.live.index(self), None
+    process = None  # of this worker, until it starts
 
     def start(self):
+        if self not in Worker.live:  # it is new, or `close_workers` has ended it
+            Worker.live.append(self)
         self.control, zygote_end = socket.socketpair()
         cores = sorted(os.sched_getaffinity(0))
         first = len(cores) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.core = cores[(first + self.place) % len(cores)]
+        self.core = cores[(first + Worker.live.index(self)) % len(cores)]
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         config = {"control": zygote_end.fileno(), "packages": packages, "core": self.core, "without": WITHOUT,
                   "home": os.path.dirname(os.path.abspath(__file__)), "readable": LIBRARIES + packages}

@@ -978,6 +978,18 @@ def test_workers_stay_and_a_dead_one_is_replaced():
     assert passed(run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)) == [True]
 
 
+def test_a_worker_that_was_in_use_when_all_were_closed_is_closed_the_next_time():
+    sandbox.close_workers()
+    run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)
+    worker = sandbox.Worker.idle.pop()
+    sandbox.close_workers()
+    sandbox.Worker.idle.append(worker)
+    assert passed(run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)) == [True]
+    assert sandbox.Worker.live == [worker]
+    sandbox.close_workers()
+    assert worker.process.poll() is not None
+
+
 def kill_when(condition, times):
     """Kills, so often, what `condition` finds: from outside, as a machine without memory would."""
     def run():
