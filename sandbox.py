@@ -757,7 +757,8 @@ def warm_up():
 
 
 def zygote(config):
-    control, caller = socket.socket(fileno=config["control"]), os.getppid()
+    control, caller = socket.socket(fileno=os.dup(config["control"])), os.getppid()
+    os.close(config["control"])  # its number may be large, and a C would not close it
     sys.argv, sys.path = [""], sys.path + config["packages"]
     builtins.exit = builtins.quit = sys.exit  # of `site`, which -S leaves out
     sys.set_int_max_str_digits(0)

@@ -990,6 +990,19 @@ def test_a_worker_that_was_in_use_when_all_were_closed_is_closed_the_next_time()
     assert worker.process.poll() is not None
 
 
+def test_a_program_does_not_get_the_socket_of_a_caller_with_many_files():
+    """With it, it could answer for the programs that come after it."""
+    code = "import os, stat\ndef sockets():\n    found = []\n    for fd in range(3, 2000):\n" \
+           "        try: found += [fd] * stat.S_ISSOCK(os.fstat(fd).st_mode)\n        except OSError: pass\n    return found"
+    sandbox.close_workers()
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(300)]
+    try:
+        assert run_tests([{"code": code, "tests": "assert sockets() == [3]"}], workers=1)[0]["passed"]
+    finally:
+        for fd in files:
+            os.close(fd)
+
+
 def kill_when(condition, times):
     """Kills, so often, what `condition` finds: from outside, as a machine without memory would."""
     def run():
