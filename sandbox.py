@@ -775,7 +775,7 @@ def zygote(config):
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
     control.send(json.dumps(missing).encode())
     control.settimeout(1)  # to see that the caller has gone, even if a fork of it holds the other end
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `ended`
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])  # for `ended`
     gc.collect()
     gc.freeze()  # what a program makes itself can then be told from what was there: `run_script`
     while os.getppid() == caller:

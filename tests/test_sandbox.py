@@ -1003,6 +1003,17 @@ def test_a_program_does_not_get_the_socket_of_a_caller_with_many_files():
             os.close(fd)
 
 
+def test_signals_that_the_caller_blocks_reach_a_program():
+    code = "import signal, time\nsignal.signal(signal.SIGALRM, lambda *_: print(3))\n" \
+           "signal.setitimer(signal.ITIMER_REAL, 0.01)\ntime.sleep(0.1)"
+    sandbox.close_workers()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        assert run_tests([{"code": code, "cases": [{"input": "", "output": "3"}]}])[0]["passed"]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def kill_when(condition, times):
     """Kills, so often, what `condition` finds: from outside, as a machine without memory would."""
     def run():
