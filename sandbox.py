@@ -40,11 +40,11 @@ back), importable functions and types (by name). Two objects of the program are 
 What cannot cross: operators between an object of the program and plain data, its type, its use in `with`, instances
 of the test's own classes, the identity of lists, what both sides would share (`random.seed`, captured stdout, patches).
 
-**Not covered.** Kernel exploits; stat() of any path; tests that can be met without computing anything (`assert f(x)`,
-`np.allclose(f(x), 3)` by `[]`, two objects of the program's own class that it says are equal); a callback that runs
-what it is given. Programs cannot use subprocess or multiprocessing or write files. Without Landlock (Linux < 5.13,
-gVisor) a program can read what this user can, the caller's memory with the tests included; on a machine other than
-x86_64 it can do most of what this user can. Both are said once, on stderr: use a container then. Linux only.
+**Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
+computing anything (`assert f(x)`, `np.allclose(f(x), 3)` by `[]`, two objects of the program that it says are equal); a
+callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files. Without Landlock
+(Linux < 5.13, gVisor) a program can read what this user can, the caller's memory with the tests included; on a machine
+other than x86_64 it can do most of what this user can. Both are said on stderr: use a container then. Linux only.
 """
 
 import __future__
