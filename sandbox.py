@@ -1035,7 +1035,7 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
             keys.append(marshal.dumps(program, 2))
         except ValueError:
             raise ValueError(f"program {place} holds something that is not plain data") from None
-        jobs[keys[-1]] = program
+        jobs[keys[-1]] = marshal.loads(keys[-1])  # no list in it is another one, such as an input that is an output
     stopped = threading.Event()
     with ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs)))) as pool:
         try:

@@ -893,6 +893,15 @@ def test_all_cases():
     assert time.monotonic() - begun < 15
 
 
+def test_an_input_that_is_the_expected_list_too():
+    """A case's arguments can be changed by the program, the expected value of this case or of another cannot."""
+    want = [1]
+    cases = [{"input": [want], "output": want}, {"input": [[5]], "output": want}]
+    code = "def f(x):\n    if x == [5]: return [9]\n    x[:] = [9]"
+    (result,) = run_tests([{"code": code, "fn_name": "f", "cases": cases}], all_cases=True)
+    assert result["passed_cases"] == 0 and want == [1]
+
+
 def test_the_time_limit_is_per_case():
     code = "import time\ndef f(x):\n    time.sleep(0.4)\n    return x"
     calls = [{"input": [x], "output": x} for x in range(5)]
