@@ -375,11 +375,11 @@ class Program(Peer):
             self.known[number] = Handle(self, number)
         elif number not in self.known and tag == "exception":
             name, home, *bases = rest
-            bases = tuple(unpack(base, self) for base in bases)
             same = getattr(sys.modules.get(home), name, None)  # `except json.JSONDecodeError` is to catch it
-            if isinstance(same, type) and issubclass(same, Exception) and same.__module__ != "unittest.case":
-                bases = (same,)
-            self.known[number] = type(name, bases, {"__init__": Exception.__init__, "__str__": said, "_number": number})
+            found = isinstance(same, type) and issubclass(same, Exception) and same.__module__ != "unittest.case"
+            bases = (same,) if found else tuple(unpack(base, self) for base in bases)
+            members = {"__init__": Exception.__init__} if found else {}  # the library's own may want other arguments
+            self.known[number] = type(name, bases, members | {"__str__": said, "_number": number})
         return self.known[number]
 
 

@@ -606,6 +606,8 @@ HONEST = {  # name: (code, tests)
         "import dataclasses, decimal, json, unittest\nraises = unittest.TestCase().assertRaises\nraises(decimal.InvalidOperation, g, 'x')\n"
         "raises(dataclasses.FrozenInstanceError, setattr, P(1), 'x', 2)\n"
         "try:\n    f('x')\n    assert False\nexcept json.JSONDecodeError as e: assert e.pos == 0 and 'Expecting value' in str(e)"),
+    "own exception with an errno": ("class Bad(OSError): pass\ndef f(): raise Bad(2, 'no')",
+                                    "try:\n    f()\n    assert False\nexcept Bad as e: assert e.errno == 2"),
     "only raises": ("class Bad(Exception): pass\ndef f(): raise Bad", "try:\n    f()\nexcept Bad: pass\nelse: assert False"),
     "isinstance of own classes": ("class A: pass\nclass B(A): pass",
                                   "assert isinstance(B(), A) and not isinstance(A(), B) and not isinstance(3, A)\n"
