@@ -1,11 +1,9 @@
 """Builds a bundled toy world: its data files, a tokenizer and a small pre-trained language model.
 
-    python tiny/build.py code                      the data and the model
-    python tiny/build.py code --parts data         the JSON Lines files only (seconds), always the same bytes
+    python tiny/build.py code [--parts data]       the data and the model [the JSON Lines files only: seconds]
     python tiny/build.py code --parts model --seed 8 --bf16 --model-dir DIR     another base
 
-tests/test_tiny.py checks that the committed models can and cannot do what the demonstrations need. A world is a
-module in this folder (code_world.py, text_world.py) with
+tests/test_tiny.py checks that the models can and cannot do what the demonstrations need. A world is a module with
 
     VOCAB_SIZE        tokens of its tokenizer, with ADDED_TOKENS: strings that are always one token
     TRAINING          tokens (in all), row_tokens, batch_rows
