@@ -64,7 +64,11 @@ from common import (
 
 @dataclass
 class Args:
-    """GRPO with verifiable rewards. Defaults are RA3's values, those of --task math RMT's."""
+    """GRPO with verifiable rewards. Defaults are RA3's values, those of --task math RMT's.
+
+    Groups of flags begin with --task (run), --model (model and data), --prompts-per-update (rollout), --loss-type
+    (algorithm), --updates (optimisation), --eval-every (evaluation and saving).
+    """
 
     # ---- run
     task: Literal["code", "math"] = "code"

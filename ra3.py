@@ -74,7 +74,11 @@ from common import (
 
 @dataclass
 class Args:
-    """RA3 mid-training, and next-token prediction (NTP) on the same data. Defaults are the paper's."""
+    """RA3 mid-training, and next-token prediction (NTP) on the same data. Defaults are the paper's.
+
+    Groups of flags begin with --tiny (run), --model (model and data), --rollout (rollout), --algo (algorithm),
+    --rl-updates (optimisation), --eval-snippets (evaluation and saving).
+    """
 
     # ---- run
     tiny: bool = False

@@ -54,7 +54,11 @@ from common import (
 
 @dataclass
 class Args:
-    """RMT mid-training; RPT and the ablations of table 4 are options. Defaults are the paper's values."""
+    """RMT mid-training; RPT and the ablations of table 4 are options. Defaults are the paper's values.
+
+    Groups of flags begin with --tiny (run), --model (model and data), --prompts-per-update (rollout), --budget
+    (algorithm), --updates (optimisation), --eval-only (evaluation and saving).
+    """
 
     # ---- run
     tiny: bool = False
