@@ -66,6 +66,13 @@ def run_tests(*args, **kw) -> list[dict]:
     return run_tests(*args, **kw)
 
 
+def usable_cores() -> int:
+    """sandbox.usable_cores: the cores of this rank, by affinity and quota. Imported late, like run_tests."""
+    from sandbox import usable_cores
+
+    return usable_cores()
+
+
 # ---------------------------------------------------------------- 1 errors and signals
 
 

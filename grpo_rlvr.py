@@ -34,7 +34,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -58,7 +57,7 @@ from common import (
     TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list, all_sum, cache_argument,
     check_sizes, draw_problems, eos_ids, gathered, launch, load_model, load_tokenizer, memory_plan,
     micro_batches, new_optimizer, optimizer_step, padded, prefill, rank_share, read_rows, run_tests, setup,
-    token_logprobs, token_texts, uniforms,
+    token_logprobs, token_texts, uniforms, usable_cores,
 )  # fmt: skip
 
 
@@ -509,8 +508,7 @@ class Rollouts:
 
     def __init__(self, model, tokenizer, args: Args, ranks: Ranks) -> None:
         self.model, self.tokenizer, self.args, self.ranks = model, tokenizer, args, ranks
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.pool = ThreadPoolExecutor(max(1, cores))  # what scores completions
+        self.pool = ThreadPoolExecutor(usable_cores())  # what scores completions
         vocab_size, ends = model.config.get_text_config().vocab_size, eos_ids(tokenizer, args.model)
         self.table = end_table(tokenizer, ends, vocab_size, args.task == "code").to(model.device)
 
