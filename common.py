@@ -889,8 +889,12 @@ class Run:
         if args.resume:
             bootstraps = getattr(args, "bootstrap_only", False)  # RA3: it continues a file, not a checkpoint
             kept = "bootstrapped.jsonl" if bootstraps else "checkpoints/state_*/state.json"
-            if earlier := sorted(glob.glob(f"runs/{glob.escape(self.stem)}*/{kept}")):
-                return "/".join(earlier[-1].split("/")[:2])
+            earlier = [Path(*Path(file).parts[:2]) for file in sorted(glob.glob(f"runs/{glob.escape(self.stem)}*/{kept}"))]
+            # the stem has only the last part of a folder's path, as `final`
+            arguments = [json.loads((run / "args.json").read_text(encoding="utf-8")) for run in earlier]
+            own = [run for run, a in zip(earlier, arguments) if a["model"] == args.model]
+            if own:
+                return str(own[-1])
         first, number = f"runs/{self.stem}{time.strftime('%Y%m%d-%H%M%S')}", 1
         path = first
         while True:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -587,6 +588,10 @@ def test_which_run_is_resumed(folder, tmp_path, monkeypatch):
     assert again.path == same.path and again.state["update"] == 1 and rows_of(second)
     assert start(folder, resume="auto", task="code").path == code.path
     assert start(folder, resume="auto", seed=2).state is None  # nothing to resume: a new run
+    other = tmp_path / "other" / Path(folder).name  # another model in a folder of the same name
+    shutil.copytree(folder, other)
+    assert start(str(other), resume="auto").state is None
+    assert start(folder, resume="auto").path == same.path
     # RA3's --bootstrap-only has no checkpoints, but a file that it continues
     (second.path / "bootstrapped.jsonl").write_text("{}\n")
     third = Arguments(folder, resume="auto", bootstrap_only=True)
