@@ -61,6 +61,13 @@ def test_a_name_that_is_gone_is_found():
     assert missing(page) == ["ra3.py: gone", "none.py: f", "ntp_gone", "--none"]
 
 
+def test_the_end_of_ra3_names_the_readme_s_result_of_ntp():
+    (row,) = re.findall(r"^\| first base model.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    scores = [float(score) for score in row.split("|")[3].split(",")]  # of NTP, one a seed
+    said = f"(--algo ntp) ends with pass@1 {min(scores):.2f} to {max(scores):.2f}, see README.md"
+    assert said in (ROOT / "ra3.py").read_text()
+
+
 def test_theory_md_names_the_tests():
     tests = {name for name in defined(ast.parse((ROOT / "tests" / "test_theory.py").read_text())) if name.startswith("test_")}
     named = re.findall(r"`(\w+)(…?)` \|", (ROOT / "docs" / "theory.md").read_text())
