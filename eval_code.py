@@ -147,7 +147,8 @@ def mbpp_problem(row: dict, args: Args) -> Problem:
     examples, text = row["test_list"], row["prompt"] if "prompt" in row else row["text"]
     functions = re.findall(r"^def\s+((\w+)\s*\([^)]*\))", row["code"], re.MULTILINE)  # [("f(a)", "f"), ...]
     [(head, name), *_] = [f for f in functions if re.search(rf"\b{f[1]}\b", examples[0])]  # the tested one
-    tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])  # D4
+    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]  # of the sanitized rows; D4
+    tests = row.get("test") or "\n".join([*setup, *examples])
     checks = {"tests": tests, "entry_point": name}
     if args.mbpp_prompt == "bigcode":
         prompt = MBPP_BIGCODE.format(text=text, test=examples[0])
@@ -203,6 +204,8 @@ def load_problems(args: Args) -> tuple[list[Problem], dict[str, str]]:
         name = name.lower().replace("+", "plus")
         if name not in BENCHMARKS:
             raise UserError(f"unknown benchmark {name}; there are {', '.join(BENCHMARKS)}")
+        if name in titles:
+            raise UserError(f"{name} is named twice; put its files into one folder, name=FOLDER")
         title, hub, split, timeout_s, read = BENCHMARKS[name]
         source, earlier = file or hub, len(problems)
         titles[name] = short_path(file) if file else title
@@ -247,8 +250,8 @@ def read_samples(args: Args, problems: list[Problem]) -> list[Job]:
     found, jobs, missing = defaultdict(list), [], []
     for row in read_rows(args.samples):
         task = str(column(row, "task_id", args.samples)).removeprefix("Mbpp/")
-        kind = "solution" if "solution" in row else "completion"
-        text = column(row, kind, args.samples)
+        kind = "completion" if row.get("solution") is None else "solution"
+        text = column(row, kind, args.samples) or ""  # null: the model wrote nothing
         found[row.get("benchmark"), task].append({kind: text, "temperature": row.get("temperature")})
     for problem in problems:
         known = {"benchmark": problem.benchmark, "task_id": problem.task_id}
@@ -353,11 +356,11 @@ def summarise(samples: list[dict], ks: tuple[int, ...]) -> dict:
 def table(results: dict, titles: dict[str, str], label: str) -> str:
     """Table 1 of the paper, in percent."""
     shares = list(dict.fromkeys(key for row in results.values() for key in row if "@" in key))
-    rows = {f"{titles[name]} ({row['problems']})": row for name, row in results.items()}
+    rows = [(f"{titles[name]} ({row['problems']})", row) for name, row in results.items()]
     if len(rows) > 1:
-        rows["Avg."] = {share: fmean(row.get(share, math.nan) for row in rows.values()) for share in shares}
+        rows.append(("Avg.", {share: fmean(row.get(share, math.nan) for _, row in rows) for share in shares}))
     columns = [("", "", label)]
-    for title, row in rows.items():
+    for title, row in rows:
         cells = [f"{100 * row.get(share, math.nan):<7.1f}".replace("nan", "-  ") for share in shares]
         columns.append((title, "".join(f"{share.replace('ass', ''):7}" for share in shares), "".join(cells)))
     widths = [max(map(len, cells)) + 2 for cells in columns]
@@ -368,7 +371,8 @@ def report(folder: Path, files: list[Path], titles: dict[str, str], label: str, 
     """Join the batches to samples.jsonl, write results.json, print the table and two samples."""
     lines = "".join(file.read_text(encoding="utf-8") for file in files)
     samples = [json.loads(line) for line in lines.splitlines()]
-    results = {name: summarise([s for s in samples if s["benchmark"] == name], args.k) for name in titles}
+    parts = {name: [sample for sample in samples if sample["benchmark"] == name] for name in titles}
+    results = {name: summarise(part, args.k) for name, part in parts.items() if part}  # none of it with --partial
     write_whole(folder / "samples.jsonl", lines)
     write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\n{table(results, titles, label)}")

@@ -45,7 +45,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -98,7 +98,7 @@ class Args:
     max_prompt_tokens: int = 2048
     """problems with a longer prompt are left out (tokens)"""
     difficulty_key: str = ""
-    """math: a key of Skywork's `model_difficulty`, to take as many problems of each level 1-13; empty: all problems"""
+    """math: a key of Skywork's `model_difficulty`: as many problems of --dataset of each level 1-13; empty: all"""
     chat_template: bool = False
     """math: put the problem into the tokenizer's chat template (base models have none)"""
     # ---- rollout
@@ -243,7 +243,8 @@ def code_problem(row: dict) -> tuple[str, dict]:
         question, examples = row.get("text") or row["prompt"], row["test_list"]
         called = [(signature_of(row["code"], name), name) for name in re.findall(r"\w+", examples[0])]
         signature, name = [pair for pair in called if pair[0]][0]
-        tests = row.get("test") or "\n".join([row.get("test_setup_code") or "", *examples])
+        setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+        tests = row.get("test") or "\n".join([*setup, *examples])
         prompt = CODE_PROMPT.format(question="\n".join([question, *examples[:2]]), signature=signature)
         return prompt, {"signature": signature, "tests": tests, "entry_point": name}
 
@@ -319,15 +320,14 @@ def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
     return Problem(name, prompt, ids, {**checks, "timeout_s": args.reward_timeout_s}, int(level))
 
 
-def read_problems(source: str, args: Args, tokenizer) -> tuple[list[Problem], str]:
+def read_problems(source: str, args: Args, tokenizer, split: str = "train") -> tuple[list[Problem], str]:
     """The problems of `source` in an order fixed by the seed, and a note that counts the rows left out.
 
     UserError if no problem is left, or if more than half of the rows are of no use, which no option chooses.
     """
     warnings.simplefilter("ignore", SyntaxWarning)  # a `\d` in a solution
-    split = "math" if "Skywork" in source else "test" if re.search("humaneval|mbpp", source, re.I) else "train"
     problems, left_out, row, number = [], Counter(), {}, 0
-    for number, row in enumerate(read_rows(source, split), start=1):
+    for number, row in enumerate(read_rows(source, "math" if "Skywork" in source else split), start=1):
         try:
             problems.append(read_problem(row, number, args, tokenizer))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -788,7 +788,8 @@ def load_problems(args: Args, tokenizer) -> tuple[list[Problem], list[Problem], 
     """(training problems, held-out problems, a line about them)."""
     train, note = read_problems(args.dataset, args, tokenizer)
     if args.eval_dataset:
-        heldout, more = read_problems(args.eval_dataset, args, tokenizer)
+        split = "test" if re.search("humaneval|mbpp", args.eval_dataset, re.I) else "train"
+        heldout, more = read_problems(args.eval_dataset, replace(args, difficulty_key=""), tokenizer, split)
         note += f"\nheld-out problems{more}" * bool(more)
         heldout = heldout[: args.eval_problems]
     else:

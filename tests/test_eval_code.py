@@ -101,6 +101,14 @@ MBPP = {
     "test_setup_code": "",
     "challenge_test_list": [],
 }
+MBPP_SANITIZED = {
+    "source_file": "x.ipynb",
+    "task_id": 11,
+    "prompt": MBPP["text"],
+    "code": MBPP["code"],
+    "test_imports": ["from math import tau"],
+    "test_list": ["assert add(tau, 0) == tau", "assert add(1, 1) == 2"],
+}
 MBPP_PLUS = {
     "task_id": 11,
     "code": MBPP["code"],
@@ -153,6 +161,7 @@ ADD_BODY = "    return a + b\n"
         ("humaneval", HUMANEVAL, ADD_BODY, "    return a\n"),
         ("humanevalplus", HUMANEVAL, "    return int(math.fsum([a, b]))\n", "    return None\n"),
         ("mbpp", MBPP, "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return 3\n"),
+        ("mbpp", MBPP_SANITIZED, "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return 3\n"),
         ("mbppplus", MBPP_PLUS, "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return a\n"),
         ("livecodebench", lcb_row(True, True), "        return sum(xs) + y\n", "        return 4\n"),
         ("livecodebench", lcb_row(True, False), "        return sum(xs) + y\n", "        return 4\n"),
@@ -321,6 +330,9 @@ def test_table_has_the_shape_of_table_1():
     lines = eval_code.table(results, titles, "m").splitlines()
     assert lines[2].split() == ["m", "25.0", "25.0", "50.0", "-", "37.5", "-"]
     assert "Avg." not in eval_code.table({"mbpp": results["mbpp"]}, titles, "m")
+    same = {"humaneval": results["humaneval"], "humanevalplus": results["humaneval"]}  # two readings of one file
+    lines = eval_code.table(same, dict.fromkeys(same, "f.jsonl"), "m").splitlines()
+    assert lines[0].split() == ["f.jsonl", "(164)", "f.jsonl", "(164)", "Avg."]
 
 
 # ---------------------------------------------------------------- --samples
@@ -360,6 +372,25 @@ def test_a_file_that_lacks_tasks_is_scored_only_if_asked(tmp_path):
         score(tmp_path, "humaneval", rows, samples, workers=1)
     results = score(tmp_path, "humaneval", rows, samples, workers=1, partial=True)
     assert results["humaneval"] == {"problems": 1, "pass@1": 1.0}
+
+
+def test_a_benchmark_without_a_sample_is_left_out(tmp_path):
+    rows = {"humaneval": HUMANEVAL, "mbpp": MBPP}
+    specs = tuple(f"{name}={write_rows(tmp_path / name, [row])}" for name, row in rows.items())
+    samples = write_rows(tmp_path / "file.jsonl", [{"task_id": "HumanEval/0", "completion": ADD_BODY}])
+    eval_code.main(Args(benchmarks=specs, samples=samples, partial=True, workers=1, output_dir=str(tmp_path / "out")))
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == ["humaneval"]
+
+
+def test_what_is_null_in_samples(tmp_path):
+    """A table of mixed rows has nulls for `completion` or `solution`; a null completion is an empty one."""
+    rows = [HUMANEVAL, HUMANEVAL | {"task_id": "HumanEval/1"}, HUMANEVAL | {"task_id": "HumanEval/2"}]
+    samples = [
+        {"task_id": "HumanEval/0", "completion": ADD_BODY, "solution": None},
+        {"task_id": "HumanEval/1", "completion": None, "solution": HUMANEVAL["prompt"] + ADD_BODY},
+        {"task_id": "HumanEval/2", "completion": None, "solution": None},
+    ]
+    assert score(tmp_path, "humaneval", rows, samples, workers=1)["humaneval"]["pass@1"] == pytest.approx(2 / 3)
 
 
 def test_files_are_read_as_utf_8(tmp_path):
@@ -632,7 +663,8 @@ def test_other_arguments_are_refused(finished):
         ({"benchmarks": ("mbpp={empty}",)}, "{empty} holds no problem"),
         ({"benchmarks": ("mbpp={rows}",)}, "{rows}, row 0: not a problem of mbpp .KeyError: 'test_list'.; it has: task_id, prompt, "),
         ({"benchmarks": ("livecodebench={rows}",)}, "not a problem of livecodebench .KeyError: 'question_content'.; it has: task_id"),
-        ({"benchmarks": ("humaneval={rows}", "humaneval={rows}")}, "task HumanEval/0 of humaneval is there twice"),
+        ({"benchmarks": ("humaneval={twice}",)}, "{twice}, row 1: task HumanEval/0 of humaneval is there twice"),
+        ({"benchmarks": ("humaneval={rows}", "humaneval={other}")}, "humaneval is named twice"),
         ({"benchmarks": ("humaneval={broken}",)}, "{broken}, row 0: not a problem of humaneval"),
         ({"model": "{empty}"}, "cannot load the model|no tokenizer at"),
         ({"max_new_tokens": 1020}, "a prompt and --max-new-tokens take .* takes 512"),
@@ -649,6 +681,7 @@ def test_other_arguments_are_refused(finished):
 def test_bad_input_is_said_in_one_line(tmp_path, options, message):
     files = {
         "rows": write_rows(tmp_path / "rows.jsonl", [HUMANEVAL]),
+        "twice": write_rows(tmp_path / "twice.jsonl", [HUMANEVAL, HUMANEVAL]),
         "empty": write_rows(tmp_path / "empty.jsonl", []),
         "broken": write_rows(tmp_path / "broken.jsonl", [[1]]),
         "other": write_rows(tmp_path / "other.jsonl", [{"task_id": "Mbpp/0", "completion": ""}]),

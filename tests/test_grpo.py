@@ -402,6 +402,8 @@ def test_code_schemas(tmp_path):
          "test_list": ["assert g(1) == 1", "assert g(2) == 2", "assert g(3) == 3"]},
         {"task_id": 12, "prompt": "mbppplus", "code": "def h(a): return a", "test_imports": [],
          "test_list": ["assert h(1) == 1"], "test": "assert h(5) == 5"},
+        {"task_id": 13, "prompt": "sanitized", "code": "def k(a): return a", "test_imports": ["from math import tau"],
+         "test_list": ["assert k(tau) == tau"]},
     ])  # fmt: skip
     prompts, checks = {k: p.prompt for k, p in found.items()}, {k: p.checks for k, p in found.items()}
     assert prompts["boba"] == '"""\nboba\n"""\ndef add(arg1, arg2):\n'
@@ -421,6 +423,7 @@ def test_code_schemas(tmp_path):
     for name, right, wrong in (
         ("humaneval", "    return 2 * n\n", "    return n"), ("mbpp", "    return a\n", "    return 1"),
         ("mbppplus", "    return a\n", "    return 1"), ("lcb", "        return a + b\n", "        pass"),
+        ("sanitized", "    return a\n", "    return 1"),
     ):  # fmt: skip
         assert grpo_rlvr.reward(found[name], right)[:2] == (1.0, True), name
         assert grpo_rlvr.reward(found[name], wrong)[:2] == (0.0, False), name
@@ -512,6 +515,23 @@ def test_math_schema_and_stratification(problems_file):
     for problem in found:
         assert problem.checks["answer"] == str(int(problem.name) + 1)
         assert problem.prompt.endswith("\nPlease reason step by step, and put your final answer within \\boxed{}.\n")
+
+
+def test_benchmarks_are_held_out_by_their_test_split(monkeypatch):
+    row = {"text": "Id.", "code": "def f(a): return a", "test_list": ["assert f(1) == 1"]}
+    splits = []
+    monkeypatch.setattr(grpo_rlvr, "read_rows", lambda source, split: splits.append(split) or [row] * 3)
+    mbpp = "google-research-datasets/mbpp:full"
+    grpo_rlvr.load_problems(Args(dataset=mbpp, eval_dataset=mbpp), TOKENIZER)
+    grpo_rlvr.load_problems(Args(dataset="Skywork/Skywork-OR1-RL-Data", eval_dataset="me/problems"), TOKENIZER)
+    assert splits == ["train", "test", "math", "train"]
+
+
+def test_levels_are_of_the_training_problems(problems_file, tmp_path):
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(MATH_ROW | {"extra_info": None}) + "\n")
+    args = Args(task="math", difficulty_key="M", dataset=problems_file, eval_dataset=str(tmp_path / "heldout.jsonl"))
+    train, heldout, _ = grpo_rlvr.load_problems(args, TOKENIZER)
+    assert {problem.level for problem in train} == set(range(1, 14)) and len(heldout) == 1
 
 
 def test_prompts_do_not_end_with_an_appended_eos(tmp_path):
