@@ -69,6 +69,7 @@ import operator
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -77,6 +78,7 @@ import time
 import types
 
 if "zygote" not in sys._xoptions:  # only the caller needs these
+    import opcode
     import subprocess
     import threading
     from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +88,7 @@ if "zygote" not in sys._xoptions:  # only the caller needs these
 
 MIB = 1 << 20
 OUTPUT_MB, THREADS, OPEN_FILES = 16, 64, 64  # what one program may write to stdout or stderr, start and open
-ANSWER_LIMIT, TESTER_MB = 16 * MIB, 2048  # of one answer of C as JSON; of T's address space
+ANSWER_LIMIT, TESTER_MB, TESTER_KEEPS_KB = 16 * MIB, 2048, 100 << 10  # of one answer of C as JSON; of T's address space
 TICK_S = 0.05  # how often the threads and the CPU time of a running program are looked at
 START_TIMEOUT_S, GRACE_S = 120, 20  # until a worker must be ready; for each program that it then runs first
 BUSY = 10  # seconds on the clock for a second of CPU time, on a core that others use too
@@ -518,13 +520,22 @@ def judge(program, job, tell):
     return None
 
 
-def tester(job, verdict, pipe, pipe_of_c):
-    """All of T's life."""
-    os.close(pipe_of_c)
+def tester(control):
+    """All of T's life: one program after the other, until a test could have changed something."""
     lower_limit(resource.RLIMIT_AS, TESTER_MB * MIB)
-    job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
-    judge(Program(pipe), job, lambda failure: os.write(verdict, json.dumps(failure).encode() + b"\n"))
-    os._exit(0)
+    modules = len(sys.modules)
+    while True:
+        _, fds, *_ = socket.recv_fds(control, 1, 3)
+        job, verdict, pipe = fds
+        job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
+        judge(Program(pipe), job, lambda failure: os.write(verdict, json.dumps(failure).encode() + b"\n"))
+        grown = len(sys.modules) > modules or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > TESTER_KEEPS_KB
+        if grown or not job["harmless"]:
+            os._exit(0)
+        NAMEDTUPLES.clear()
+        for fd in fds:
+            os.close(fd)
+        control.send(b"1")
 
 
 # ---- Confinement --------------------------------------------------------------------------------------------
@@ -547,7 +558,7 @@ SYSCALLS = """
     sigaltstack 131, pause 34, restart_syscall 219, kill 62, tgkill 234, getpid 39, getppid 110, getuid 102,
     geteuid 107, getgid 104, getegid 108, poll 7, ppoll 271, select 23, pselect6 270, epoll_create1 291, epoll_ctl 233,
     epoll_wait 232, epoll_pwait 281, eventfd2 290, socketpair 53, sendto 44, recvfrom 45, sendmsg 46, recvmsg 47,
-    shutdown 48, getsockopt 55, setsockopt 54, getsockname 51, getpeername 52
+    pidfd_open 434, shutdown 48, getsockopt 55, setsockopt 54, getsockname 51, getpeername 52
 """
 AUDIT_ARCH = 0xC000003E
 NUMBER = {name: int(number) for name, number in map(str.split, SYSCALLS.split(","))}
@@ -602,11 +613,19 @@ def bpf_filter(arguments, others):
     return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
 
 
-def apply_filter(program):
-    buffer = ctypes.create_string_buffer(program)
-    address = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
-    if libc.prctl(PR_SET_SECCOMP, 2, address, 0, 0):
-        raise OSError("no seccomp filter")
+class Filter:
+    """A seccomp program in memory: what can be prepared is, since `apply` runs for each program."""
+
+    def __init__(self, program):
+        self.words = (ctypes.c_uint32 * (len(program) // 4)).from_buffer_copy(program)
+        self.pids = [place for place, word in enumerate(self.words) if word == ANY_PID]
+        self.address = struct.pack("HP", len(program) // 8, ctypes.addressof(self.words))
+
+    def apply(self):
+        for place in self.pids:
+            self.words[place] = os.getpid()
+        if libc.prctl(PR_SET_SECCOMP, 2, self.address, 0, 0):
+            raise OSError("no seccomp filter")
 
 
 def restrict_files(readable):
@@ -647,7 +666,7 @@ def confine(readable, without):
     seccomp = "seccomp" not in without and HAS_FILTER
     if seccomp:
         arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else ONLY_TO_READ)
-        apply_filter(bpf_filter(arguments, others=False))
+        Filter(bpf_filter(arguments, others=False)).apply()
     return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
@@ -667,35 +686,37 @@ def fork(role, *args):
         os._exit(1)
 
 
-def candidate(code, fds, memory_mb, filter_template):
+def candidate(code, fds, memory_mb, own_filter):
     """All of C's life. fds: the pipe to T, or stdin, stdout and stderr."""
-    source, script = os.pread(code, os.fstat(code).st_size, 0), len(fds) == 3
+    source, script = os.pread(code, os.lseek(code, 0, os.SEEK_END), 0), len(fds) == 3
     first = 0 if script else 3
     for number, fd in enumerate(fds, first):  # fds ascends: none is overwritten before its turn
         os.dup2(fd, number)
     os.closerange(first + len(fds), 256)
     lower_limit(resource.RLIMIT_AS, int(memory_mb * MIB))
-    if filter_template:
-        apply_filter(filter_template.replace(struct.pack("I", ANY_PID), struct.pack("I", os.getpid())))
+    if own_filter:
+        own_filter.apply()
     if script:
         os._exit(run_script(source) & 0xFF)
     Candidate(3).serve(source)
 
 
-def ended(pid, wait_s):
-    """-> exit status of a process, or None if it still runs after so long"""
-    deadline = time.monotonic() + wait_s
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if (left_s := deadline - time.monotonic()) <= 0:
-            return None
-        signal.sigtimedwait([signal.SIGCHLD], left_s)
+def can_read(file, wait_s):
+    return bool(select.select([file], [], [], wait_s)[0])
 
 
-def watch(pids, verdict, timeout_s):
-    """Waits for the end of the first process. -> (its exit status or None, why it must be ended or "")
+def reap(pid):
+    """-> exit status of a process that has ended"""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def watch(pids, done, verdict, timeout_s):
+    """Waits until `done` can be read. -> why the program must be ended before, or ""
 
     A program has timeout_s of CPU time, and as much on the clock beyond BUSY times the CPU time that it has used: one
     that sleeps is ended soon, one that shares its core is not cut short. For each case, which T shows by letting the
@@ -706,36 +727,54 @@ def watch(pids, verdict, timeout_s):
         return [time.monotonic(), *(time.clock_gettime((~pid << 3) | 2) for pid in pids)]
 
     start, cases, caller = clocks(), 0, os.getppid()
-    while (status := ended(pids[0], TICK_S)) is None:
+    while not can_read(done, TICK_S):
         elapsed_s, *used_s = map(operator.sub, clocks(), start)
         if verdict and os.fstat(verdict).st_size > cases:
             start, cases = clocks(), os.fstat(verdict).st_size
         elif max(used_s) >= timeout_s or elapsed_s - BUSY * sum(used_s) >= timeout_s:
-            return None, "timeout"
+            return "timeout"
         with contextlib.suppress(OSError):  # no /proc here
             if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
-                return None, "threads"
+                return "threads"
         if os.getppid() != caller:
             os._exit(0)  # the caller has gone, and C and T will
-    return status, ""
+    return ""
 
 
-def run_program(timeout_s, memory_mb, fds, filter_template):
-    """fds: the code, then the job and the verdict of T, or stdin, stdout and stderr. -> (why it had to be
-    ended, exit status of T if there is one, of C), a status of None for a process that was killed here"""
+def run_program(testers, timeout_s, memory_mb, fds, own_filter):
+    """testers: (pid, socket) of T, or nothing yet. fds: the code, then the job and the verdict of T, or stdin, stdout
+    and stderr. -> (why it had to be ended, exit status of T if there is one, of C), a status of None for a process
+    that still runs or was killed here"""
     judged = len(fds) == 3
+    if judged and not testers:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            testers.append((fork(tester, theirs), ours))
     pipes = [end.detach() for end in socket.socketpair()] if judged else []
-    pids = [fork(tester, *fds[1:], *pipes)] if judged else []
-    pids.append(fork(candidate, fds[0], pipes[1:] or fds[1:], memory_mb, filter_template))
-    for pipe in pipes:  # so that T and C can see each other's end
-        os.close(pipe)
-    status, why = watch(pids, fds[2] if judged else None, timeout_s)
-    statuses = [status, ended(pids[1], 1 if status == GONE else 0)] if judged else [status]
-    for pid, status in zip(pids, statuses):
-        if status is None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    for fd in fds:
+    pid = fork(candidate, fds[0], pipes[1:] or fds[1:], memory_mb, own_filter)
+    end_of_c = os.pidfd_open(pid)
+    if judged:
+        tester_pid, control = testers[0]
+        socket.send_fds(control, [b"1"], [*fds[1:], pipes[0]])
+        for pipe in pipes:  # so that T and C can see each other's end
+            os.close(pipe)
+        why = watch([tester_pid, pid], control, fds[2], timeout_s)
+        statuses = [None]
+        if why:
+            kill(tester_pid)
+        elif not control.recv(1):  # it does not stay for another program
+            statuses = [reap(tester_pid)]
+        if why or statuses != [None]:
+            testers.pop()
+            control.close()
+    else:
+        why, statuses = watch([pid], end_of_c, None, timeout_s), []
+    if can_read(end_of_c, 1 if statuses == [GONE] else 0):
+        statuses.append(reap(pid))
+    else:
+        kill(pid)
+        statuses.append(None)
+    for fd in (end_of_c, *fds):
         os.close(fd)
     return why, *statuses
 
@@ -770,14 +809,15 @@ def zygote(config):
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["core"]})
     missing = confine(config["readable"], config["without"])
-    filter_template = b"" if "seccomp" in missing else bpf_filter(CANDIDATE, others=True)
+    own_filter = None if "seccomp" in missing else Filter(bpf_filter(CANDIDATE, others=True))
     warm_up()
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
     control.send(json.dumps(missing).encode())
     control.settimeout(1)  # to see that the caller has gone, even if a fork of it holds the other end
-    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])  # for `ended`
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever the caller blocks
     gc.collect()
     gc.freeze()  # what a program makes itself can then be told from what was there: `run_script`
+    testers = []
     while os.getppid() == caller:
         with contextlib.suppress(TimeoutError):
             message, fds, *_ = socket.recv_fds(control, 256, 4)
@@ -789,7 +829,7 @@ def zygote(config):
                 with contextlib.suppress(ImportError):
                     importlib.import_module("numpy")
                 gc.freeze()
-            control.send(marshal.dumps(run_program(*limits, fds, filter_template)))
+            control.send(marshal.dumps(run_program(testers, *limits, fds, own_filter)))
 
 
 # ---- The caller ---------------------------------------------------------------------------------------------
@@ -909,11 +949,12 @@ class Worker:
     def run_judged(self, program, memory_mb):
         """Asserts and calls: C and T talk to each other. -> for each case None or why it has failed"""
         try:
-            tests, setup = compile_tests(program["tests"]), compile_tests(program["setup"])
+            (tests, harmless), (setup, harmless_setup) = map(compile_tests, (program["tests"], program["setup"]))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             return [f"exception: {type(error).__name__}: {error} (in the tests)"]
         called = set(re.findall(r"(?<![\w.])(\w+) *\(", program["tests"]))
-        job = marshal.dumps({**program, "code": None, "tests": tests, "setup": setup, "called": called})
+        job = marshal.dumps({**program, "code": None, "tests": tests, "setup": setup, "called": called,
+                             "harmless": harmless and harmless_setup})
         why, statuses, (verdict,) = self.job(program, memory_mb, as_bytes(program["code"]), job, b"")
         tester_status, status = statuses
         outcomes = [json.loads(line) for line in verdict.splitlines()]
@@ -926,7 +967,20 @@ class Worker:
 
 @functools.lru_cache(maxsize=64)  # the samples of a group share their tests
 def compile_tests(source):
-    return compile(source, "tests", "exec", dont_inherit=True)
+    """-> code, whether it is harmless"""
+    code = compile(source, "tests", "exec", dont_inherit=True)
+    return code, harmless(code)
+
+
+def harmless(code):
+    """Whether a test can change nothing that another test in the same process would see: it sets no attribute, and
+    names no module but two that hold nothing changeable, no builtin that reaches other variables, nothing internal."""
+    far_reaching = {"eval", "exec", "compile", "open", "vars", "globals", "locals", "getattr", "setattr", "delattr"}
+    modules = sys.stdlib_module_names - {"math", "typing"} | {"numpy"}
+    stores = {opcode.opmap["STORE_ATTR"], opcode.opmap["DELETE_ATTR"]}
+    return (stores.isdisjoint(code.co_code[::2]) and (far_reaching | modules).isdisjoint(code.co_names)
+            and not any(name.startswith(("_", "gi_")) for name in code.co_names)
+            and all(harmless(part) for part in code.co_consts if isinstance(part, types.CodeType)))
 
 
 def as_bytes(value):

@@ -928,8 +928,44 @@ def test_nothing_reaches_the_next_test():
     look = "import math, decimal\nassert math.pi > 3.1 and abs(f()) == 1 and decimal.getcontext().prec == 28"
     programs = [{"code": spoil + "def f(): return 1", "tests": spoil + "f()"}, {"code": "def f(): return -1", "tests": look}]
     assert passed(run_tests(programs * 2, workers=1)) == [True] * 4
+    ways = ("import math\nmath.pi = 3", "import math\ndel math.pi", "exec('import math; math.pi = 3')", "setattr(math, 'pi', 3)",
+            "(x for x in []).gi_frame.f_builtins['abs'] = None", "__builtins__.abs = None", "vars(math)['pi'] = 3", "import json.encoder as e\ne.float.x = 1",
+            "from decimal import *\nsetcontext(Context(prec=2))", "f().pi = 3", "def g():\n    import math\n    math.pi = 3\ng()",
+            "from typing import *\nmath.pi = 3", "import decimal\ndecimal.getcontext().prec = 2", "import typing\ntyping.sys.modules['math'] = None")
+    programs = [{"code": "import math\ndef f(): return math", "tests": f"f()\ntry:\n{textwrap.indent(way, '    ')}\nexcept AttributeError: pass"}
+                for way in ways]
+    look = {"code": "def f(): return -1", "tests": look}
+    found = run_tests([program for i, spoil in enumerate(programs) for program in (spoil, look | {"code": f"{look['code']}#{i}"})], workers=1)
+    assert passed(found[1::2]) == [True] * len(ways), list(zip(ways, found[1::2]))
     hashes = {"code": "def f(): return hash('text')", "tests": "assert f() == hash('text')"}
     assert run_tests([hashes])[0]["passed"]
+
+
+@pytest.mark.parametrize(("tests", "stays"), [
+    (ASSERTS, True), (CHECK, True), ("import math\nassert math.isclose(add(1, 2), 3)", True),
+    ("from typing import List\ndef g(x: List[int]) -> int: return x\nassert add(1, 2) == g(3)", True),
+    ("x = [add(1, 2)]\nx.append(3)\nx[0] += 1\nassert sorted(x) == [3, 4]", True),
+    ("assert add(1, 2) == math.floor(3.5)", True), ("math.pi = 3\nadd(1, 2)", False), ("def g():\n    math.pi = 3\nadd(1, 2)", False),
+    ("import random\nadd(1, 2)", False), ("import numpy\nadd(1, 2)", False), ("import wave\nadd(1, 2)", False), ("eval('add(1, 2)')", False),
+    ("add(1, 2)\nx = add.__name__", False), ("x = [0] * 2 * 10**7\nadd(1, 2)", False)])
+def test_the_tester_stays_for_the_next_program_if_the_test_is_harmless(tests, stays):
+    sandbox.close_workers()
+    run_tests([{"code": ADD, "tests": ASSERTS}], workers=1)
+    (worker,) = sandbox.Worker.live
+    before = descendants(worker.process.pid)
+    assert len(before) == 1 and run_tests([{"code": ADD + "#", "tests": tests}], workers=1)[0]["passed"]
+    assert descendants(worker.process.pid) == (before if stays else [])
+
+
+@pytest.mark.parametrize("code", [
+    "import os\ndef add(a, b): os._exit(0)", "def add(a, b):\n    while True: pass", "def add(a, b): raise ValueError",
+    "import collections\ndef add(a, b): return collections.namedtuple('P', 'x')(1)", "def add(a, b): return [0] * 10**7",
+    "class Bad(Exception): pass\ndef add(a, b): raise Bad", "import numpy\ndef add(a, b): return numpy.zeros(3)",
+    forged('["value", 3, []]\\n["value", 3, []]\\n["value", 3, []]').replace("def f", "def add"), "import os\nos.close(3)"])
+def test_no_program_changes_the_verdict_of_the_next(code):
+    """The tester that judges both is the same process, unless the first one ends it."""
+    programs = [{"code": code, "tests": ASSERTS}, {"code": ADD, "tests": ASSERTS}, {"code": "def add(a, b): return 3", "tests": ASSERTS}]
+    assert [result["reason"] for result in run_tests(programs, timeout_s=2, workers=1)][1:] == ["passed", "wrong answer"]
 
 
 def test_zygote_shows_nothing_of_itself():
@@ -1141,9 +1177,9 @@ def test_nothing_is_left():
     sandbox.close_workers()
     run_tests([{"code": f"import time\n{ADD}#{i}", "tests": ASSERTS} for i in range(20)], workers=2)
     pids = [pid for worker in sandbox.Worker.live for pid in (worker.process.pid, *descendants(worker.process.pid))]
-    assert len(pids) == 2  # two zygotes
+    assert len(pids) == 4  # two zygotes, and a tester of each
     sandbox.close_workers()
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert wait_for(lambda: not any(map(alive, pids)))
 
 
 SCRIPT = """
