@@ -21,7 +21,7 @@ produce too: program and test never share a process.
   plain data (`PLAIN`). Other objects stay in C, and T holds a number for them: such a `Handle` never equals or computes
   with plain data. The verdict goes to a memory file that C does not hold.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
-- Nothing lasts from one program to the next: C and T are new each time.
+- Nothing lasts from one program to the next: C is new each time, and T unless the test was `harmless`.
 
 **Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing else, and
 no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace, mount, chmod,
