@@ -712,6 +712,9 @@ def _logprob_chunk(head, hidden, targets, merged, event, temperature, entropy):
 # ---------------------------------------------------------------- 6 data
 
 
+TABLES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
 def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     """Stream the rows of a data set, in order.
 
@@ -724,7 +727,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     if source == "stdlib":
         yield from _python_files(Path(sysconfig.get_paths()["stdlib"]), ("test", "tests", "idlelib"))
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(TABLES))
         if len(files) < sum(1 for _ in path.rglob("*.py")):  # a data set may come with a script
             yield from _python_files(path)
             return
@@ -796,9 +799,10 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 def fingerprint(sources: Sequence[str]) -> str:
     """A hash of the names, sizes and first MiB of data files. By it a resumed run notices that they changed."""
     digest = hashlib.sha256(sys.version.encode() * ("stdlib" in sources))  # each Python has its own
-    for source in filter(os.path.exists, sources):
-        files = sorted(p for p in Path(source).rglob("*") if p.is_file()) or [Path(source)]
-        for file in files:
+    for source in map(Path, filter(os.path.exists, sources)):
+        # not what other programs write into a folder, as .git and __pycache__
+        inside = (p for p in source.rglob("*") if p.name.endswith((*TABLES, ".py", ".txt")) and p.is_file())
+        for file in sorted(inside) if source.is_dir() else [source]:
             with open(file, "rb") as handle:
                 digest.update(repr((file.name, file.stat().st_size)).encode() + handle.read(2**20))
     return digest.hexdigest()[:16]
@@ -889,7 +893,8 @@ class Run:
         if args.resume:
             bootstraps = getattr(args, "bootstrap_only", False)  # RA3: it continues a file, not a checkpoint
             kept = "bootstrapped.jsonl" if bootstraps else "checkpoints/state_*/state.json"
-            earlier = [Path(*Path(file).parts[:2]) for file in sorted(glob.glob(f"runs/{glob.escape(self.stem)}*/{kept}"))]
+            found = sorted(Path("runs").glob(f"{glob.escape(self.stem)}*/{kept}"))
+            earlier = [Path(*file.parts[:2]) for file in found]
             # the stem has only the last part of a folder's path, as `final`
             arguments = [json.loads((run / "args.json").read_text(encoding="utf-8")) for run in earlier]
             own = [run for run, a in zip(earlier, arguments) if a["model"] == args.model]
@@ -908,7 +913,8 @@ class Run:
         if getattr(self.args, "track", False) and importlib.util.find_spec("wandb") is None:
             raise UserError("--track needs Weights & Biases: pip install wandb")
         found = (self._complete() or [None])[-1] if self.args.resume else None
-        if self.args.resume not in ("", "auto") and found is None:
+        outputs = [(self.path / name).exists() for name in ("bootstrapped.jsonl", "metrics.jsonl")]
+        if self.args.resume not in ("", "auto") and found is None and not outputs[0]:
             raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
         now = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
         data = {"data_fingerprint": fingerprint(self.data)}
@@ -921,8 +927,7 @@ class Run:
             if not data.items() <= before.items():
                 raise UserError(f"cannot resume {self.path}: the data have changed ({', '.join(self.data)})")
         self.written = {"args.json": json.dumps(now | data, indent=1)}
-        outputs = [self.path / name for name in ("metrics.jsonl", "bootstrapped.jsonl")]
-        if found is None and self.args.resume != "auto" and any(file.exists() for file in outputs):
+        if not self.args.resume and any(outputs):
             raise UserError(f"{self.path} already holds a run; choose another --output-dir, or --resume auto")
         return json.loads((found / "state.json").read_text(encoding="utf-8")) if found else None
 

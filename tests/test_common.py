@@ -526,6 +526,13 @@ def test_what_may_change_on_resume(folder, tmp_path):
     source.write_text('{"text": "b"}\n')
     with pytest.raises(UserError, match=f"the data have changed .*{source}"):
         start(folder, **options)
+    # of a folder, its data count, not what other programs write there
+    code = tmp_path / "code"
+    for name in ("a.py", "__pycache__/a.pyc", ".git/index", "b.py"):
+        before = common.fingerprint([str(code)])
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_text("x = 1\n")
+        assert (common.fingerprint([str(code)]) == before) == (not name.endswith(".py"))
 
 
 def test_old_checkpoints_are_removed_and_models_export_as_they_were(tmp_path):
