@@ -28,7 +28,7 @@ Where this differs from the paper, or the paper leaves a choice open (docs/ra3.m
   D2 l_t is a mean over the line's tokens. The paper prints a sum; its c = 0.05 fits the mean.
   D3 A malformed thought costs 2 instead of c. In the paper its reward is 0, in the authors' code -2. A hard
      line earns less than that (l_t < -2), so q would learn to write malformed thoughts there.
-  D4 Only the first E-step has the 10 updates without the penalty. The paper does not say which have them.
+  D4 The 10 updates without the penalty come once, at the start of the run. The paper does not say when.
   D5 l_t is the likelihood of the line *given* the decision: the probability of its first token is
      renormalised without "#". Otherwise any thought would raise l_t, because pi hardly expects a second "#".
 
@@ -104,7 +104,8 @@ class Args:
     )
     """sources, see common.read_rows: hub ids, .jsonl or .parquet files, folders of .py files, `stdlib`"""
     dataset_weights: tuple[float, ...] = ()
-    """how often each source is read, relative to the others; empty: equally, or WEIGHTS for the default sources"""
+    """how often each source is read, relative to the others; empty: equally, or WEIGHTS for the default sources.
+    All start again when the first one ends"""
     text_column: str = "text"
     """the column that holds the code"""
     max_snippet_tokens: int = 1024
@@ -344,10 +345,11 @@ class Vocabulary:
         not used: some tokenizers leave white space out of them.
         """
         starts, spelt, pending = [0], "", []
-        for token in ids:
+        for place, token in enumerate(ids, start=1):
             pending.append(token)
             piece = self.text[token] if len(pending) == 1 else self.decode([pending])[0]
-            if piece.endswith("\ufffd") and len(pending) < 8:  # a part of a character: decode the parts together
+            # a part of a character: decode the parts together
+            if piece.endswith("\ufffd") and len(pending) < 8 and place < len(ids):
                 starts.append(len(spelt) + 1)
                 continue
             spelt += piece
@@ -416,7 +418,7 @@ def segment(piece: tuple[str, list | None, bool], source: str, v: Vocabulary, ar
     end of a text gets eos.
     """
     text, actions, last = piece
-    if not text.strip() or max(map(len, text.split("\n"))) > MAX_LINE:
+    if not text.strip():
         return []
     waiting, snippets = [(0, len(text))], []
     actions = action_starts(text) if actions is None else actions
@@ -495,7 +497,7 @@ class SnippetStream:
 
     def metrics(self) -> dict[str, float]:
         c = self.counts
-        unusable, decisions = c["unusable"] / max(1, c["pieces"]), c["decisions"] / max(1, c["snippets"])
+        unusable, decisions = c["unusable"] / c["pieces"], c["decisions"] / c["snippets"]
         shares = {f"data/token_share/{name}": n / self.tokens.total() for name, n in self.tokens.items()}
         return {"data/unusable": unusable, "data/decisions": decisions, **shares}
 
@@ -513,7 +515,7 @@ class SnippetStream:
             items = shuffled(items, random.Random(f"{args.seed} {self.part} {epoch}"))
             first = next(items, None)
             if first is None:
-                raise UserError(f"{', '.join(args.dataset)}: no text for the {self.part}-step; give more data")
+                raise UserError(f"{', '.join(args.dataset)}: no Python text for the {self.part}-step; give more data")
             yield first
             yield from items
 
@@ -536,9 +538,10 @@ def source_pieces(source: str, args: Args) -> Iterator[tuple[tuple, str, int]]:
     for row in read_rows(source):
         text = column(row, args.text_column, source)
         language = row.get("lang") or row.get("program_lang") or "python"  # OpenCoder's columns
-        if isinstance(text, str) and text.strip() and language.lower() == "python":
+        if isinstance(text, str) and text.strip() and str(language).lower() == "python":
             text = text.encode("utf-8", "replace").decode()  # lone surrogates
-            key = zlib.crc32((row.get("path") or text).encode())
+            text = text.removeprefix("\ufeff")  # a comment before a byte order mark would break the source
+            key = zlib.crc32(str(row.get("path") or text).encode("utf-8", "replace"))
             for piece in cut_text(text, 4 * args.max_snippet_tokens):
                 yield piece, name, key
 
@@ -1143,8 +1146,10 @@ def bootstrap(model, v: Vocabulary, context: int, run: Run, args: Args, ranks: R
     if ranks.main:
         write_whole(target, "".join(line + "\n" for line in earlier))
     stream, count = SnippetStream(args, "all", v, context, ranks), len(earlier)
-    stream.batch(count)  # those that the file holds
-    while snippets := stream.batch(args.rollout_rows * ranks.world_size):
+    size = args.rollout_rows * ranks.world_size
+    for begin in range(0, count, size):  # those that the file holds
+        stream.batch(min(size, count - begin))
+    while snippets := stream.batch(size):
         lines = []
         (rollouts,) = sample(model, [snippets], "bootstrap", count, v, args, ranks)
         for r in rollouts:
@@ -1216,11 +1221,14 @@ def main(args: Args) -> None:
     q = None  # in a dry run pi stands for it
     if args.algo == "ra3" and not args.bootstrap_only and (args.q_model or not args.dry_run):
         q = load_model(args.q_model or name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
-        if q.config.get_text_config().vocab_size != pi.config.get_text_config().vocab_size:
+        sizes = {model.config.get_text_config().vocab_size for model in (pi, q)}
+        if len(sizes) > 1 or load_tokenizer(args.q_model or name).get_vocab() != tokenizer.get_vocab():
             raise UserError(f"--q-model {args.q_model} has another vocabulary than {name}")
-    if args.rollout == "drafted" and not (q or pi).can_draft:
+    if args.rollout == "drafted" and not (pi.can_draft and (q or pi).can_draft):
         args = replace(args, rollout="forced")
     problems = list(read_rows(args.eval_problems)) if args.eval_problems else []
+    for row, key in itertools.product(problems, ("prompt", "test", "entry_point")):
+        column(row, key, args.eval_problems)  # refuses a file without it
     if args.dry_run:
         dry_run(None if args.algo == "ntp" else q or pi, v, longest, args, ranks)
         return

@@ -186,7 +186,7 @@ def test_no_character_of_the_standard_library_is_lost_and_thoughts_change_nothin
     [
         "if a:\r\n\tb = 1\r\n\tc = 2\r\n", "\x0cdef f():\n\treturn 1", "print 'x'\nexec y\n", "# only a comment\n", "", "a",
         "x = '\u00e9\U0001f600\u4e2d'\n\u00e9 = 2\n", "\n\n  \nx = 1\n", "a = 1\rb = 2\n", "\ufffd = broken bytes\n",
-        "\n\n\n\n\n\n\n\n\n\n\n\nx = 1\n",
+        "\n\n\n\n\n\n\n\n\n\n\n\nx = 1\n", "x = 1  # \ufffd", "x = 1\n# \ufffd\ufffd",
     ],
 )  # fmt: skip
 def test_odd_texts_do_not_break_segmentation(kind, text):
@@ -201,9 +201,11 @@ def test_odd_texts_do_not_break_segmentation(kind, text):
                 tree(text)
 
 
-def test_texts_without_code_and_with_endless_lines_are_unusable():
+def test_texts_without_code_are_unusable():
     v = vocabulary("qwen")
-    assert [segment((text, None, True), "x", v, ARGS, 10**9) for text in ("", " \n\n", "x = '" + "a" * ra3.MAX_LINE + "'\n")] == [[]] * 3
+    assert [segment((text, None, True), "x", v, ARGS, 10**9) for text in ("", " \n\n")] == [[]] * 2
+    endless = pieces_of("x = 1\ny = '" + "a" * ra3.MAX_LINE + "'\n", v, 1000)  # used, but it has no decisions
+    assert len(endless) > 1 and not any(s.kinds for s in endless)
     assert segment(("x = '<|end|>'\n", None, True), "x", v, ARGS, 10**9) == []  # it would spell the end
 
 
@@ -305,8 +307,17 @@ def test_prose_and_unreadable_texts_are_counted_and_refused_when_there_is_nothin
     nothing = dataclasses.replace(ARGS, dataset=(data_file(tmp_path / "none.jsonl", texts[::2]),))
     with pytest.raises(UserError, match="none of the first 1000 texts"):
         stream_of(nothing, "M").batch(1)
-    with pytest.raises(UserError, match="no text for the E-step"):
+    with pytest.raises(UserError, match="no Python text for the E-step"):
         stream_of(dataclasses.replace(nothing, dataset=(data_file(tmp_path / "one.jsonl", ["a = 5\n"]),)), "E").batch(1)
+
+
+def test_rows_as_users_have_them(tmp_path):
+    """A byte order mark; paths that are not UTF-8, or no text; another language."""
+    rows = [{"text": "\ufeffx = 1\ny = 2\n"}, {"path": "caf\udce9.py"}, {"path": ["a", 1]}, {"lang": "Java"}, {"lang": ["C"]}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": "x = 1\ny = 2\n"} | row) + "\n" for row in rows))
+    pieces = [piece for piece, _, _ in ra3.source_pieces(str(file), ARGS)]
+    assert [text for text, _, _ in pieces] == ["x = 1\ny = 2\n"] * 3
 
 
 # ---------------------------------------------------------------- a case small enough to enumerate
@@ -925,9 +936,24 @@ def test_external_thoughts_need_no_e_step(quick, tmp_path):
     run(quick, tmp_path / "q", q_model=quick.model, em_iterations=1, mask_latents=True)
     assert [row["phase"] for row in rows_of(tmp_path / "q")] == list("MMM")
     assert all(row["rollout/think_rate"] > 0.05 for row in rows_of(tmp_path / "q")[1:])
+    # pi has a recurrent state, so its own thoughts, which an evaluation samples, cannot be drafted
+    tokenizer = load_tokenizer(quick.model)
+    save_model(tmp_path / "lfm2", tokenizer, family="lfm2")
+    run(quick, tmp_path / "l", model=str(tmp_path / "lfm2"), q_model=quick.model, em_iterations=1)
+    assert json.loads((tmp_path / "l" / "args.json").read_text())["rollout"] == "forced"
+    # as many tokens, but others
+    other = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = list(other["model"]["vocab"])[1:]
+    other["model"]["vocab"] |= dict(zip(words, map(other["model"]["vocab"].get, words[1:] + words[:1])))
+    shutil.copytree(quick.model, tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="has another vocabulary"):
+        run(quick, tmp_path / "o", q_model=str(tmp_path / "other"))
 
 
-def test_bootstrap_only(quick, tmp_path):
+def test_bootstrap_only(quick, tmp_path, monkeypatch):
+    sizes, batch = [], ra3.SnippetStream.batch
+    monkeypatch.setattr(ra3.SnippetStream, "batch", lambda self, size: sizes.append(size) or batch(self, size))
     run(quick, tmp_path / "d", bootstrap_only=True)
     file = tmp_path / "d" / "bootstrapped.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -945,6 +971,11 @@ def test_bootstrap_only(quick, tmp_path):
     file.write_text(kept[: len(kept) // 2])
     run(quick, tmp_path / "d", bootstrap_only=True, resume="auto", rollout_rows=7)
     assert file.read_text() == kept
+    assert max(sizes) == 8  # what the file holds is not read into memory all at once
+    # and with the name of its folder
+    file.write_text(kept[: len(kept) // 3])
+    run(quick, "", bootstrap_only=True, resume=str(tmp_path / "d"))
+    assert file.read_text() == kept
     for resume, words in (("", "already holds a run; choose another"), ("auto", "--seed 0 -> 3")):
         with pytest.raises(UserError, match=words):
             run(quick, tmp_path / "d", bootstrap_only=True, resume=resume, seed=3)
@@ -959,8 +990,9 @@ def test_what_cannot_work_is_refused(quick, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             ra3.check(dataclasses.replace(ARGS, **changes), RANKS)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="no such data file"):
-        run(quick, tmp_path / "e", eval_problems="none.jsonl")
+    for file, words in (("none.jsonl", "no such data file"), (quick.dataset[0], "has no column `prompt`; it has: text")):
+        with pytest.raises(UserError, match=words):
+            run(quick, tmp_path / "e", eval_problems=file)
 
 
 def test_dry_run_prints_the_plan_and_makes_no_folder(quick, tmp_path, capsys):
