@@ -100,7 +100,7 @@ class Args:
     difficulty_key: str = ""
     """math: a key of Skywork's `model_difficulty`: as many problems of --dataset of each level 1-13; empty: all"""
     chat_template: bool = False
-    """math: put the problem into the tokenizer's chat template (base models have none)"""
+    """math: put the problem into the tokenizer's chat template, for a model that was trained with it"""
     # ---- rollout
     prompts_per_update: int = 128
     """N, problems per update, over all ranks"""
@@ -323,7 +323,7 @@ def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
 def read_problems(source: str, args: Args, tokenizer, split: str = "train") -> tuple[list[Problem], str]:
     """The problems of `source` in an order fixed by the seed, and a note that counts the rows left out.
 
-    UserError if no problem is left, or if more than half of the rows are of no use, which no option chooses.
+    UserError if no problem is left, or if more than half of the rows are of no use (and no option leaves them out).
     """
     warnings.simplefilter("ignore", SyntaxWarning)  # a `\d` in a solution
     problems, left_out, row, number = [], Counter(), {}, 0
