@@ -181,7 +181,7 @@ TINY_DEFAULTS = Args(  # a thought in these programs serves the next line only; 
 WEIGHTS = {Args.dataset: (0.95, 0.05), TINY_DEFAULTS.dataset: (0.9, 0.1)}  # as the paper's 2.36M : 129K snippets; ours
 MALFORMED_PENALTY = 2.0  # nats per token, in place of c (D3)
 BETAS = (0.9, 0.95)  # of AdamW
-EVAL_TOKENS = 96  # longest completion of an evaluation problem
+EVAL_TOKENS = 384  # longest completion of an evaluation problem; eval_code.py takes 512
 
 
 # ---------------------------------------------------------------- data 1: where a thought may stand
@@ -276,7 +276,7 @@ KINDS = {  # kind of a line of code -> how it begins; the first that fits. The m
 
 
 def line_kind(line: str) -> str:
-    return next(kind for kind, pattern in KINDS.items() if re.match(rf"\s*{pattern}", line))
+    return next(kind for kind, pattern in KINDS.items() if re.match(pattern, line.lstrip()))
 
 
 # ---------------------------------------------------------------- data 2: from text to tokens
@@ -760,7 +760,7 @@ def think(model, cache, mask, index, token, noise, place, v: Vocabulary, args: A
     ids = torch.cat([torch.zeros_like(mask[index]), token[:, None]], 1)  # what is in the cache needs no ids
     mask, start = torch.cat([mask[index], torch.ones_like(token)[:, None]], 1), ids.shape[1]
     places = place[:, None] + torch.arange(1, args.max_latent_tokens, device=place.device)
-    own_noise = noise[index].gather(1, places.clamp(max=noise.shape[1] - 1))
+    own_noise = noise[index].gather(1, places)
     if args.max_latent_tokens > 1:
         ids = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=args.max_latent_tokens - 1, synced_gpus=False,
@@ -1215,7 +1215,8 @@ def main(args: Args) -> None:
     check(args, ranks)
     name = args.q_model if args.bootstrap_only and args.q_model else args.model
     tokenizer = load_tokenizer(name)
-    longest = min(4 * args.max_snippet_tokens, context_of(name))  # of a row with its thoughts
+    context = min(context_of(name), context_of(args.q_model or name))
+    longest = min(4 * args.max_snippet_tokens, context)  # of a row with its thoughts
     pi = load_model(name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
     v = Vocabulary(tokenizer, pi.config.get_text_config().vocab_size, ranks.device)
     q = None  # in a dry run pi stands for it

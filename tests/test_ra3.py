@@ -741,7 +741,7 @@ def test_pass_at_1_takes_the_completion_up_to_text_in_column_0(small, tmp_path, 
     v = vocabulary("qwen")
     save_model(tmp_path, v.tokenizer)
     model = load_model(str(tmp_path), v.tokenizer, RANKS, longest=0, train=False)
-    completions = ["    return a + 1\n\n\nraise SystemExit\n", "    return a\n", "    return a + 1<|end|>(", "    return a + 1"]
+    completions = ["    return a + 1\n\n\nraise SystemExit\n", "    return a\n", "    return a + 1<|end|>(", "    a = a\n" * 40 + "    return a + 1"]
     rows = [{"prompt": f"def f{i}(a):\n", "test": f"def check(g):\n    assert g(1) == 2 and f{i}(2) == 3", "entry_point": f"f{i}"} for i in range(4)]
     ids = [v.tokenizer(text).input_ids for text in completions]
     asked = []
@@ -749,7 +749,7 @@ def test_pass_at_1_takes_the_completion_up_to_text_in_column_0(small, tmp_path, 
     def generate(input_ids, attention_mask, **options):
         asked.append([v.decode([row[m.bool()].tolist()[1:]])[0] for row, m in zip(input_ids, attention_mask)])
         first = sum(map(len, asked[:-1]))
-        answers = common.pad_right(ids[first : first + len(input_ids)])
+        answers = common.pad_right([row[: options["max_new_tokens"]] for row in ids[first : first + len(input_ids)]])
         return torch.cat([input_ids, answers], 1)
 
     monkeypatch.setattr(model, "generate", generate)
@@ -941,6 +941,8 @@ def test_external_thoughts_need_no_e_step(quick, tmp_path):
     save_model(tmp_path / "lfm2", tokenizer, family="lfm2")
     run(quick, tmp_path / "l", model=str(tmp_path / "lfm2"), q_model=quick.model, em_iterations=1)
     assert json.loads((tmp_path / "l" / "args.json").read_text())["rollout"] == "forced"
+    save_model(tmp_path / "short", tokenizer, max_position_embeddings=80)  # its context holds for both
+    run(quick, tmp_path / "c", q_model=str(tmp_path / "short"), em_iterations=1)
     # as many tokens, but others
     other = json.loads(tokenizer.backend_tokenizer.to_str())
     words = list(other["model"]["vocab"])[1:]
