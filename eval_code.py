@@ -379,7 +379,7 @@ def report(folder: Path, files: list[Path], titles: dict[str, str], label: str, 
     for passed in (True, False):
         if chosen := [sample for sample in samples if sample["passed"] == passed]:
             sample = chosen[len(chosen) // 2]
-            text = sample.get("solution") or sample.get("prompt", "") + sample["completion"]
+            text = sample.get("solution") or sample.get("prompt", "") + sample.get("completion", "")
             program = "\n    ".join(line[:100] for line in text.strip("\n").split("\n")[-12:])
             print(f"\n{sample['task_id']}: {sample['reason']}\n    {program}")
     print(f"\nsamples  {folder / 'samples.jsonl'}\nresults  {folder / 'results.json'}", flush=True)
