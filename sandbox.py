@@ -4,10 +4,10 @@
     run_tests([{"code": "def add(a, b): return a + b", "tests": "assert add(1, 2) == 3"}])
     -> [{"passed": True, "reason": "passed"}]
 
-**Threat model.** A policy trained on this reward finds whatever makes the verdict say "passed", and a base model writes
-`os.remove`, `while True` and fork bombs without meaning to. So the program is hostile; the tests and the owner of the
-machine are not. Whatever a process prints, returns or exits with after success, a program inside that process can
-produce too: program and test never share a process.
+A policy trained on this reward finds whatever makes the verdict say "passed", and a base model writes `os.remove`,
+`while True` and fork bombs without meaning to. So the program is hostile; the tests and the owner of the machine are
+not. Whatever a process prints, returns or exits with after success, a program inside that process can produce too:
+program and test never share a process.
 
     caller --- limits, files ---> Z  zygote, one per worker: a fresh, confined Python. It forks per program
                                   |- T  tester: runs the trusted tests, writes the verdict
@@ -27,7 +27,7 @@ produce too: program and test never share a process.
 no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace, mount, chmod,
 memfd, shared memory and all sockets but a pair. C cannot fork either (`CANDIDATE`): a program is one process and
 SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory, output and
-threads, or the machine's own where they are smaller.
+threads, or the machine's own where they are smaller. Where a machine lacks any of this, no program runs.
 
 **Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a worker
 dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each new worker first
@@ -35,16 +35,14 @@ runs programs that are known to be right.
 
 **What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as such. An
 argument that is a list, dict, set or array takes the content that the call gave it, if the call returned None, and only
-then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions and iterators (C calls
-back), importable functions and types (by name). Two objects of the program are compared and combined by the program.
-What cannot cross: operators between an object of the program and plain data, its type, its use in `with`, instances
-of the test's own classes, the identity of lists, what both sides would share (`random.seed`, captured stdout, patches).
+then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions (C calls back), and
+importable functions and types (by name). The program compares and combines two of its own objects. What cannot cross:
+operators between an object of the program and plain data, its type, its use in `with`, iterators and instances of the
+test's own classes, the identity of lists, what both sides would share (`random.seed`, captured stdout, patches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, `np.allclose(f(x), 3)` by `[]`, two objects of the program that it says are equal); a
-callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files. Without Landlock
-(Linux < 5.13, gVisor) a program can read what this user can, the caller's memory with the tests included; on a machine
-other than x86_64 it can do most of what this user can. Both are said on stderr: use a container then. Linux only.
+callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files.
 """
 
 import __future__
@@ -96,7 +94,7 @@ GONE = 3  # T's exit status when C did not answer any more
 
 
 class SandboxError(RuntimeError):
-    """The machine, not a program, is at fault. The message names its limits."""
+    """The machine, not a program, is at fault."""
 
 
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
@@ -108,13 +106,13 @@ def array(dtype, shape, values):
     return importlib.import_module("numpy").array(values, dtype).reshape(shape)
 
 
-def namedtuple(name, fields, *parts):
-    if (name, fields) not in NAMEDTUPLES and Handle.WITHHELD.isdisjoint(fields):
-        NAMEDTUPLES[name, fields] = collections.namedtuple(name, fields)  # which checks that they are names
-    return NAMEDTUPLES[name, fields]._make(parts)
+@functools.lru_cache(maxsize=64)
+def namedtuple_class(name, fields):
+    if Handle.WITHHELD.isdisjoint(fields):
+        return collections.namedtuple(name, fields)  # which checks that they are names
+    raise ValueError(fields)
 
 
-NAMEDTUPLES = {}  # (name, fields): in C the program's class, in T one like it
 PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "int": (lambda value: [int.__int__(value)], int),  # of a subclass, as the next two
     "float": (lambda value: [float.__float__(value)], float),
@@ -135,7 +133,8 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "datetime.datetime": (lambda value: [value.isoformat()], datetime.datetime.fromisoformat),
     "datetime.timedelta": (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
     "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.ravel().tolist()], array),
-    "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value], namedtuple),
+    "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value],
+                   lambda name, fields, *parts: namedtuple_class(name, fields)._make(parts)),
 }
 CHANGEABLE = (list, dict, set, collections.deque)  # and arrays
 
@@ -149,7 +148,6 @@ def pack(value, peer):
         return pack(value.item(), peer)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        NAMEDTUPLES.setdefault((kind.__name__, kind._fields), kind)
         name = "namedtuple"
     elif name not in PLAIN or name == "numpy.ndarray" and value.dtype.kind not in "biufcSU":
         bases = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
@@ -183,7 +181,7 @@ class Peer:
     meanwhile."""
 
     def __init__(self, pipe):
-        self.pipe, self.lock = pipe, _thread.RLock()  # a program's threads may call back
+        self.pipe = pipe
         self.shown, self.numbers = [], {}  # what the other side knows by number; id -> number
 
     def send(self, *message):
@@ -208,8 +206,7 @@ class Peer:
 
     def ask(self, request, /, *args, **named):
         packed = [pack(arg, self) for arg in args], {name: pack(arg, self) for name, arg in named.items()}
-        with self.lock:
-            kind, *message = self.exchange(request, *packed)
+        kind, *message = self.exchange(request, *packed)
         if kind == "error":
             kind, args, state = (unpack(part, self) for part in message)
             error = kind(*args)
@@ -319,10 +316,7 @@ class Candidate(Peer):
         if tag == "named":
             module, name = parts
             return operator.attrgetter(name)(importlib.import_module(module))
-        number, request = parts
-        if request == "next":
-            return iter(lambda: self.ask("next", number), object())  # which StopIteration ends
-        return lambda *args, **named: self.ask("call", number, *args, **named)
+        return lambda *args, **named: self.ask("call", parts[0], *args, **named)
 
 
 # ---- T, the tester ------------------------------------------------------------------------------------------
@@ -352,7 +346,7 @@ class Program(Peer):
             os._exit(GONE)  # no `except` in a test catches that
 
     def perform(self, request, /, number, *args, **named):
-        return next(self.shown[number]) if request == "next" else self.shown[number](*args, **named)
+        return self.shown[number](*args, **named)
 
     def outgoing(self, value):
         if type(value) is Handle or isinstance(value, type) and "_number" in vars(value):
@@ -363,10 +357,8 @@ class Program(Peer):
             with contextlib.suppress(AttributeError):
                 if operator.attrgetter(name)(sys.modules[home]) == value:
                     return ["named", home, name]  # C uses its own: with T's `eval` it could forge
-        if hasattr(type(value), "__next__"):
-            return ["mine", self.number(value), "next"]
         if callable(value):
-            return ["mine", self.number(value), "call"]
+            return ["mine", self.number(value)]
         raise TypeError(f"a test cannot pass a {type(value).__name__} to the program")
 
     def incoming(self, tag, *parts):
@@ -408,10 +400,7 @@ class Handle:
         return self._program.ask("getattr", self, name)
 
     def __instancecheck__(self, value):
-        return type(value) in (Handle, *NAMEDTUPLES.values()) and self._program.ask("isinstance", value, self)
-
-    def __subclasscheck__(self, kind):
-        return type(kind) is Handle and self._program.ask("issubclass", kind, self)
+        return type(value) is Handle and self._program.ask("isinstance", value, self)
 
 
 def request_method(name):
@@ -452,7 +441,7 @@ class TestNamespace(dict):
 
 
 def run_asserts(program, job):
-    """-> why the test has failed or None"""
+    """-> "no tests" or None; a test that fails raises."""
     code, under_test = job["tests"], {job["entry_point"]} - {None}
     namespace = TestNamespace(program, job["called"], under_test)
     exec(job["setup"], namespace)
@@ -503,21 +492,21 @@ def explain(error):
     return f"exception: {report or f'{type(error).__name__}: {error}'}"
 
 
-def judge(program, job, tell):
-    """Tells for each case None or why it has failed."""
+def judge(program, job):
+    """Yields for each case None or why it has failed."""
     try:
         program.ask("load")
     except BaseException as error:
-        return tell(explain(error))
+        yield explain(error)
+        return
     for case in job["cases"] or [None]:
         try:
             failure = run_case(program, job["fn_name"], case) if case else run_asserts(program, job)
         except BaseException as error:
             failure = explain(error)
-        tell(failure)
+        yield failure
         if failure and not job["all_cases"]:
-            return None
-    return None
+            return
 
 
 def tester(control):
@@ -528,11 +517,11 @@ def tester(control):
         _, fds, *_ = socket.recv_fds(control, 1, 3)
         job, verdict, pipe = fds
         job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
-        judge(Program(pipe), job, lambda failure: os.write(verdict, json.dumps(failure).encode() + b"\n"))
+        for failure in judge(Program(pipe), job):
+            os.write(verdict, json.dumps(failure).encode() + b"\n")
         grown = len(sys.modules) > modules or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > TESTER_KEEPS_KB
         if grown or not job["harmless"]:
             os._exit(0)
-        NAMEDTUPLES.clear()
         for fd in fds:
             os.close(fd)
         control.send(b"1")
@@ -543,9 +532,10 @@ def tester(control):
 libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
 CLONE_THREAD, ALL_BITS, WRITE, READ_WRITE, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_WRONLY, os.O_RDWR, os.O_TRUNC
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 ANY_PID = 0x7FFFFFFF  # stands for C's pid in the filter, which is made before C is
 
-# What Python and its libraries need: the name and the number on x86_64. Other machines have no filter.
+# What Python and its libraries need: the name and the number on x86_64
 SYSCALLS = """
     read 0, write 1, readv 19, writev 20, pread64 17, pwrite64 18, lseek 8, close 3, close_range 436, dup 32, dup2 33,
     dup3 292, pipe 22, pipe2 293, openat 257, fstat 5, newfstatat 262, stat 4, lstat 6, statx 332, access 21,
@@ -560,9 +550,8 @@ SYSCALLS = """
     epoll_wait 232, epoll_pwait 281, eventfd2 290, socketpair 53, sendto 44, recvfrom 45, sendmsg 46, recvmsg 47,
     pidfd_open 434, shutdown 48, getsockopt 55, setsockopt 54, getsockname 51, getpeername 52
 """
-AUDIT_ARCH = 0xC000003E
+X86_64 = 0xC000003E
 NUMBER = {name: int(number) for name, number in map(str.split, SYSCALLS.split(","))}
-HAS_FILTER = os.uname().machine == "x86_64"
 
 # Calls that are allowed with some arguments only: {name: [(index of the argument, mask, values allowed)]}
 ARGUMENTS = {
@@ -574,10 +563,9 @@ ARGUMENTS = {
     "ioctl": [(1, ALL_BITS, {0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451})],
     # not F_SETOWN and F_SETSIG, with which the kernel sends any signal to any process
     "fcntl": [(1, ALL_BITS, {0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1033, 1034})],
-    # O_TRUNC truncates even what is opened to be read, which the rights of Landlock used here allow
+    # O_TRUNC truncates even what is opened to be read, which the first version of Landlock allows
     "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, WRITE, READ_WRITE, WRITE | O_TRUNC, READ_WRITE | O_TRUNC})],
 }
-ONLY_TO_READ = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # where Landlock is missing
 
 # What C gives up beyond that: no process but its own threads, no signal but to itself. If SIGKILL ends it, that was the
 # machine: it cannot send it to itself, nor by a limit on its CPU time.
@@ -599,7 +587,7 @@ def bpf_filter(arguments, others):
     def op(code, value, if_true=0, if_false=0):
         return struct.pack("HBBI", code, if_true, if_false, value)
 
-    program = [op(load, 4), op(jump_if_equal, AUDIT_ARCH, 1, 0), op(give, kill), op(load, 0)]
+    program = [op(load, 4), op(jump_if_equal, X86_64, 1, 0), op(give, kill), op(load, 0)]
     for name, conditions in arguments.items():
         block = []
         for argument, mask, values in conditions:
@@ -629,20 +617,17 @@ class Filter:
 
 
 def restrict_files(readable):
-    """Landlock: from now on nothing else opens, here and in children. -> whether this kernel does it"""
-    create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on all machines
+    """Landlock: from now on nothing else opens, here and in children."""
     write, read, read_dir, all_rights = 1 << 1, 1 << 2, 1 << 3, (1 << 13) - 1  # those of the first version
-    ruleset = libc.syscall(create_ruleset, struct.pack("Q", all_rights), 8, 0)
-    if ruleset < 0:
-        return False
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("Q", all_rights), 8, 0)
     for path in filter(os.path.exists, readable):
         fd = os.open(path, os.O_PATH)
         rights = read | (read_dir if os.path.isdir(path) else write if path.startswith("/dev/") else 0)
-        libc.syscall(add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
+        libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
-    done = libc.syscall(restrict_self, ruleset, 0) == 0
+    if libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0):
+        raise OSError("Landlock")
     os.close(ruleset)
-    return done
 
 
 def lower_limit(kind, limit):
@@ -652,8 +637,8 @@ def lower_limit(kind, limit):
     resource.setrlimit(kind, (limit, limit))
 
 
-def confine(readable, without):
-    """Confines the zygote and all that it will fork. -> the names of the protections that are missing"""
+def confine(readable):
+    """Confines the zygote and all that it will fork."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("800")  # short of memory, the kernel ends the sandbox before the training
     lower_limit(resource.RLIMIT_CORE, 0)
@@ -662,22 +647,18 @@ def confine(readable, without):
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
-    landlock = "Landlock" not in without and restrict_files(readable)
-    seccomp = "seccomp" not in without and HAS_FILTER
-    if seccomp:
-        arguments = {name: [] for name in NUMBER} | ARGUMENTS | ({} if landlock else ONLY_TO_READ)
-        Filter(bpf_filter(arguments, others=False)).apply()
-    return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
+    restrict_files(readable)
+    Filter(bpf_filter({name: [] for name in NUMBER} | ARGUMENTS, others=False)).apply()
 
 
 # ---- Z, the zygote ------------------------------------------------------------------------------------------
 
 
 def fork(role, *args):
-    """-> pid of a process that runs role(*args), and dies with this one"""
+    """-> pid and pidfd of a process that runs role(*args), and dies with this one"""
     zygote_pid, pid = os.getpid(), os.fork()
     if pid:
-        return pid
+        return pid, os.pidfd_open(pid)
     try:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == zygote_pid:  # it did not die before the line above
@@ -686,39 +667,39 @@ def fork(role, *args):
         os._exit(1)
 
 
-def candidate(code, fds, memory_mb, own_filter):
+def can_read(file, wait_s):
+    return bool(select.select([file], [], [], wait_s)[0])
+
+
+def end(pid, pidfd, wait_s):
+    """-> exit status of a process, or None if it has not ended after so long and had to be killed"""
+    ended = can_read(pidfd, wait_s)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(pidfd)
+    return status if ended else None
+
+
+def candidate(code, fds, limits):
     """All of C's life. fds: the pipe to T, or stdin, stdout and stderr."""
+    _, memory_mb, own_filter = limits
     source, script = os.pread(code, os.lseek(code, 0, os.SEEK_END), 0), len(fds) == 3
     first = 0 if script else 3
     for number, fd in enumerate(fds, first):  # fds ascends: none is overwritten before its turn
         os.dup2(fd, number)
     os.closerange(first + len(fds), 256)
     lower_limit(resource.RLIMIT_AS, int(memory_mb * MIB))
-    if own_filter:
-        own_filter.apply()
+    own_filter.apply()
     if script:
         os._exit(run_script(source) & 0xFF)
     Candidate(3).serve(source)
 
 
-def can_read(file, wait_s):
-    return bool(select.select([file], [], [], wait_s)[0])
-
-
-def reap(pid):
-    """-> exit status of a process that has ended"""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def kill(pid):
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def watch(pids, done, verdict, timeout_s):
+def watch(pids, done, verdict, limits):
     """Waits until `done` can be read. -> why the program must be ended before, or ""
 
-    A program has timeout_s of CPU time, and as much on the clock beyond BUSY times the CPU time that it has used: one
+    A program has `timeout_s` of CPU time, and as much on the clock beyond BUSY times the CPU time that it has used: one
     that sleeps is ended soon, one that shares its core is not cut short. For each case, which T shows by letting the
     file `verdict` grow, it has that anew.
     """
@@ -726,7 +707,7 @@ def watch(pids, done, verdict, timeout_s):
     def clocks():  # the time, and the CPU time of each process, whose clock has the number (~pid << 3) | 2
         return [time.monotonic(), *(time.clock_gettime((~pid << 3) | 2) for pid in pids)]
 
-    start, cases, caller = clocks(), 0, os.getppid()
+    start, cases, caller, timeout_s = clocks(), 0, os.getppid(), limits[0]
     while not can_read(done, TICK_S):
         elapsed_s, *used_s = map(operator.sub, clocks(), start)
         if verdict and os.fstat(verdict).st_size > cases:
@@ -741,42 +722,31 @@ def watch(pids, done, verdict, timeout_s):
     return ""
 
 
-def run_program(testers, timeout_s, memory_mb, fds, own_filter):
-    """testers: (pid, socket) of T, or nothing yet. fds: the code, then the job and the verdict of T, or stdin, stdout
-    and stderr. -> (why it had to be ended, exit status of T if there is one, of C), a status of None for a process
-    that still runs or was killed here"""
-    judged = len(fds) == 3
-    if judged and not testers:
+def script_job(limits, code, *fds):
+    """fds: stdin, stdout, stderr. -> why C had to be ended or "", its exit status or None"""
+    pid, pidfd = fork(candidate, code, fds, limits)
+    why = watch([pid], pidfd, None, limits)
+    return why, end(pid, pidfd, 0)
+
+
+def judged_job(limits, testers, code, job, verdict):
+    """testers: the socket, pid and pidfd of T, or nothing yet. -> why C and T had to be ended or "", exit status of T
+    or None, also if it stays, exit status of C or None"""
+    if not testers:
         ours, theirs = socket.socketpair()
         with theirs:
-            testers.append((fork(tester, theirs), ours))
-    pipes = [end.detach() for end in socket.socketpair()] if judged else []
-    pid = fork(candidate, fds[0], pipes[1:] or fds[1:], memory_mb, own_filter)
-    end_of_c = os.pidfd_open(pid)
-    if judged:
-        tester_pid, control = testers[0]
-        socket.send_fds(control, [b"1"], [*fds[1:], pipes[0]])
-        for pipe in pipes:  # so that T and C can see each other's end
-            os.close(pipe)
-        why = watch([tester_pid, pid], control, fds[2], timeout_s)
-        statuses = [None]
-        if why:
-            kill(tester_pid)
-        elif not control.recv(1):  # it does not stay for another program
-            statuses = [reap(tester_pid)]
-        if why or statuses != [None]:
-            testers.pop()
-            control.close()
-    else:
-        why, statuses = watch([pid], end_of_c, None, timeout_s), []
-    if can_read(end_of_c, 1 if statuses == [GONE] else 0):
-        statuses.append(reap(pid))
-    else:
-        kill(pid)
-        statuses.append(None)
-    for fd in (end_of_c, *fds):
-        os.close(fd)
-    return why, *statuses
+            testers += ours, *fork(tester, theirs)
+    control, tester_pid, tester_pidfd = testers
+    ours, theirs = socket.socketpair()
+    with ours, theirs:  # closed here, so that T and C can see each other's end
+        pid, pidfd = fork(candidate, code, [ours.fileno()], limits)
+        socket.send_fds(control, [b"1"], [job, verdict, theirs.fileno()])
+    why, status = watch([tester_pid, pid], control, verdict, limits), None
+    if why or not control.recv(1):  # T does not stay
+        status = end(tester_pid, tester_pidfd, 0 if why else 1)
+        control.close()
+        testers.clear()
+    return why, status, end(pid, pidfd, 1 if status == GONE else 0)
 
 
 def warm_up():
@@ -789,7 +759,7 @@ def warm_up():
     program, candidate = Program(ours.fileno()), Candidate(theirs.fileno())
     candidate.source, receive = code, program.receive
     program.receive = lambda: candidate.answer(*candidate.receive()) or receive()  # they take turns
-    judge(program, job, json.dumps)
+    list(judge(program, job))
     run_script(b"print(1)")
     sys.modules["__main__"] = main
     del sys.modules["solution"]
@@ -808,11 +778,11 @@ def zygote(config):
         importlib.import_module(name)
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["core"]})
-    missing = confine(config["readable"], config["without"])
-    own_filter = None if "seccomp" in missing else Filter(bpf_filter(CANDIDATE, others=True))
+    confine(config["readable"])
+    own_filter = Filter(bpf_filter(CANDIDATE, others=True))
     warm_up()
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
-    control.send(json.dumps(missing).encode())
+    control.send(b"ready")
     control.settimeout(1)  # to see that the caller has gone, even if a fork of it holds the other end
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever the caller blocks
     gc.collect()
@@ -824,12 +794,11 @@ def zygote(config):
             if not message:
                 break
             # Not JSON: every page that Z writes to is copied once per program, and JSON writes to many.
-            numpy, *limits = marshal.loads(message)
-            if numpy and "numpy" not in sys.modules:  # the tests use it, and each T is new: 60 ms once, not per program
-                with contextlib.suppress(ImportError):
-                    importlib.import_module("numpy")
-                gc.freeze()
-            control.send(marshal.dumps(run_program(testers, *limits, fds, own_filter)))
+            limits = *marshal.loads(message), own_filter
+            result = judged_job(limits, testers, *fds) if len(fds) == 3 else script_job(limits, *fds)
+            for fd in fds:
+                os.close(fd)
+            control.send(marshal.dumps(result))
 
 
 # ---- The caller ---------------------------------------------------------------------------------------------
@@ -843,7 +812,6 @@ config = json.loads(sys.argv[1]); sys.path.append(config["home"])
 from sandbox import zygote; sys.path.pop(); zygote(config)"""
 # 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
 SHELL = 'ulimit -S -s 524288 2>/dev/null || ulimit -S -s $(ulimit -H -s); exec "$@"'
-WITHOUT = []  # protections to do without, for tests: "Landlock", "seccomp"
 PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None,
            "all_cases": False, "timeout_s": GRACE_S}
 KNOWN_GOOD = [  # what each new worker has to run first
@@ -855,7 +823,7 @@ KNOWN_GOOD = [  # what each new worker has to run first
 class Worker:
     """A zygote, used by one thread at a time."""
 
-    live, idle, warned = [], [], False
+    live, idle = [], []
     process = None  # of this worker, until it starts
 
     def start(self):
@@ -866,7 +834,7 @@ class Worker:
         first = len(cores) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.core = cores[(first + Worker.live.index(self)) % len(cores)]
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        config = {"control": zygote_end.fileno(), "packages": packages, "core": self.core, "without": WITHOUT,
+        config = {"control": zygote_end.fileno(), "packages": packages, "core": self.core,
                   "home": os.path.dirname(os.path.abspath(__file__)), "readable": LIBRARIES + packages}
         environment = {"HOME": "/", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
@@ -879,16 +847,13 @@ class Worker:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[zygote_end.fileno()],
                 start_new_session=True)  # Ctrl-C is for the caller to handle
         self.control.settimeout(START_TIMEOUT_S)
-        self.missing = json.loads(self.control.recv(256) or "null")
+        if not self.control.recv(5):
+            raise SandboxError(f"a worker did not start (exit status {self.process.wait()}): see its message above")
         for program in KNOWN_GOOD:
             verdict = self.run(PROGRAM | program, 1024)
             if not verdict["passed"]:
                 raise SandboxError(f"a program that is right has failed: {verdict['reason']}")
         self.control.settimeout(None)
-        if self.missing and not Worker.warned:
-            Worker.warned = True
-            print(f"sandbox: no {' and no '.join(self.missing)} here; see 'Not covered' in sandbox.py and use a "
-                  "container", file=sys.stderr, flush=True)
 
     def close(self):
         """Whoever waits for this worker, in another thread, gets a SandboxError."""
@@ -915,13 +880,12 @@ class Worker:
             for content in contents:
                 fds.append(os.memfd_create("sandbox"))
                 os.pwrite(fds[-1], content, 0)
-            numpy = "numpy" in program["setup"] + program["tests"]
-            socket.send_fds(self.control, [marshal.dumps((numpy, program["timeout_s"], memory_mb))], fds)
+            socket.send_fds(self.control, [marshal.dumps((program["timeout_s"], memory_mb))], fds)
             answer = self.control.recv(256)
             if not answer:
                 raise SandboxError("the worker died")
             why, *statuses = marshal.loads(answer)
-            if "seccomp" not in self.missing and -signal.SIGKILL in statuses:
+            if -signal.SIGKILL in statuses:
                 raise SandboxError("a process was killed from outside, perhaps for want of memory")
             return why, statuses, [os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds[2:]]
         finally:
@@ -953,9 +917,9 @@ class Worker:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             return [f"exception: {type(error).__name__}: {error} (in the tests)"]
         called = set(re.findall(r"(?<![\w.])(\w+) *\(", program["tests"]))
-        job = marshal.dumps({**program, "code": None, "tests": tests, "setup": setup, "called": called,
-                             "harmless": harmless and harmless_setup})
-        why, statuses, (verdict,) = self.job(program, memory_mb, as_bytes(program["code"]), job, b"")
+        job = {**program, "code": None, "tests": tests, "setup": setup, "called": called,
+               "harmless": harmless and harmless_setup}
+        why, statuses, (verdict,) = self.job(program, memory_mb, as_bytes(program["code"]), marshal.dumps(job), b"")
         tester_status, status = statuses
         outcomes = [json.loads(line) for line in verdict.splitlines()]
         if why:
@@ -1029,6 +993,16 @@ def same_token(got, want):
 # ---- The machine --------------------------------------------------------------------------------------------
 
 
+def check_machine():
+    """SandboxError unless programs can be confined here."""
+    system, machine = os.uname().sysname, os.uname().machine
+    if (system, machine) != ("Linux", "x86_64"):
+        raise SandboxError(f"programs run on Linux on x86_64 only, not on {system} on {machine}")
+    if libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1) < 1:  # asks for its version
+        raise SandboxError("programs need Landlock: Linux 5.13 or newer with `landlock` in /sys/kernel/security/lsm; "
+                           f"this is Linux {os.uname().release} without it, or a container that forbids it")
+
+
 def cgroup_values(name):
     """What the files `name` of this process's control groups (versions 1 and 2) and of those above say."""
     with contextlib.suppress(OSError), open("/proc/self/cgroup") as lines:
@@ -1049,17 +1023,6 @@ def usable_cores():
     return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def machine_limits():
-    """The limits of this machine that may have ended an honest program, in words."""
-    limits = {"ulimit -v": "AS", "ulimit -f": "FSIZE", "ulimit -n": "NOFILE", "ulimit -t": "CPU", "ulimit -u": "NPROC"}
-    found = [f"{name}: {resource.getrlimit(getattr(resource, f'RLIMIT_{kind}'))[1]}" for name, kind in limits.items()]
-    for name in ("pids.max", "memory.max", "memory.limit_in_bytes"):
-        found += [f"cgroup {name}: {value}" for value, in cgroup_values(name)]
-    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
-        found += [" ".join(line.split()) for line in lines if line.startswith("MemAvailable")]
-    return "limits of this machine (-1 and max: none): " + "; ".join(found)
-
-
 def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=False):
     """Runs programs against their tests -> [{"passed": bool, "reason": text}].
 
@@ -1072,13 +1035,14 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     Optional: "timeout_s", "all_cases" of its own. Other keys are ignored.
 
     timeout_s: of the whole of "tests", or of one case: CPU time, and time on the clock unless the machine is busy.
-    memory_mb: address space. workers: 0 or None for one per core (`usable_cores`).
     all_cases: go on after a failed case, but not after a timeout; results have "passed_cases", "total_cases".
+    memory_mb: address space. workers: 0 or None for one per core (`usable_cores`).
     reason: "passed", "wrong answer", "timeout", "memory", "threads", "output limit", "exception: ...", "exited with
     status ...", "killed by ...", "hung up" (it closed its pipes, or said too much) or "no tests" (nothing was asked).
     Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError when the
     machine, not a program, is at fault.
     """
+    check_machine()
     keys, jobs = [], {}
     for place, program in enumerate(programs):
         if not isinstance(program.get("code"), str) or not ("tests" in program or "cases" in program):
@@ -1094,12 +1058,10 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     with ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs)))) as pool:
         try:
             verdicts = dict(zip(jobs, pool.map(lambda program: run_one(program, memory_mb, stopped), jobs.values())))
-        except BaseException as error:  # Ctrl-C too
+        except BaseException:  # Ctrl-C too
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             close_workers()  # what other threads run there is tried once more
-            if isinstance(error, RuntimeError) and "new thread" in str(error):
-                raise SandboxError(f"{error}; {machine_limits()}") from error
             raise
     return [dict(verdicts[key]) for key in keys]
 
@@ -1121,7 +1083,8 @@ def run_one(program, memory_mb, stopped):
             except (SandboxError, OSError) as fault:
                 worker.close()
                 if stopped.is_set() or not retry:
-                    raise SandboxError(f"{fault}; {machine_limits()}") from fault
+                    raise SandboxError(f"{fault}. Compare the limits of this machine: `ulimit -a`, and pids.max and "
+                                       "memory.max of the control group") from fault
     finally:
         Worker.idle.append(worker)
 
