@@ -27,18 +27,18 @@ program and test never share a process.
 no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace, mount, chmod,
 memfd, shared memory and all sockets but a pair. C cannot fork either (`CANDIDATE`): a program is one process and
 SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory, output and
-threads, or the machine's own where they are smaller. Where a machine lacks any of this, no program runs.
+threads, or the machine's own where they are smaller. Where Landlock or seccomp is missing, no program runs.
 
 **Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a worker
 dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each new worker first
 runs programs that are known to be right.
 
-**What crosses.** From C to T plain data, of a subclass as its base; namedtuples, Counters and numpy arrays as such. An
-argument that is a list, dict, set or array takes the content that the call gave it, if the call returned None, and only
-then: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions (C calls back), and
-importable functions and types (by name). The program compares and combines two of its own objects. What cannot cross:
-operators between an object of the program and plain data, its type, its use in `with`, iterators and instances of the
-test's own classes, the identity of lists, what both sides would share (`random.seed`, captured stdout, patches).
+**What crosses.** From C to T plain data, of a subclass as its base. An argument that is a list, dict, set or array
+takes the content that the call gave it, if the call returned None, and only then: else `x.clear(); return []` would
+meet `f(x) == sorted(x)`. A test may pass functions (C calls back), and importable functions and types (by name). The
+program compares and combines two of its own objects. What cannot cross: operators between an object of the program and
+plain data, its type, its use in `with`, generators and instances of the test's own classes, the identity of lists, what
+both sides would share (`random.seed`, captured stdout, patches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, `np.allclose(f(x), 3)` by `[]`, two objects of the program that it says are equal); a
@@ -122,6 +122,7 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "dict": (lambda value: [[*value], [*value.values()]], lambda keys, values: dict(zip(keys, values))),
     "complex": (lambda value: [value.real, value.imag], complex),
     "range": (lambda value: [value.start, value.stop, value.step], range),
+    "list_iterator": (list, lambda *parts: iter(parts)),
     "slice": (lambda value: [value.start, value.stop, value.step], slice),
     "collections.deque": (list, lambda *parts: collections.deque(parts)),
     "collections.Counter": (lambda value: [dict(value)], collections.Counter),
@@ -307,7 +308,7 @@ class Candidate(Peer):
             return ["named", "builtins", value.__name__]
         if isinstance(value, type) and issubclass(value, BaseException):
             bases = [self.outgoing(base) for base in value.__bases__ if issubclass(base, BaseException)]
-            return ["exception", self.number(value), value.__name__, value.__module__, *bases]
+            return ["exception", self.number(value), value.__name__, *bases]
         return ["mine", self.number(value)]
 
     def incoming(self, tag, *parts):
@@ -368,18 +369,10 @@ class Program(Peer):
         if number not in self.known and tag == "mine":
             self.known[number] = Handle(self, number)
         elif number not in self.known and tag == "exception":
-            name, home, *bases = rest
-            same = getattr(sys.modules.get(home), name, None)  # `except json.JSONDecodeError` is to catch it
-            found = isinstance(same, type) and issubclass(same, Exception) and same.__module__ != "unittest.case"
-            bases = (same,) if found else tuple(unpack(base, self) for base in bases)
-            members = {"__init__": Exception.__init__} if found else {}  # the library's own may want other arguments
-            self.known[number] = type(name, bases, members | {"__str__": said, "_number": number})
+            name, *bases = rest
+            members = {"_number": number, "__str__": lambda error: getattr(error, "text", "")}
+            self.known[number] = type(name, tuple(unpack(base, self) for base in bases), members)
         return self.known[number]
-
-
-def said(error):
-    """str() of an exception whose class is like one of C's: what C said when it raised it."""
-    return vars(error).get("text", Exception.__str__(error))
 
 
 class Handle:
@@ -553,10 +546,15 @@ SYSCALLS = """
 X86_64 = 0xC000003E
 NUMBER = {name: int(number) for name, number in map(str.split, SYSCALLS.split(","))}
 
-# Calls that are allowed with some arguments only: {name: [(index of the argument, mask, values allowed)]}
-ARGUMENTS = {
-    "prctl": [(0, ALL_BITS, {PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NAME, PR_GET_NAME})],
-    "prlimit64": [(0, ALL_BITS, {0})],  # with a pid it sets the limits of another process
+# Calls that C may make with some arguments only: {name: [(index of the argument, mask, values allowed)]}. If SIGKILL
+# ends C, that was the machine: C cannot send it to itself, nor set a limit on its CPU time.
+SIGNALS, LIMITS = set(range(32)) - {signal.SIGKILL}, set(range(16)) - {resource.RLIMIT_CPU}
+CANDIDATE = {
+    "clone": [(0, CLONE_THREAD, {CLONE_THREAD})],  # threads, no processes
+    "kill": [(0, ALL_BITS, {ANY_PID}), (1, ALL_BITS, SIGNALS)],  # only itself
+    "tgkill": [(0, ALL_BITS, {ANY_PID}), (2, ALL_BITS, SIGNALS)],
+    "prlimit64": [(0, ALL_BITS, {0}), (1, ALL_BITS, LIMITS)],  # with a pid it sets the limits of another process
+    "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})],
     # not of datagrams, which can be sent to any name
     "socketpair": [(0, ALL_BITS, {socket.AF_UNIX}), (1, 0xF, {socket.SOCK_STREAM})],
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -565,17 +563,6 @@ ARGUMENTS = {
     "fcntl": [(1, ALL_BITS, {0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1033, 1034})],
     # O_TRUNC truncates even what is opened to be read, which the first version of Landlock allows
     "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, WRITE, READ_WRITE, WRITE | O_TRUNC, READ_WRITE | O_TRUNC})],
-}
-
-# What C gives up beyond that: no process but its own threads, no signal but to itself. If SIGKILL ends it, that was the
-# machine: it cannot send it to itself, nor by a limit on its CPU time.
-SIGNALS, LIMITS = set(range(32)) - {signal.SIGKILL}, set(range(16)) - {resource.RLIMIT_CPU}
-CANDIDATE = {
-    "clone": [(0, CLONE_THREAD, {CLONE_THREAD})],
-    "kill": [(0, ALL_BITS, {ANY_PID}), (1, ALL_BITS, SIGNALS)],
-    "tgkill": [(0, ALL_BITS, {ANY_PID}), (2, ALL_BITS, SIGNALS)],
-    "prlimit64": [(1, ALL_BITS, LIMITS)],
-    "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})],
 }
 
 
@@ -613,7 +600,7 @@ class Filter:
         for place in self.pids:
             self.words[place] = os.getpid()
         if libc.prctl(PR_SET_SECCOMP, 2, self.address, 0, 0):
-            raise OSError("no seccomp filter")
+            raise OSError("this Linux has no seccomp filters")
 
 
 def restrict_files(readable):
@@ -626,7 +613,7 @@ def restrict_files(readable):
         libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
     if libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0):
-        raise OSError("Landlock")
+        raise OSError("Landlock does not restrict this process")
     os.close(ruleset)
 
 
@@ -648,7 +635,7 @@ def confine(readable):
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
     restrict_files(readable)
-    Filter(bpf_filter({name: [] for name in NUMBER} | ARGUMENTS, others=False)).apply()
+    Filter(bpf_filter(dict.fromkeys(NUMBER, []), others=False)).apply()
 
 
 # ---- Z, the zygote ------------------------------------------------------------------------------------------
@@ -667,13 +654,9 @@ def fork(role, *args):
         os._exit(1)
 
 
-def can_read(file, wait_s):
-    return bool(select.select([file], [], [], wait_s)[0])
-
-
 def end(pid, pidfd, wait_s):
     """-> exit status of a process, or None if it has not ended after so long and had to be killed"""
-    ended = can_read(pidfd, wait_s)
+    ended, *_ = select.select([pidfd], [], [], wait_s)
     if not ended:
         os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -708,7 +691,7 @@ def watch(pids, done, verdict, limits):
         return [time.monotonic(), *(time.clock_gettime((~pid << 3) | 2) for pid in pids)]
 
     start, cases, caller, timeout_s = clocks(), 0, os.getppid(), limits[0]
-    while not can_read(done, TICK_S):
+    while not select.select([done], [], [], TICK_S)[0]:
         elapsed_s, *used_s = map(operator.sub, clocks(), start)
         if verdict and os.fstat(verdict).st_size > cases:
             start, cases = clocks(), os.fstat(verdict).st_size

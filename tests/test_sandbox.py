@@ -593,11 +593,8 @@ HONEST = {  # name: (code, tests)
                        "try:\n    g()\nexcept Error as e: assert e.args == ('k',)\n"
                        "import unittest\nunittest.TestCase().assertRaises(Bad, f, -1)"),
     "exceptions of the standard library": (
-        "import dataclasses, decimal, json\ndef f(s): return json.loads(s)\ndef g(s): return decimal.Decimal(s)\n"
-        "@dataclasses.dataclass(frozen=True)\nclass P:\n    x: int",
-        "import dataclasses, decimal, json, unittest\nraises = unittest.TestCase().assertRaises\nraises(decimal.InvalidOperation, g, 'x')\n"
-        "raises(dataclasses.FrozenInstanceError, setattr, P(1), 'x', 2)\n"
-        "try:\n    f('x')\n    assert False\nexcept json.JSONDecodeError as e: assert e.pos == 0 and 'Expecting value' in str(e)"),
+        "import json\ndef f(s): return json.loads(s)",
+        "try:\n    f('x')\n    assert False\nexcept ValueError as e: assert e.pos == 0 and 'Expecting value' in str(e)"),
     "own exception with an errno": ("class Bad(OSError): pass\ndef f(): raise Bad(2, 'no')",
                                     "try:\n    f()\n    assert False\nexcept Bad as e: assert e.errno == 2"),
     "only raises": ("class Bad(Exception): pass\ndef f(): raise Bad", "try:\n    f()\nexcept Bad: pass\nelse: assert False"),
