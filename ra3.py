@@ -488,7 +488,9 @@ class SnippetStream:
                 self.taken, self.skip = self.taken + 1, 0
                 self.counts.update(pieces=1, unusable=not snippets)
             if self.counts["pieces"] == self.counts["unusable"] >= 1000:
-                raise UserError(f"none of the first 1000 texts of {', '.join(self.args.dataset)} can be used")
+                limits = f"{self.args.max_snippet_tokens} and --max-latent-tokens {self.args.max_latent_tokens}"
+                words = f"none of the first 1000 texts of {', '.join(self.args.dataset)} can be used"
+                raise UserError(f"{words} with --max-snippet-tokens {limits}")
         snippets, self.ready = [s for _, _, s in self.ready[:size]], self.ready[size:]
         self.counts.update(snippets=len(snippets), decisions=sum(len(s.kinds) for s in snippets))
         for s in snippets:

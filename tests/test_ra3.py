@@ -305,7 +305,7 @@ def test_prose_and_unreadable_texts_are_counted_and_refused_when_there_is_nothin
     stream.batch(80)
     assert 0.3 < stream.metrics()["data/unusable"] < 0.7
     nothing = dataclasses.replace(ARGS, dataset=(data_file(tmp_path / "none.jsonl", texts[::2]),))
-    with pytest.raises(UserError, match="none of the first 1000 texts"):
+    with pytest.raises(UserError, match="none of the first 1000 texts .* can be used with --max-snippet-tokens"):
         stream_of(nothing, "M").batch(1)
     with pytest.raises(UserError, match="no Python text for the E-step"):
         stream_of(dataclasses.replace(nothing, dataset=(data_file(tmp_path / "one.jsonl", ["a = 5\n"]),)), "E").batch(1)
