@@ -197,8 +197,12 @@ def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, list[tuple[int, s
 
     The pieces together are the text. It is cut before the least indented action in the second half of what
     fits, else before the last action that fits, else after a line. A text that needs no cut comes with None for
-    its actions: every rank reads it, but `segment` finds them on one rank only.
+    its actions: every rank reads it, but `segment` finds them on one rank only. A text with a line of more than
+    MAX_LINE becomes an empty piece, which `segment` counts as unusable.
     """
+    if max(map(len, text.split("\n"))) > MAX_LINE:
+        yield "", None, True
+        return
     if 0 < len(text) <= max_chars:
         yield text, None, True
         return
@@ -224,7 +228,7 @@ def legal_lines(text: str) -> list[tuple[int, str, str]]:
     backslash, not after a place that `tokenize` cannot read.
     """
     lines = io.StringIO(text, newline="").readlines()
-    if any(line.endswith("\r") or len(line) > MAX_LINE for line in lines):
+    if any(line.endswith("\r") for line in lines):
         return []  # a lone carriage return ends a line for the parser, but not for tokenize
     kinds = ["code" if line.strip(" \t\f\r\n") else "blank" for line in lines]
     legal, fstrings = {0}, 0  # Python 3.12 gives f-strings in parts, with ends of line among them

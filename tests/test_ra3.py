@@ -201,11 +201,12 @@ def test_odd_texts_do_not_break_segmentation(kind, text):
                 tree(text)
 
 
-def test_texts_without_code_are_unusable():
+def test_texts_without_code_and_with_endless_lines_are_unusable():
     v = vocabulary("qwen")
     assert [segment((text, None, True), "x", v, ARGS, 10**9) for text in ("", " \n\n")] == [[]] * 2
-    endless = pieces_of("x = 1\ny = '" + "a" * ra3.MAX_LINE + "'\n", v, 1000)  # used, but it has no decisions
-    assert len(endless) > 1 and not any(s.kinds for s in endless)
+    for limit in (1000, 10**6):  # whether the text would be cut or not
+        (piece,) = ra3.cut_text("x = 1\ny = '" + "a" * ra3.MAX_LINE + "'\n", limit)
+        assert segment(piece, "x", v, ARGS, 10**9) == []
     assert segment(("x = '<|end|>'\n", None, True), "x", v, ARGS, 10**9) == []  # it would spell the end
 
 
