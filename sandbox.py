@@ -33,9 +33,9 @@ threads, or the machine's own where they are smaller. Where Landlock or seccomp 
 dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each new worker first
 runs programs that are known to be right.
 
-**What crosses.** From C to T plain data, of a subclass as its base. An argument that is a list, dict, set or array
-takes the content that the call gave it, if the call returned None, and only then: else `x.clear(); return []` would
-meet `f(x) == sorted(x)`. A test may pass functions (C calls back), and importable functions and types (by name). The
+**What crosses.** From C to T plain data, of a subclass as its base. An argument that is a list, dict or set takes
+the content that the call gave it, if the call returned None, and only then: else `x.clear(); return []` would meet
+`f(x) == sorted(x)`. A test may pass functions (C calls back), and importable functions and types (by name). The
 program compares and combines two of its own objects. What cannot cross: operators between an object of the program and
 plain data, its type, its use in `with`, generators and instances of the test's own classes, the identity of lists, what
 both sides would share (`random.seed`, captured stdout, patches).
@@ -86,7 +86,8 @@ if "zygote" not in sys._xoptions:  # only the caller needs these
 
 MIB = 1 << 20
 OUTPUT_MB, THREADS, OPEN_FILES = 16, 64, 64  # what one program may write to stdout or stderr, start and open
-ANSWER_LIMIT, TESTER_MB, TESTER_KEEPS_KB = 16 * MIB, 2048, 100 << 10  # of one answer of C as JSON; of T's address space
+ANSWER_LIMIT, TESTER_MB = 16 * MIB, 2048  # of one answer of C as JSON; of T's address space
+TESTER_STAYS_KB = 100 << 10  # T does not stay for another program if it has used more memory than this
 TICK_S = 0.05  # how often the threads and the CPU time of a running program are looked at
 START_TIMEOUT_S, GRACE_S = 120, 20  # until a worker must be ready; for each program that it then runs first
 BUSY = 10  # seconds on the clock for a second of CPU time, on a core that others use too
@@ -137,7 +138,6 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value],
                    lambda name, fields, *parts: namedtuple_class(name, fields)._make(parts)),
 }
-CHANGEABLE = (list, dict, set, collections.deque)  # and arrays
 
 
 def pack(value, peer):
@@ -166,15 +166,6 @@ def unpack(message, peer):
     if name not in PLAIN:
         return peer.incoming(name, *parts)
     return PLAIN[name][1](*[unpack(part, peer) if type(part) is list else part for part in parts])
-
-
-def replace(old, new):
-    """Gives a list, dict, set, deque or array the content of another one."""
-    if type(old).__name__ == "ndarray":
-        old[...] = new
-    else:
-        old.clear()
-        (old.update if isinstance(old, (dict, set)) else old.extend)(new)
 
 
 class Peer:
@@ -217,8 +208,10 @@ class Peer:
             raise error
         value, contents = unpack(message[0], self), message[1]
         for old, new in zip((*args, *named.values()), contents if value is None else []):
-            if isinstance(old, CHANGEABLE) or type(old).__name__ == "ndarray":
-                replace(old, unpack(new, self))
+            if isinstance(old, (list, dict, set)):
+                new = unpack(new, self)
+                old.clear()
+                (old.extend if isinstance(old, list) else old.update)(new)
         return value
 
     def answer(self, request, args, named):
@@ -503,7 +496,8 @@ def judge(program, job):
 
 
 def tester(control):
-    """All of T's life: one program after the other, until a test could have changed something."""
+    """All of T's life: one program after the other, until a test was not `harmless`, imported something, or used much
+    memory. So no verdict depends on the programs before."""
     lower_limit(resource.RLIMIT_AS, TESTER_MB * MIB)
     modules = len(sys.modules)
     while True:
@@ -512,7 +506,7 @@ def tester(control):
         job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
         for failure in judge(Program(pipe), job):
             os.write(verdict, json.dumps(failure).encode() + b"\n")
-        grown = len(sys.modules) > modules or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > TESTER_KEEPS_KB
+        grown = len(sys.modules) > modules or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > TESTER_STAYS_KB
         if grown or not job["harmless"]:
             os._exit(0)
         for fd in fds:
@@ -589,7 +583,7 @@ def bpf_filter(arguments, others):
 
 
 class Filter:
-    """A seccomp program in memory: what can be prepared is, since `apply` runs for each program."""
+    """A seccomp program in memory. It is made before the fork; C only sets its own pid there."""
 
     def __init__(self, program):
         self.words = (ctypes.c_uint32 * (len(program) // 4)).from_buffer_copy(program)
@@ -827,11 +821,13 @@ class Worker:
         with zygote_end:
             self.process = subprocess.Popen(
                 ["/bin/sh", "-c", SHELL, "sh", *python], env=environment, cwd="/",
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[zygote_end.fileno()],
-                start_new_session=True)  # Ctrl-C is for the caller to handle
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                pass_fds=[zygote_end.fileno()], start_new_session=True)  # Ctrl-C is for the caller to handle
         self.control.settimeout(START_TIMEOUT_S)
         if not self.control.recv(5):
-            raise SandboxError(f"a worker did not start (exit status {self.process.wait()}): see its message above")
+            said = self.process.communicate()[1].strip().rpartition("\n")[2]
+            raise SandboxError(f"a worker did not start (exit status {self.process.returncode}): {said}")
+        self.process.stderr.close()
         for program in KNOWN_GOOD:
             verdict = self.run(PROGRAM | program, 1024)
             if not verdict["passed"]:
@@ -921,12 +917,13 @@ def compile_tests(source):
 
 def harmless(code):
     """Whether a test can change nothing that another test in the same process would see: it sets no attribute, and
-    names no module but two that hold nothing changeable, no builtin that reaches other variables, nothing internal."""
+    names no module but two that hold nothing changeable, no builtin that reaches other variables, no frame and nothing
+    internal."""
     far_reaching = {"eval", "exec", "compile", "open", "vars", "globals", "locals", "getattr", "setattr", "delattr"}
     modules = sys.stdlib_module_names - {"math", "typing"} | {"numpy"}
     stores = {opcode.opmap["STORE_ATTR"], opcode.opmap["DELETE_ATTR"]}
     return (stores.isdisjoint(code.co_code[::2]) and (far_reaching | modules).isdisjoint(code.co_names)
-            and not any(name.startswith(("_", "gi_")) for name in code.co_names)
+            and not any(name.startswith(("_", "gi_", "cr_", "ag_")) for name in code.co_names)
             and all(harmless(part) for part in code.co_consts if isinstance(part, types.CodeType)))
 
 

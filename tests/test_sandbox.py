@@ -559,12 +559,11 @@ HONEST = {  # name: (code, tests)
     "subclasses": ("import enum, collections\nP = collections.namedtuple('P', 'x y')\n"
                    "class E(enum.IntEnum):\n    A = 5\nclass S(str): pass\ndef f(): return P(1, 2), E.A, S('s')",
                    "assert f() == ((1, 2), 5, 's')"),
-    "in place": ("def f(x): x.sort()\ndef g(m):\n    for row in m: row.reverse()\ndef h(d, s, q): d.clear(); s.add(1); q.append(2)\n"
+    "in place": ("def f(x): x.sort()\ndef g(m):\n    for row in m: row.reverse()\ndef h(d, s): d.clear(); s.add(1)\n"
                  "class K:\n    def f(self, x): x.append(self)",
                  "import collections\na = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]\nm = [[1, 2], [3, 4]]\ng(m)\n"
-                 "assert m == [[2, 1], [4, 3]]\nd, s, q = collections.defaultdict(int, {1: 2}), set(), collections.deque()\nh(d, q=q, s=s)\n"
-                 "assert (d, s, q) == ({}, {1}, collections.deque([2]))\nk, z = K(), []\nk.f(z)\nassert z[0] == k"),
-    "in place, an array": ("def f(a): a.sort()", "import numpy as np\na = np.array([2, 1])\nf(a)\nassert a.tolist() == [1, 2]"),
+                 "assert m == [[2, 1], [4, 3]]\nd, s = collections.defaultdict(int, {1: 2}), set()\nh(d, s=s)\n"
+                 "assert (d, s) == ({}, {1})\nk, z = K(), []\nk.f(z)\nassert z[0] == k"),
     "callbacks": ("def f(g, xs): return [g(v) for v in xs]\ndef twice(g): return lambda x: g(g(x))\n"
                   "def g(key, xs): return sorted(xs, key=key)\ndef h(fill):\n    x = []\n    fill(x)\n    return x",
                   "import operator, functools\nassert f(lambda v: v + 1, [1]) == [2]\nassert twice(lambda x: x * 2)(3) == 12\n"
@@ -1258,8 +1257,11 @@ def test_probes():
     ("import os, collections\nos.uname = lambda: collections.namedtuple('U', 'sysname machine')('Linux', 'aarch64')",
      "programs run on Linux on x86_64 only, not on Linux on aarch64"),
     ("sandbox.libc = type('L', (), {'syscall': lambda *args: -1})", "programs need Landlock"),
-    ("sandbox.SHELL = 'ulimit -v 9000; ' + sandbox.SHELL", "a worker did not start (exit status"),
-    ("sandbox.sys.executable = '/nowhere/python'", "a worker did not start (exit status 127)")])
+    ("sandbox.SHELL = 'ulimit -v 9000; ' + sandbox.SHELL", "a worker did not start (exit status 127): "),
+    ("sandbox.sys.executable = '/nowhere/python'", "a worker did not start (exit status 127): sh: 1: exec: /nowhere/python: not found"),
+    ("sandbox.ZYGOTE = sandbox.ZYGOTE.replace('; sys.path.pop()', '; import sandbox, types; '\n"
+     "    'sandbox.libc = types.SimpleNamespace(prctl=lambda *a: 1, syscall=lambda *a: 0, capset=print); sys.path.pop()')",
+     "a worker did not start (exit status 1): OSError: this Linux has no seccomp filters")])
 def test_a_machine_that_lacks_something_is_named_in_one_line(setup, lacks):
     script = start_script([{"code": ADD, "tests": ASSERTS}], setup)
     out, err = script.communicate(timeout=120)
