@@ -560,35 +560,31 @@ CANDIDATE = {
 }
 
 
-def bpf_filter(arguments, others):
-    """A seccomp program: the calls in `arguments` pass if their arguments fit. others: whether all others pass."""
-    load, jump_if_equal, jump_if_at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
-    allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # with EPERM, with ENOSYS
-
-    def op(code, value, if_true=0, if_false=0):
-        return struct.pack("HBBI", code, if_true, if_false, value)
-
-    program = [op(load, 4), op(jump_if_equal, X86_64, 1, 0), op(give, kill), op(load, 0)]
-    for name, conditions in arguments.items():
-        block = []
-        for argument, mask, values in conditions:
-            block += [op(load, 16 + 8 * argument), op(mask_with, mask)]
-            block += [op(jump_if_equal, value, len(values) - i) for i, value in enumerate(sorted(values))]
-            block += [op(give, deny)]
-        program += [op(jump_if_equal, NUMBER[name], 0, len(block) + 1), *block, op(give, allow)]
-    if others:
-        return b"".join([*program, op(give, allow)])
-    # Calls newer than Linux 5.2 are said to be missing, and libc uses older ones: clone instead of clone3.
-    return b"".join([*program, op(jump_if_at_least, 424, 0, 1), op(give, missing), op(give, deny)])
-
-
 class Filter:
-    """A seccomp program in memory. It is made before the fork; C only sets its own pid there."""
+    """A seccomp program: the calls in `arguments` pass if their arguments fit. others: whether all others pass. It is
+    made before the fork; C only sets its own pid there."""
 
-    def __init__(self, program):
-        self.words = (ctypes.c_uint32 * (len(program) // 4)).from_buffer_copy(program)
+    def __init__(self, arguments, others):
+        load, jump_if_equal, jump_if_at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
+        allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # with EPERM, with ENOSYS
+
+        def op(code, value, if_true=0, if_false=0):
+            return struct.pack("HBBI", code, if_true, if_false, value)
+
+        program = [op(load, 4), op(jump_if_equal, X86_64, 1, 0), op(give, kill), op(load, 0)]
+        for name, conditions in arguments.items():
+            block = []
+            for argument, mask, values in conditions:
+                block += [op(load, 16 + 8 * argument), op(mask_with, mask)]
+                block += [op(jump_if_equal, value, len(values) - i) for i, value in enumerate(sorted(values))]
+                block += [op(give, deny)]
+            program += [op(jump_if_equal, NUMBER[name], 0, len(block) + 1), *block, op(give, allow)]
+        if not others:  # Calls newer than Linux 5.2 are said to be missing: libc then uses clone instead of clone3
+            program += [op(jump_if_at_least, 424, 0, 1), op(give, missing)]
+        program += [op(give, allow if others else deny)]
+        self.words = (ctypes.c_uint32 * (2 * len(program))).from_buffer_copy(b"".join(program))
         self.pids = [place for place, word in enumerate(self.words) if word == ANY_PID]
-        self.address = struct.pack("HP", len(program) // 8, ctypes.addressof(self.words))
+        self.address = struct.pack("HP", len(program), ctypes.addressof(self.words))
 
     def apply(self):
         for place in self.pids:
@@ -629,7 +625,7 @@ def confine(readable):
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
     restrict_files(readable)
-    Filter(bpf_filter(dict.fromkeys(NUMBER, []), others=False)).apply()
+    Filter(dict.fromkeys(NUMBER, []), others=False).apply()
 
 
 # ---- Z, the zygote ------------------------------------------------------------------------------------------
@@ -756,7 +752,7 @@ def zygote(config):
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["core"]})
     confine(config["readable"])
-    own_filter = Filter(bpf_filter(CANDIDATE, others=True))
+    own_filter = Filter(CANDIDATE, others=True)
     warm_up()
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
     control.send(b"ready")
