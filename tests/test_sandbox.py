@@ -961,6 +961,13 @@ def test_zygote_shows_nothing_of_itself():
     assert "No module named 'solution'" in result["reason"]
 
 
+def test_numpy_is_imported_once_per_worker_if_the_tests_use_it():
+    """Not in each tester, which would take 60 ms a program; and only then, as it makes each fork dearer."""
+    sandbox.close_workers()
+    plain, tests = {"code": "import sys\ndef f(): return 'numpy' in sys.modules"}, ("assert not f()", "import numpy\nassert f()")
+    assert passed(run_tests([plain | {"tests": text} for text in tests], workers=1)) == [True, True]
+
+
 def test_results_come_in_order_and_equal_programs_run_once():
     code = "import time; time.sleep(0.4)\n" + ADD
     programs = [{"code": code, "tests": ASSERTS, "task_id": i} for i in range(8)] + [{"code": "", "tests": ASSERTS}]
