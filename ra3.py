@@ -1206,12 +1206,16 @@ def dry_run(model, v: Vocabulary, context: int, args: Args, ranks: Ranks) -> Non
     memory = memory_plan(args.model, ranks, rows, args.micro_batch_tokens, args.gradient_checkpointing, frozen)
     rl = args.rl_updates if args.algo == "ra3" and not args.q_model else 0
     tokens, decisions = sum(len(s.ids) for s in snippets) / len(snippets), stream.metrics()["data/decisions"]
+    needed, epochs = args.em_iterations * (rl * args.rl_batch_size + args.ntp_updates * args.ntp_batch_size), ""
+    if ranks.main and all(source == "stdlib" or Path(source).exists() for source in args.dataset):
+        pieces = sum(key % 20 > 0 for _, _, key in interleaved(args))  # not those that are held out
+        epochs = f", about {needed / max(1, pieces):.1f} epochs"
     if ranks.main:
         print(
             f"data {', '.join(args.dataset)}; on average {tokens:.0f} tokens and {decisions:.1f} decisions a snippet\n"
             f"{args.em_iterations} EM iteration(s) of {rl} E-step updates ({args.rl_batch_size} snippets x "
             f"{args.group_size} rollouts) and {args.ntp_updates} M-step updates ({args.ntp_batch_size} snippets):\n"
-            f"  {args.em_iterations * (rl * args.rl_batch_size + args.ntp_updates * args.ntp_batch_size)} snippets\n"
+            f"  {needed} snippets{epochs}\n"
             f"{memory}\n\n{bootstrap_text(rollouts[0].snippet, rollouts[0].texts(v))}"
         )
 

@@ -1002,3 +1002,4 @@ def test_dry_run_prints_the_plan_and_makes_no_folder(quick, tmp_path, capsys):
     run(quick, tmp_path / "f", dry_run=True)
     printed = capsys.readouterr().out
     assert "2 E-step updates" in printed and "#" in printed and not (tmp_path / "f").exists()
+    assert re.search(r"\d+ snippets, about \d+\.\d epochs", printed)
