@@ -1,7 +1,8 @@
 """Builds a bundled toy world: its data files, a tokenizer and a small pre-trained language model.
 
-    python tiny/build.py code [--parts data]       the data and the model [the JSON Lines files only: seconds]
-    python tiny/build.py code --parts model --seed 8 --bf16 --model-dir DIR     another base
+    python tiny/build.py code                      # the data and the model
+    python tiny/build.py code --parts data         # the data only: seconds
+    python tiny/build.py code --parts model --seed 8 --bf16 --model-dir DIR     # another base model
 
 tests/test_tiny.py checks that the models can and cannot do what the demonstrations need. A world is a module with
 
@@ -76,7 +77,7 @@ def build_tokenizer(world, folder, seed):
 
 def packed_rows(world, tokenizer, seed):
     """Yields rows of row_tokens + 1 ids. A row starts where a document starts; half of the rows have the separator
-    before it, so that prompts work with and without it. What does not fit into a row is dropped."""
+    before it, so that prompts work with and without it. What does not fit is dropped."""
     rng, length = random.Random(f"documents {seed}"), world.TRAINING["row_tokens"] + 1
     n_rows = world.TRAINING["tokens"] // world.TRAINING["row_tokens"]
     for i in range(n_rows):

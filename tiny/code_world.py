@@ -3,12 +3,12 @@
     Let k be 7 after v, u. Given the list xs, keep the numbers above k, then reverse the order.
 
     def solve(xs):
-        k = 3
+        k = 4
         xs = [x for x in xs if x > k]
         return xs[::-1]
 
-g, h, p, q, r, t, u, v, w and z are functions: fixed permutations of the digits, which pre-training teaches. To find k
-takes a look-up for each of them (a hop). A worked comment (`# 7 v1 u3`) takes one hop at a time; without it the base
+g, h, p, q, r, t, u, v, w and z are functions: fixed permutations of the digits, which pre-training teaches. Finding k
+takes a look-up (a hop) for each of them. A worked comment (`# 7 v6 u4`) takes one hop at a time; without it the base
 model does not find k, not even after one hop. Pre-training is unreliable on purpose: RL can only make a model do more
 often what it does at times already.
 

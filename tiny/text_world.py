@@ -1,6 +1,6 @@
 """The text world: RMT on texts whose uncertain tokens need one to five steps, and math problems of the same family.
 
-    Tom has a dial. It is at {4}. After t {-4}, u {red}, v {+2} it is at 6. After w {blue} it is at 2. ...
+    Tom has a dial. It is at {4}. After t {-4}, u {red}, v {+2} it is at 4. After w {green} it is at 2. ...
 
 What stands in braces is given: it does not follow from the text before it, and it can never be boxed. The number after
 a list of operations follows. A turn (+2) adds; a key (red) takes each digit to another one, by a fixed table. Without a
@@ -160,7 +160,7 @@ def thought(rng, v, steps, answer, style):
 
 # ---- pre-training documents
 
-# The prompts of rmt.py and of grpo_rlvr.py
+# The prompts of rmt.py and grpo_rlvr.py
 RMT_PROMPT = (
     "Complete the given text by predicting the next token. Think{budget} within <think></think>, "
     "then put the next token in \\boxed{{}}.\n### Text\n{prefix}\n### Prediction\n"
