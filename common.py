@@ -280,7 +280,7 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
         config = AutoConfig.from_pretrained(name)
         text_config = config.get_text_config()
         for key in [key for key in vars(text_config) if "dropout" in key or key.endswith("pdrop")]:
-            setattr(text_config, key, 0.0)  # gradient checkpointing works in train mode only
+            setattr(text_config, key, 0.0)  # gradient checkpointing needs train mode, in which dropout is on
         dtype = torch.float32 if train or on_cpu else torch.bfloat16
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval()
     except Exception as error:  # as for the tokenizer
@@ -320,7 +320,7 @@ def run_function(model, function: Callable, *args, **kw):
 
 def check_forward(model, name: str, longest: int) -> None:
     """UserError unless, on short rows, `token_logprobs` agrees with the model's own forward and with `generate`,
-    also when a row is padded to `longest`. Sets model.shares_prompts (completions may continue on their prompt's
+    also for a row of `longest` tokens. Sets model.shares_prompts (completions may continue on their prompt's
     cache) and model.can_draft (parts of that cache may be masked, too).
     """
     vocab_size, close = model.config.get_text_config().vocab_size, 1e-3 if model.dtype == torch.float32 else 0.3
@@ -719,9 +719,9 @@ def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     """Stream the rows of a data set, in order.
 
     source: a .jsonl, .jsonl.gz, .json (a list), .parquet, .txt or .py file; a folder: its .py files if they
-    outnumber its .jsonl, .jsonl.gz and .parquet files, else those, else its .txt files; `stdlib` (this Python's
-    standard library); or a hub id, with a config or a data-file pattern after a colon (`org/name:config`,
-    `org/name:folder/*.arrow`). UserError for what does not exist or cannot be read.
+    outnumber its .jsonl, .jsonl.gz and .parquet files, else these, or its .txt files if it has neither; `stdlib`
+    (this Python's standard library); or a hub id, with a config or a data-file pattern after a colon
+    (`org/name:config`, `org/name:folder/*.arrow`). UserError for what does not exist or cannot be read.
     """
     path = Path(source)
     if source == "stdlib":
@@ -829,7 +829,7 @@ def draw_problems(cursor: int, count: int, size: int, seed: int) -> list[int]:
 # (with another --updates, rmt.py's budget and curriculum change, too)
 NOT_DEFINING = {"resume", "output_dir", "dry_run", "workers", "track", "save_every", "eval_every", "updates"}
 NOT_DEFINING |= {"em_iterations", "micro_batch_tokens", "rollout_rows", "gradient_checkpointing"}
-MAX_SKIPPED = 3  # so many updates in a row without a finite loss and gradient end the run
+MAX_SKIPPED = 3  # the run ends after so many updates in a row whose loss or gradient is not finite
 SAMPLES = """<!DOCTYPE html><meta charset="utf-8"><title>samples</title><style>
 :root { color-scheme: light dark }
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
@@ -873,7 +873,7 @@ class Run:
         self.state = together(self._open, ranks)  # changes no file: a rank may still refuse
         together(self._prepare, ranks)
         self.writer = self.tracker = self.first_log = None
-        self.skipped = self.skipped_in_a_row = 0  # updates without a finite loss and gradient
+        self.skipped = self.skipped_in_a_row = 0  # updates whose loss or gradient was not finite
         self.started, self.seconds_before = time.time(), 0.0  # seconds_before: of this run until it was resumed
         resumed = f", resumed at update {self.state['update']}" if self.state else ""
         self.say(f"run folder {self.path}{resumed}")
@@ -951,7 +951,7 @@ class Run:
 
         metrics: must hold `update`; values that are not finite are left out. console: the parts of the line, as
         formats of keys of metrics; a part with a missing key is left out. total: updates of the run. skipped: the
-        update had no finite loss and gradient; UserError if that is so for MAX_SKIPPED in a row.
+        loss or the gradient was not finite; UserError after MAX_SKIPPED such updates in a row.
         """
         self.skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped

@@ -108,7 +108,7 @@ MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```
 MBPP_SIGNATURE = 'def {head}:\n    """ {text}\n    {tests}\n    """\n'  # D1
 MBPP_BIGCODE = '"""\n{text}\n{test}\n"""\n'
 CONTEST_PROMPT = '"""\n{question}\n"""\n{opening}'  # that of grpo_rlvr.py
-# LiveCodeBench's checker imports these before every program, first their names and then the modules
+# LiveCodeBench's checker puts these imports before every program: of all names in the modules, then of the modules
 MODULES = "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, "
 MODULES += "functools, operator, io, sys, json, builtins, typing"
 CONTEST_IMPORTS = "".join(f"from {name} import *\n" for name in MODULES.split(", "))
@@ -136,7 +136,7 @@ class Problem:
 def humaneval_problem(row: dict, args: Args) -> Problem:
     """HumanEval and HumanEval+: the prompt with its last newline (BigCode's `humaneval-unstripped`)."""
     prompt, name = row["prompt"], row["entry_point"]
-    # tests of three tasks call the prompt's helpers: as `setup` a completion cannot redefine them
+    # the tests of three tasks call helpers of the prompt: in `setup` no completion can redefine them
     checks = {"tests": f"{row['test']}\ncheck({name})\n", "entry_point": name, "setup": f"{prompt}    pass\n"}
     stop_words = HUMANEVAL_STOPS[1:] if args.thoughts else HUMANEVAL_STOPS  # D3
     return Problem(row["task_id"], prompt, prompt, stop_words, checks)
@@ -147,7 +147,7 @@ def mbpp_problem(row: dict, args: Args) -> Problem:
     examples, text = row["test_list"], row["prompt"] if "prompt" in row else row["text"]
     functions = re.findall(r"^def\s+((\w+)\s*\([^)]*\))", row["code"], re.MULTILINE)  # [("f(a)", "f"), ...]
     [(head, name), *_] = [f for f in functions if re.search(rf"\b{f[1]}\b", examples[0])]  # the tested one
-    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]  # of the sanitized rows; D4
+    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]  # sanitized rows; D4
     tests = row.get("test") or "\n".join([*setup, *examples])
     checks = {"tests": tests, "entry_point": name}
     if args.mbpp_prompt == "bigcode":

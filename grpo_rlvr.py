@@ -65,8 +65,8 @@ from common import (
 class Args:
     """GRPO with verifiable rewards. Defaults are RA3's values, those of --task math RMT's.
 
-    Groups of flags begin with --task (run), --model (model and data), --prompts-per-update (rollout), --loss-type
-    (algorithm), --updates (optimisation), --eval-every (evaluation and saving).
+    The flags come in groups: run, model and data (from --model on), rollout (from --prompts-per-update), algorithm
+    (from --loss-type), optimisation (from --updates), evaluation and saving (from --eval-every).
     """
 
     # ---- run
@@ -98,7 +98,7 @@ class Args:
     max_prompt_tokens: int = 2048
     """problems with a longer prompt are left out (tokens)"""
     difficulty_key: str = ""
-    """math: a key of Skywork's `model_difficulty`: as many problems of --dataset of each level 1-13; empty: all"""
+    """math: a key of Skywork's `model_difficulty`: problems of levels 1-13 only, one of each in turn; empty: all"""
     chat_template: bool = False
     """math: put the problem into the tokenizer's chat template, for a model that was trained with it"""
     # ---- rollout
@@ -300,7 +300,7 @@ def signature_of(source: str, name: str) -> str | None:
 
 
 def read_problem(row: dict, number: int, args: Args, tokenizer) -> Problem:
-    """The problem of a row. ValueError with the reason if it is not to be used; a malformed row raises other errors."""
+    """The problem of a row. ValueError with the reason if it is not to be used; other errors if it is malformed."""
     prompt, checks = code_problem(row) if args.task == "code" else math_problem(row)
     info, level = row.get("extra_info") or {}, 0
     if args.difficulty_key:

@@ -76,8 +76,8 @@ from common import (
 class Args:
     """RA3 mid-training, and next-token prediction (NTP) on the same data. Defaults are the paper's.
 
-    Groups of flags begin with --tiny (run), --model (model and data), --rollout (rollout), --algo (algorithm),
-    --rl-updates (optimisation), --eval-snippets (evaluation and saving).
+    The flags come in groups: run, model and data (from --model on), rollout (from --rollout), algorithm (from
+    --algo), optimisation (from --rl-updates), evaluation and saving (from --eval-snippets).
     """
 
     # ---- run
@@ -114,7 +114,7 @@ class Args:
     """the code that follows one latent: a line, or the whole snippet, as in BRiTE"""
     # ---- rollout
     rollout: Literal["drafted", "forced"] = "drafted"
-    """drafted: several lines a pass; forced: token by token. Same results; without full attention always forced"""
+    """drafted: several lines a pass; forced: token by token, always for models without full attention. Same results"""
     max_latent_tokens: int = 16
     """longest thought, its newline included (tokens)"""
     temperature: float = 1.0
@@ -187,8 +187,8 @@ EVAL_TOKENS = 384  # longest completion of an evaluation problem; eval_code.py t
 # ---------------------------------------------------------------- data 1: where a thought may stand
 
 MAX_LINE = 10_000  # characters; `tokenize` takes quadratic time on longer lines in some versions
-# measures how far a line is indented; a line that continues the statement above counts whole, so that the text
-# is cut there only if it must be
+# The length of the match says how far a line is indented. A line that continues the statement above matches as
+# a whole: it counts as deeply indented, so that the text is cut there only if it must be
 INDENTED = re.compile(r"[ \t\f]*(?:(?:[)\]}]|(?:elif|else|except|finally)\b).*)?")
 
 
@@ -197,8 +197,8 @@ def cut_text(text: str, max_chars: int) -> Iterator[tuple[str, list[tuple[int, s
 
     The pieces together are the text. It is cut before the least indented action in the second half of what
     fits, else before the last action that fits, else after a line. A text that needs no cut comes with None for
-    its actions: every rank reads it, but `segment` finds them on one rank only. A text with a line of more than
-    MAX_LINE becomes an empty piece, which `segment` counts as unusable.
+    its actions: every rank reads it, but only the rank that calls `segment` on it needs them. A text with a line of
+    more than MAX_LINE characters becomes an empty piece, which counts as unusable.
     """
     if max(map(len, text.split("\n"))) > MAX_LINE:
         yield "", None, True
@@ -286,7 +286,7 @@ def line_kind(line: str) -> str:
 # ---------------------------------------------------------------- data 2: from text to tokens
 
 
-# The form of a thought; another one is an edit of these three lines (a fork in docs/ra3.md shows it)
+# The form of a thought; another one begins with an edit of these three lines (docs/ra3.md names a fork)
 OPENING = re.compile(r"[ \t]*#")  # matches a token that opens a thought
 THOUGHT = re.compile(r"[ \t]*#[^\n\r\0]*\n")  # a well-formed thought; the first token with a newline ends it
 CLOSING = "\n"  # the token that ends a malformed one
@@ -323,11 +323,11 @@ class Vocabulary:
         closing = [i for i in (canonical, *range(known)) if self.text[i] == CLOSING and i not in self.special]
         if not closing or not self.opens_ids:
             raise UserError("this tokenizer has no token for a newline or for '#': it cannot write a comment")
-        self.closing = closing[0]  # the one that the tokenizer itself would write, if that is a token alone
+        self.closing = closing[0]  # the tokenizer's own choice, if that is this text alone
         self.separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def malformed(self, thought: list[int]) -> bool:
-        """Whether a thought is not well-formed: its tokens up to the first that ends it, or all that fit."""
+        """Whether a thought (its tokens up to the first that ends it, or all that fit) is not well-formed."""
         return thought[-1] in self.broken or not THOUGHT.fullmatch(self.decode([thought])[0])
 
     def encode(self, text: str, after: str = "") -> list[int]:
@@ -382,7 +382,8 @@ class Snippet:
 
 
 def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str, v: Vocabulary) -> Snippet | None:
-    """One piece of text with its actions (offset, kind). None if the tokenizer does not give the text back.
+    """One piece of text with its actions (offset, kind). None if the tokenizer does not give the text back, or if
+    the text holds a special token.
 
     A boundary is the token that holds the first non-space character of an action. If that token also holds the
     end of the line before, or the space that the tokenizer put before the text, the line gets no boundary: it
@@ -402,7 +403,7 @@ def tokenised(text: str, actions: list[tuple[int, str]], last: bool, source: str
         line_start = int(np.searchsorted(starts, offset))
         if starts[line_start] == offset and offset:  # the indentation is tokens of its own
             indent = ids[line_start:index]
-        else:  # its beginning is in a token with the newline before
+        else:  # the newline before is in the same token as its beginning
             indent = v.encode(text[offset : starts[index]], after="\n")
         boundaries.append(index + 1)  # 1: the separator
         indents.append(indent)
@@ -595,7 +596,7 @@ class Rollout:
     malformed: list[int]  # the actions whose thought had to be closed
     ids: np.ndarray
     targets: np.ndarray  # what q drew at this place: a token, ACT for act, or FORCED if nothing
-    actions: np.ndarray  # the action that a token of the code is in, or a thought stands before; -1: none
+    actions: np.ndarray  # the action that a token belongs to; a thought belongs to the action after it; -1: none
     expert: np.ndarray  # bool: a token of the code
     advantages: np.ndarray | None = None  # [T]
 
@@ -872,8 +873,7 @@ def truncated_returns(rewards: torch.Tensor, horizon: int) -> torch.Tensor:
 def group_baseline_advantages(returns: torch.Tensor) -> torch.Tensor:
     """Return minus its mean over the G rollouts of the same snippet at the same step; [..., G, T] -> same.
 
-    The code is the same in all rollouts, so the steps align. Section 5 of the paper (b(s_t), after Algorithm
-    1).
+    The code is the same in all rollouts, so the steps align. Section 5 of the paper (b(s_t), after Algorithm 1).
     """
     return returns - returns.mean(-2, keepdim=True)
 
@@ -905,8 +905,7 @@ def policy_gradient_loss(model, rollouts: list[Rollout], v: Vocabulary, args: Ar
 def ntp_loss(model, rollouts: list[Rollout], mask_latents: bool, tokens: float):
     """This micro-batch's part of the M-step loss: mean negative log-likelihood per token (nats), eq. (4.2).
 
-    tokens: those trained on in the whole global batch. Also returns the sum of the losses of the code's
-    tokens.
+    tokens: how many the whole global batch trains on. Also returns the sum of the losses of the code's tokens.
     """
     where = [np.flatnonzero(r.expert) if mask_latents else np.arange(1, len(r.ids)) for r in rollouts]
     expert = torch.from_numpy(np.concatenate([r.expert[w] for r, w in zip(rollouts, where)])).to(model.device)
@@ -973,7 +972,7 @@ def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks,
 
 
 def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args, ranks: Ranks):
-    """M-step 1 for `count` updates, numbered from `first`. Yields this rank's rollouts, seconds, stream's cursor.
+    """M-step 1 for `count` updates, numbered from `first`: yields (this rank's rollouts, seconds, cursor).
 
     q is frozen, so several updates are sampled at once: a GPU takes about as long for many rows as for a few.
     """

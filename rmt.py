@@ -56,8 +56,8 @@ from common import (
 class Args:
     """RMT mid-training; RPT and the ablations of table 4 are options. Defaults are the paper's values.
 
-    Groups of flags begin with --tiny (run), --model (model and data), --prompts-per-update (rollout), --budget
-    (algorithm), --updates (optimisation), --eval-only (evaluation and saving).
+    The flags come in groups: run, model and data (from --model on), rollout (from --prompts-per-update), algorithm
+    (from --budget), optimisation (from --updates), evaluation and saving (from --eval-only).
     """
 
     # ---- run
@@ -152,7 +152,7 @@ class Args:
     """updates between checkpoints; 0: only after the last. Of the states for --resume, two are kept"""
 
 
-TINY_RUN = {  # lengths, levels and optimisation settings for a million parameters; the method is a large run's
+TINY_RUN = {  # settings for a million parameters; the method is that of a large run
     "tiny": True, "model": f"{TINY}/text/model", "dataset": f"{TINY}/text/texts.jsonl", "text_column": ("text",),
     "train_texts": 1000, "eval_texts": 200, "max_text_tokens": 96, "prompts_per_update": 16,
     "max_new_tokens": 160, "rollout_rows": 256, "initial_budget": 32, "budget_decay": 0.5,
@@ -298,7 +298,7 @@ def difficulty(entropies: list, texts: list[list[int]], tokenizer, words: list[s
 
 
 def heldout_positions(levels: list[np.ndarray], count: int) -> list[tuple[int, int, int]]:
-    """(text, position, level) to evaluate on: `count` at each level or above it, as in RPT's evaluation."""
+    """(text, position, level) to evaluate on: for each level `count` at it or above, as in RPT's evaluation."""
     chosen = []
     for level, name in enumerate(LEVELS):
         where = [(k, int(t), level) for k, row in enumerate(levels) for t in np.flatnonzero(row >= level)]

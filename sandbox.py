@@ -6,7 +6,7 @@
 
 A policy trained on this reward finds whatever makes the verdict say "passed", and a base model writes `os.remove`,
 `while True` and fork bombs without meaning to. So the program is hostile; the tests and the owner of the machine are
-not. Whatever a process prints, returns or exits with after success, a program inside that process can produce too:
+not. Whatever a process prints, returns or exits with after success, a program inside that process can produce, too. So
 program and test never share a process.
 
     caller --- limits, files ---> Z  zygote, one per worker: a fresh, confined Python. It forks per program
@@ -23,22 +23,22 @@ program and test never share a process.
 - A stdin program needs no T: C reads one memory file and writes another; the caller compares when C is dead.
 - Nothing lasts from one program to the next: C is new each time, and T unless the test was `harmless`.
 
-**Confinement.** Landlock (`restrict_files`): the standard library and installed packages can be read, nothing else, and
-no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec, ptrace, mount, chmod,
-memfd, shared memory and all sockets but a pair. C cannot fork either (`CANDIDATE`): a program is one process and
-SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory, output and
-threads, or the machine's own where they are smaller. Where Landlock or seccomp is missing, no program runs.
+**Confinement.** Landlock (`restrict_files`): the libraries of Python and of the system can be read, hardly anything
+else (`LIBRARIES`), and no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec,
+ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. C cannot fork either (`CANDIDATE`): a program is
+one process and SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory,
+output and threads (the machine's own where they are smaller). Where Landlock or seccomp is missing, no program runs.
 
-**Verdict or error.** A verdict is about the program. What the machine does to it (no process can be forked, a worker
-dies, the kernel kills for want of memory) is tried once more and then raised as `SandboxError`. Each new worker first
-runs programs that are known to be right.
+**Verdict or error.** A verdict is about the program. If the machine is at fault (no process can be forked, a worker
+dies, the kernel kills for want of memory), the program runs once more; if that fails, too, `SandboxError` is raised.
+Each new worker first runs programs that are known to be right.
 
-**What crosses.** From C to T plain data, of a subclass as its base. An argument that is a list, dict or set takes
-the content that the call gave it, if the call returned None, and only then: else `x.clear(); return []` would meet
-`f(x) == sorted(x)`. A test may pass functions (C calls back), and importable functions and types (by name). The
-program compares and combines two of its own objects. What cannot cross: operators between an object of the program and
-plain data, its type, its use in `with`, generators and instances of the test's own classes, the identity of lists, what
-both sides would share (`random.seed`, captured stdout, patches).
+**What crosses.** From C to T plain data; a value of a subclass becomes one of its base class. A call that returned None
+also gives its arguments that are lists, dicts or sets the content that they have afterwards. Other calls do not: else
+`x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions (C calls back), and importable
+functions and types (by name). The program itself compares and combines two of its objects. What cannot cross: operators
+between an object of the program and plain data, its type, its use in `with`, generators and instances of the test's own
+classes, the identity of lists, what both sides would share (`random.seed`, captured stdout, patches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, `np.allclose(f(x), 3)` by `[]`, two objects of the program that it says are equal); a
@@ -86,7 +86,7 @@ if "zygote" not in sys._xoptions:  # only the caller needs these
 
 MIB = 1 << 20
 OUTPUT_MB, THREADS, OPEN_FILES = 16, 64, 64  # what one program may write to stdout or stderr, start and open
-ANSWER_LIMIT, TESTER_MB = 16 * MIB, 2048  # of one answer of C as JSON; of T's address space
+ANSWER_LIMIT, TESTER_MB = 16 * MIB, 2048  # bytes of one answer of C as JSON; MiB of T's address space
 TESTER_STAYS_KB = 100 << 10  # T does not stay for another program if it has used more memory than this
 TICK_S = 0.05  # how often the threads and the CPU time of a running program are looked at
 START_TIMEOUT_S, GRACE_S = 120, 20  # until a worker must be ready; for each program that it then runs first
@@ -115,7 +115,7 @@ def namedtuple_class(name, fields):
 
 
 PLAIN = {  # name of the class: (value -> parts; parts -> value)
-    "int": (lambda value: [int.__int__(value)], int),  # of a subclass, as the next two
+    "int": (lambda value: [int.__int__(value)], int),  # also of a subclass, as in the next two
     "float": (lambda value: [float.__float__(value)], float),
     "str": (lambda value: [str.__str__(value)], str),
     "bytes": (lambda value: [value.decode("latin-1")], lambda text: text.encode("latin-1")),
@@ -169,8 +169,8 @@ def unpack(message, peer):
 
 
 class Peer:
-    """One end of the channel between C and T: a JSON text a line. Either asks; whoever waits for an answer answers
-    meanwhile."""
+    """One end of the channel between C and T: a JSON text per line. Either asks, and answers while it waits for an
+    answer."""
 
     def __init__(self, pipe):
         self.pipe = pipe
@@ -240,7 +240,7 @@ def load(source, name):
     """-> the program's module, not yet run, and its code"""
     module, flags = types.ModuleType(name), 0
     sys.modules["__main__"] = sys.modules[name] = module
-    if b"from __future__ import" in source:  # behind a preamble it would be an error
+    if b"from __future__ import" in source:  # after a preamble it would be an error
         source = re.sub(rb"(?m)^from __future__ import (\([^)]*\)|[^\n;]*)(; *)?", b"", source)
         flags = __future__.annotations.compiler_flag  # all other features have long been part of Python
     return module, compile(source, f"{name}.py", "exec", flags, dont_inherit=True)
@@ -381,8 +381,9 @@ class Handle:
         object.__setattr__(self, "_number", number)
 
     def __getattr__(self, name):
+        # from `__array_interface__` numpy would take an address in T, and read there
         if name in Handle.WITHHELD or name.startswith("__") and name != "__name__":
-            raise AttributeError(f"'{name}' of an object that is not plain data")  # numpy reads addresses
+            raise AttributeError(f"'{name}' of an object that is not plain data")
         return self._program.ask("getattr", self, name)
 
     def __instancecheck__(self, value):
@@ -673,8 +674,8 @@ def watch(pids, done, verdict, limits):
     """Waits until `done` can be read. -> why the program must be ended before, or ""
 
     A program has `timeout_s` of CPU time, and as much on the clock beyond BUSY times the CPU time that it has used: one
-    that sleeps is ended soon, one that shares its core is not cut short. For each case, which T shows by letting the
-    file `verdict` grow, it has that anew.
+    that sleeps is ended soon, one that shares its core is not cut short. Each case has that time anew: one is done when
+    the file `verdict` has grown.
     """
 
     def clocks():  # the time, and the CPU time of each process, whose clock has the number (~pid << 3) | 2
@@ -691,7 +692,7 @@ def watch(pids, done, verdict, limits):
             if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
                 return "threads"
         if os.getppid() != caller:
-            os._exit(0)  # the caller has gone, and C and T will
+            os._exit(0)  # the caller has gone; C and T die with this process
     return ""
 
 
@@ -704,7 +705,7 @@ def script_job(limits, code, *fds):
 
 def judged_job(limits, testers, code, job, verdict):
     """testers: the socket, pid and pidfd of T, or nothing yet. -> why C and T had to be ended or "", exit status of T
-    or None, also if it stays, exit status of C or None"""
+    (None if it stays or was killed), exit status of C or None"""
     if not testers:
         ours, theirs = socket.socketpair()
         with theirs:
@@ -854,7 +855,7 @@ class Worker:
 
     def job(self, program, memory_mb, *contents):
         """contents: of the files that Z, T and C get. -> why Z has ended the program or "", the exit status of T if
-        there is one and of C, and what stands in the files that they write (all but two)"""
+        there is one and of C, and what stands in the files that they write (all but the first two)"""
         fds = []
         try:
             for content in contents:
@@ -1035,7 +1036,7 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
             keys.append(marshal.dumps(program, 2))
         except ValueError:
             raise ValueError(f"program {place} holds something that is not plain data") from None
-        jobs[keys[-1]] = marshal.loads(keys[-1])  # no list in it is another one, such as an input that is an output
+        jobs[keys[-1]] = marshal.loads(keys[-1])  # a copy in which no two places share a list, as input and output may
     stopped = threading.Event()
     with ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs)))) as pool:
         try:

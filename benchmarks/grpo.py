@@ -2,16 +2,16 @@
 
     pip install trl                                            # for this benchmark only
     python benchmarks/grpo.py                                  # the bundled toy model and math problems
-    python benchmarks/grpo.py --completions ended              # completions end with eos, as the model ends
+    python benchmarks/grpo.py --completions ended              # completions end where the model ends them
     python benchmarks/grpo.py --vocab 32768 --same-allocator   # random weights, a larger vocabulary
 
 All sample N x G completions (no vLLM), score them with the same trivial function, and take one AdamW step on
 the `dapo` loss with beta 0 (TRL's defaults) in fp32. `full`: eos is made impossible, so that all completions
-have --tokens tokens. One more row: TRL as it comes, with bf16 and gradient checkpointing. The micro-batches of
-ours are those of --tiny.
-Each measurement is a fresh process: one update to warm up, then the median of some. They take turns, and the
-median round counts. MiB: the peak of the process, and what the updates added to it with the model loaded.
-A part of the time on a CPU is page faults; --same-allocator makes malloc keep its pages, for all alike.
+have --tokens tokens. One more row: TRL with its default settings, which are bf16 and gradient checkpointing. The
+micro-batches of ours are those of --tiny.
+Each measurement is a fresh process: one update to warm up, then the median of some. The sides take turns,
+and the median round counts. MiB: the peak of the process, and what the updates added to it with the model loaded.
+On a CPU a part of the time is page faults; with --same-allocator malloc keeps its pages, for all sides.
 """
 
 import argparse

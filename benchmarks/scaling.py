@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py       # on two idle cores: about ten minutes
 
-Every line is a run of ra3.py or grpo_rlvr.py --tiny for some updates, by torchrun where there are two ranks. Shown
-are medians of `time/*_s` in its metrics.jsonl, without the first update of each step. The runs take turns.
+Every line is a run of ra3.py or grpo_rlvr.py --tiny for some updates, by torchrun where there are two ranks. Shown is
+the median time of an update (the sum of its `time/*_s`), without the first update of each step. The runs take turns.
 """
 
 import argparse
