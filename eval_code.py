@@ -60,7 +60,7 @@ class Args:
 
     # ---- run
     tiny: bool = False
-    """use the bundled toy model and problems: a minute on two cores. Other flags still count"""
+    """the bundled toy model and problems: a minute on two cores. It only changes defaults; flags still override"""
     output_dir: str = ""
     """folder of this evaluation, which continues if it was stopped there; empty: a new folder in runs/"""
     seed: int = 0

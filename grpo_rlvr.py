@@ -73,7 +73,7 @@ class Args:
     task: Literal["code", "math"] = "code"
     """code: RA3's RLVR, reward by running tests; math: RMT's post-training, reward by comparing answers"""
     tiny: bool = False
-    """use the bundled toy model and problems: minutes on two cores. Other flags still count"""
+    """the bundled toy model and problems: minutes on two cores. It only changes defaults; flags still override"""
     output_dir: str = ""
     """folder of this run; empty: runs/grpo_rlvr_<task>__<model>__s<seed>__<time>"""
     seed: int = 0
@@ -83,7 +83,7 @@ class Args:
     dry_run: bool = False
     """load and check everything, print the plan, a prompt and a memory estimate, then stop"""
     track: bool = False
-    """send metrics and curves to Weights & Biases as well"""
+    """send metrics and curves to Weights & Biases as well (needs `pip install wandb`)"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """the initial policy: any causal LM that AutoModelForCausalLM loads, a hub id or a folder"""
@@ -143,7 +143,7 @@ class Args:
     micro_batch_tokens: int = 16384
     """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
     gradient_checkpointing: bool = False
-    """compute the activations inside layers again instead of keeping them: less memory, up to a third more time"""
+    """compute activations again in the backward pass: much less memory, up to a third more time"""
     # ---- evaluation and saving
     eval_every: int = 10
     """updates between evaluations; 0: only before the first and after the last"""
@@ -483,7 +483,7 @@ class MathVerifier:
         with self.lock:
             for _ in range(2):  # if the machine killed the process, that is no verdict: once more
                 if self.process is None or self.process.returncode is not None:
-                    # a session of its own, because a terminal sends Ctrl-C to all processes of a session
+                    # a session of its own, which Ctrl-C in the terminal does not reach
                     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
                     options = {"encoding": "utf-8", "start_new_session": True}
                     self.process = subprocess.Popen([sys.executable, "-c", VERIFIER], **pipes, **options)

@@ -92,7 +92,7 @@ class Args:
     dry_run: bool = False
     """print the plan, one bootstrapped snippet and a memory estimate, and stop"""
     track: bool = False
-    """send metrics to Weights & Biases as well (needs `pip install wandb`)"""
+    """send metrics and curves to Weights & Biases as well (needs `pip install wandb`)"""
     # ---- model and data
     model: str = "Qwen/Qwen2.5-1.5B"
     """pi_0: a causal LM, as a hub id or a folder"""
@@ -694,7 +694,7 @@ def rollout_forced(model, snippets: list[Snippet], noise, v: Vocabulary, args: A
 
 @dataclass
 class Draft:
-    """How far a row of rollout_drafted is."""
+    """How far rollout_drafted has come in one row."""
 
     snippet: Snippet
     thoughts: dict[int, list[int]]  # that q drew

@@ -62,7 +62,7 @@ class Args:
 
     # ---- run
     tiny: bool = False
-    """use the bundled toy model and texts: minutes on two cores. Other flags still count"""
+    """the bundled toy model and texts: minutes on two cores. It only changes defaults; flags still override"""
     output_dir: str = ""
     """folder of this run; empty: runs/rmt__<model>__s<seed>__<time>"""
     seed: int = 0
@@ -72,7 +72,7 @@ class Args:
     dry_run: bool = False
     """print the plan, a prompt and a memory estimate, then stop"""
     track: bool = False
-    """send the metrics to Weights & Biases, too"""
+    """send metrics and curves to Weights & Biases as well (needs `pip install wandb`)"""
     # ---- model and data
     model: str = "Qwen/Qwen3-14B"
     """the initial policy, which must know the format; also deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"""
@@ -140,7 +140,7 @@ class Args:
     micro_batch_tokens: int = 16384
     """tokens per forward pass on each rank, a shared prompt counted once; memory and speed only"""
     gradient_checkpointing: bool = True
-    """keep no activations inside layers, compute them again: much less memory, up to a third more time"""
+    """compute activations again in the backward pass: much less memory, up to a third more time"""
     # ---- evaluation and saving
     eval_only: bool = False
     """evaluate --model at budget B_0, then stop; needs --proxy-model, the model from which it was trained"""

@@ -998,7 +998,7 @@ def cgroup_values(name):
 
 
 def usable_cores():
-    """Those that this process may run on, or fewer if its control group has a quota; shared by the ranks."""
+    """How many cores this rank may use: by affinity and the control group's quota, divided among the ranks."""
     quotas = [int(most) / int(period) for most, period in cgroup_values("cpu.max") if most != "max"]
     for most, period in zip(cgroup_values("cpu.cfs_quota_us"), cgroup_values("cpu.cfs_period_us")):
         quotas += [int(most[0]) / int(period[0])] if int(most[0]) > 0 else []

@@ -5,8 +5,8 @@
 
 Models have random weights in the shapes of Qwen2.5-1.5B and Llama-3.1-8B, and the toy model's tokenizer. Each
 part prints its lines as it goes, and the last line is all numbers as JSON. A part that fails says why, and the
-others go on. Tokens/s count the tokens of rolled-out or trained text; MFU is 6 (training) or 2 (forward)
-x parameters x tokens/s over --peak-tflops.
+others go on. Tokens/s count the tokens of rolled-out or trained text; MFU is that of training:
+6 x parameters x tokens/s over --peak-tflops.
 """
 
 import argparse

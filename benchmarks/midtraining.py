@@ -4,12 +4,12 @@
     python benchmarks/midtraining.py --snippets 128 --rates 0.1 0.4
     torchrun --nproc_per_node 2 benchmarks/midtraining.py         # on two ranks
 
-NTP, M-step and E-step are ra3.py's own (segmentation included), with learning rate 0, so that every round does
-the same work. The M-step is measured with both rollouts. `floor` is one forward pass over what was rolled out:
-no rollout can be cheaper. A constant added to the logits of the tokens that open a thought sets the think rate.
-The steps take turns in every round, and the median round counts. Costs are per token of the snippets; an
-E-step rolls out each snippet G = 3 times. CPU time hardly depends on what else runs; MiB is what a step needs on
-top of what the process holds.
+NTP, M-step and E-step are ra3.py's own, with learning rate 0, so that every round does the same work. NTP and
+M-step also cut the texts into snippets. The M-step is measured with both rollouts. `floor` is one forward pass
+over what was rolled out: no rollout can be cheaper. A constant added to the logits of the tokens that open a thought
+sets the think rate. The steps take turns in every round, and the median round counts. Costs are per token of the
+snippets; an E-step rolls out each snippet G = 3 times. CPU time hardly depends on what else runs; MiB is what a step
+needs on top of what the process holds.
 """
 
 import argparse

@@ -155,7 +155,7 @@ def main():
     parser.add_argument("--parts", nargs="+", default=["data", "model"], choices=["data", "model"])
     parser.add_argument("--seed", type=int, default=7, help="of pre-training; the data do not depend on it")
     parser.add_argument("--model-dir", type=Path, help="the model's folder; default: the committed one")
-    parser.add_argument("--bf16", action="store_true", help="faster on CPUs that have it; not used for --seed 7")
+    parser.add_argument("--bf16", action="store_true", help="faster on CPUs that have it; off for the bundled models")
     args = parser.parse_args()
     world = importlib.import_module(f"{args.world}_world")
     folder = Path(__file__).parent / args.world
