@@ -1,7 +1,6 @@
 """Builds a bundled toy world: its data files, a tokenizer and a small pre-trained language model.
 
-    python tiny/build.py code                      # the data and the model
-    python tiny/build.py code --parts data         # the data only: seconds
+    python tiny/build.py code [--parts data]       # the data and the model [the data only: seconds]
     python tiny/build.py code --parts model --seed 8 --bf16 --model-dir DIR     # another base model
 
 tests/test_tiny.py checks that the models can and cannot do what the demonstrations need. A world is a module with
