@@ -27,7 +27,7 @@ program and test never share a process.
 else (`LIBRARIES`), and no file can be written. seccomp (`SYSCALLS`): a list of what is allowed; not in it are exec,
 ptrace, mount, chmod, memfd, shared memory and all sockets but a pair. C cannot fork either (`CANDIDATE`): a program is
 one process and SIGKILL ends all of it. There are no capabilities, hardly any environment, and limits on time, memory,
-output and threads (the machine's own where they are smaller). Where Landlock or seccomp is missing, no program runs.
+output and threads (the machine's own where they are smaller).
 
 **Verdict or error.** A verdict is about the program. If the machine is at fault (no process can be forked, a worker
 dies, the kernel kills for want of memory), the program runs once more; if that fails, too, `SandboxError` is raised.
@@ -42,7 +42,9 @@ classes, the identity of lists, what both sides would share (`random.seed`, capt
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, `np.allclose(f(x), 3)` by `[]`, two objects of the program that it says are equal); a
-callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files.
+callback that runs what it is given. Programs cannot use subprocess or multiprocessing or write files. Without Landlock
+(Linux < 5.13, gVisor) a program can read what this user can, the caller's memory with the tests included; on a machine
+other than x86_64 it can do most of what this user can. Both are said on stderr: use a container then. Linux only.
 """
 
 import __future__
@@ -523,7 +525,7 @@ CLONE_THREAD, ALL_BITS, WRITE, READ_WRITE, O_TRUNC = 0x10000, 0xFFFFFFFF, os.O_W
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 ANY_PID = 0x7FFFFFFF  # stands for C's pid in the filter, which is made before C is
 
-# What Python and its libraries need: the name and the number on x86_64
+# What Python and its libraries need: the name and the number on x86_64. Other machines have no filter.
 SYSCALLS = """
     read 0, write 1, readv 19, writev 20, pread64 17, pwrite64 18, lseek 8, close 3, close_range 436, dup 32, dup2 33,
     dup3 292, pipe 22, pipe2 293, openat 257, fstat 5, newfstatat 262, stat 4, lstat 6, statx 332, access 21,
@@ -536,10 +538,11 @@ SYSCALLS = """
     sigaltstack 131, pause 34, restart_syscall 219, kill 62, tgkill 234, getpid 39, getppid 110, getuid 102,
     geteuid 107, getgid 104, getegid 108, poll 7, ppoll 271, select 23, pselect6 270, epoll_create1 291, epoll_ctl 233,
     epoll_wait 232, epoll_pwait 281, eventfd2 290, socketpair 53, sendto 44, recvfrom 45, sendmsg 46, recvmsg 47,
-    pidfd_open 434, shutdown 48, getsockopt 55, setsockopt 54, getsockname 51, getpeername 52
+    shutdown 48, getsockopt 55, setsockopt 54, getsockname 51, getpeername 52
 """
 X86_64 = 0xC000003E
 NUMBER = {name: int(number) for name, number in map(str.split, SYSCALLS.split(","))}
+HAS_FILTER = os.uname().machine == "x86_64"
 
 # Calls that C may make with some arguments only: {name: [(index of the argument, mask, values allowed)]}. If SIGKILL
 # ends C, that was the machine: C cannot send it to itself, nor set a limit on its CPU time.
@@ -559,6 +562,8 @@ CANDIDATE = {
     # O_TRUNC truncates even what is opened to be read, which the first version of Landlock allows
     "openat": [(2, os.O_ACCMODE | O_TRUNC, {os.O_RDONLY, WRITE, READ_WRITE, WRITE | O_TRUNC, READ_WRITE | O_TRUNC})],
 }
+
+ONLY_TO_READ = {"openat": [(2, os.O_ACCMODE | os.O_CREAT | O_TRUNC, {os.O_RDONLY})]}  # where Landlock is missing
 
 
 class Filter:
@@ -595,17 +600,19 @@ class Filter:
 
 
 def restrict_files(readable):
-    """Landlock: from now on nothing else opens, here and in children."""
+    """Landlock: from now on nothing else opens, here and in children. -> whether this kernel does it"""
     write, read, read_dir, all_rights = 1 << 1, 1 << 2, 1 << 3, (1 << 13) - 1  # those of the first version
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("Q", all_rights), 8, 0)
+    if ruleset < 0:
+        return False
     for path in filter(os.path.exists, readable):
         fd = os.open(path, os.O_PATH)
         rights = read | (read_dir if os.path.isdir(path) else write if path.startswith("/dev/") else 0)
         libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
-    if libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0):
-        raise OSError("Landlock does not restrict this process")
+    done = libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
     os.close(ruleset)
+    return done
 
 
 def lower_limit(kind, limit):
@@ -615,8 +622,8 @@ def lower_limit(kind, limit):
     resource.setrlimit(kind, (limit, limit))
 
 
-def confine(readable):
-    """Confines the zygote and all that it will fork."""
+def confine(readable, without):
+    """Confines the zygote and all that it will fork. -> the names of the protections that are missing"""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("800")  # short of memory, the kernel ends the sandbox before the training
     lower_limit(resource.RLIMIT_CORE, 0)
@@ -625,18 +632,21 @@ def confine(readable):
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root keeps no capability
-    restrict_files(readable)
-    Filter(dict.fromkeys(NUMBER, []), others=False).apply()
+    landlock = "Landlock" not in without and restrict_files(readable)
+    seccomp = "seccomp" not in without and HAS_FILTER
+    if seccomp:
+        Filter(dict.fromkeys(NUMBER, []) | ({} if landlock else ONLY_TO_READ), others=False).apply()
+    return ["Landlock"] * (not landlock) + ["seccomp"] * (not seccomp)
 
 
 # ---- Z, the zygote ------------------------------------------------------------------------------------------
 
 
 def fork(role, *args):
-    """-> pid and pidfd of a process that runs role(*args), and dies with this one"""
+    """-> pid of a process that runs role(*args), and dies with this one"""
     zygote_pid, pid = os.getpid(), os.fork()
     if pid:
-        return pid, os.pidfd_open(pid)
+        return pid
     try:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == zygote_pid:  # it did not die before the line above
@@ -645,14 +655,25 @@ def fork(role, *args):
         os._exit(1)
 
 
-def end(pid, pidfd, wait_s):
+def ended(pid, wait_s):
+    """-> exit status of a process, or None if it still runs after so long"""
+    deadline = time.monotonic() + wait_s
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if (left_s := deadline - time.monotonic()) <= 0:
+            return None
+        signal.sigtimedwait([signal.SIGCHLD], left_s)
+
+
+def end(pid, wait_s):
     """-> exit status of a process, or None if it has not ended after so long and had to be killed"""
-    ended, *_ = select.select([pidfd], [], [], wait_s)
-    if not ended:
+    status = ended(pid, wait_s)
+    if status is None:
         os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(pidfd)
-    return status if ended else None
+        os.waitpid(pid, 0)
+    return status
 
 
 def candidate(code, fds, limits):
@@ -664,14 +685,15 @@ def candidate(code, fds, limits):
         os.dup2(fd, number)
     os.closerange(first + len(fds), 256)
     lower_limit(resource.RLIMIT_AS, int(memory_mb * MIB))
-    own_filter.apply()
+    if own_filter:
+        own_filter.apply()
     if script:
         os._exit(run_script(source) & 0xFF)
     Candidate(3).serve(source)
 
 
 def watch(pids, done, verdict, limits):
-    """Waits until `done` can be read. -> why the program must be ended before, or ""
+    """Waits until done(seconds) is not None. -> that, and why the program must be ended before, or ""
 
     A program has `timeout_s` of CPU time, and as much on the clock beyond BUSY times the CPU time that it has used: one
     that sleeps is ended soon, one that shares its core is not cut short. Each case has that time anew: one is done when
@@ -682,45 +704,49 @@ def watch(pids, done, verdict, limits):
         return [time.monotonic(), *(time.clock_gettime((~pid << 3) | 2) for pid in pids)]
 
     start, cases, caller, timeout_s = clocks(), 0, os.getppid(), limits[0]
-    while not select.select([done], [], [], TICK_S)[0]:
+    while (result := done(TICK_S)) is None:
         elapsed_s, *used_s = map(operator.sub, clocks(), start)
         if verdict and os.fstat(verdict).st_size > cases:
             start, cases = clocks(), os.fstat(verdict).st_size
         elif max(used_s) >= timeout_s or elapsed_s - BUSY * sum(used_s) >= timeout_s:
-            return "timeout"
+            return None, "timeout"
         with contextlib.suppress(OSError):  # no /proc here
             if os.stat(f"/proc/{pids[-1]}/task").st_nlink - 2 > THREADS:  # a link for each, `.` and `..`
-                return "threads"
+                return None, "threads"
         if os.getppid() != caller:
             os._exit(0)  # the caller has gone; C and T die with this process
-    return ""
+    return result, ""
 
 
 def script_job(limits, code, *fds):
     """fds: stdin, stdout, stderr. -> why C had to be ended or "", its exit status or None"""
-    pid, pidfd = fork(candidate, code, fds, limits)
-    why = watch([pid], pidfd, None, limits)
-    return why, end(pid, pidfd, 0)
+    pid = fork(candidate, code, fds, limits)
+    status, why = watch([pid], functools.partial(ended, pid), None, limits)
+    return why, end(pid, 0) if why else status
 
 
 def judged_job(limits, testers, code, job, verdict):
-    """testers: the socket, pid and pidfd of T, or nothing yet. -> why C and T had to be ended or "", exit status of T
+    """testers: the socket and pid of T, or nothing yet. -> why C and T had to be ended or "", exit status of T
     (None if it stays or was killed), exit status of C or None"""
     if not testers:
         ours, theirs = socket.socketpair()
         with theirs:
-            testers += ours, *fork(tester, theirs)
-    control, tester_pid, tester_pidfd = testers
+            testers += ours, fork(tester, theirs)
+    control, tester_pid = testers
     ours, theirs = socket.socketpair()
     with ours, theirs:  # closed here, so that T and C can see each other's end
-        pid, pidfd = fork(candidate, code, [ours.fileno()], limits)
+        pid = fork(candidate, code, [ours.fileno()], limits)
         socket.send_fds(control, [b"1"], [job, verdict, theirs.fileno()])
-    why, status = watch([tester_pid, pid], control, verdict, limits), None
+
+    def heard(wait_s):  # T is done, or has ended
+        return select.select([control], [], [], wait_s)[0] or None
+
+    status, (_, why) = None, watch([tester_pid, pid], heard, verdict, limits)
     if why or not control.recv(1):  # T does not stay
-        status = end(tester_pid, tester_pidfd, 0 if why else 1)
+        status = end(tester_pid, 0 if why else 1)
         control.close()
         testers.clear()
-    return why, status, end(pid, pidfd, 1 if status == GONE else 0)
+    return why, status, end(pid, 1 if status == GONE else 0)
 
 
 def warm_up():
@@ -752,13 +778,13 @@ def zygote(config):
         importlib.import_module(name)
     with contextlib.suppress(OSError):  # Z, C and T take turns: on one core none waits for another to wake up
         os.sched_setaffinity(0, {config["core"]})
-    confine(config["readable"])
-    own_filter = Filter(CANDIDATE, others=True)
+    missing = confine(config["readable"], config["without"])
+    own_filter = None if "seccomp" in missing else Filter(CANDIDATE, others=True)
     warm_up()
     os.dup2(0, 2)  # /dev/null; stderr was for a failure to start
-    control.send(b"ready")
+    control.send(json.dumps(missing).encode())
     control.settimeout(1)  # to see that the caller has gone, even if a fork of it holds the other end
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever the caller blocks
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])  # for `ended`
     gc.collect()
     gc.freeze()  # what a program makes itself can then be told from what was there: `run_script`
     testers = []
@@ -791,6 +817,7 @@ config = json.loads(sys.argv[1]); sys.path.append(config["home"])
 from sandbox import zygote; sys.path.pop(); zygote(config)"""
 # 512 MiB of stack are for recursion through C code: sorted(key=...), lru_cache
 SHELL = 'ulimit -S -s 524288 2>/dev/null || ulimit -S -s $(ulimit -H -s); exec "$@"'
+WITHOUT = []  # protections to do without, for tests: "Landlock", "seccomp"
 PROGRAM = {"code": None, "tests": "", "setup": "", "entry_point": None, "cases": [], "fn_name": None,
            "all_cases": False, "timeout_s": GRACE_S}
 KNOWN_GOOD = [  # what each new worker has to run first
@@ -802,7 +829,7 @@ KNOWN_GOOD = [  # what each new worker has to run first
 class Worker:
     """A zygote, used by one thread at a time."""
 
-    live, idle = [], []
+    live, idle, warned = [], [], False
     process = None  # of this worker, until it starts
 
     def start(self):
@@ -813,7 +840,7 @@ class Worker:
         first = len(cores) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.core = cores[(first + Worker.live.index(self)) % len(cores)]
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        config = {"control": zygote_end.fileno(), "packages": packages, "core": self.core,
+        config = {"control": zygote_end.fileno(), "packages": packages, "core": self.core, "without": WITHOUT,
                   "home": os.path.dirname(os.path.abspath(__file__)), "readable": LIBRARIES + packages}
         environment = {"HOME": "/", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0",
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
@@ -826,15 +853,21 @@ class Worker:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 pass_fds=[zygote_end.fileno()], start_new_session=True)  # Ctrl-C is for the caller to handle
         self.control.settimeout(START_TIMEOUT_S)
-        if not self.control.recv(5):
+        missing = self.control.recv(256)
+        if not missing:
             said = self.process.communicate()[1].strip().rpartition("\n")[2]
             raise SandboxError(f"a worker did not start (exit status {self.process.returncode}): {said}")
         self.process.stderr.close()
+        self.missing = json.loads(missing)
         for program in KNOWN_GOOD:
             verdict = self.run(PROGRAM | program, 1024)
             if not verdict["passed"]:
                 raise SandboxError(f"a program that is right has failed: {verdict['reason']}")
         self.control.settimeout(None)
+        if self.missing and not Worker.warned:
+            Worker.warned = True
+            print(f"sandbox: no {' and no '.join(self.missing)} here; see 'Not covered' in sandbox.py and use a "
+                  "container", file=sys.stderr, flush=True)
 
     def close(self):
         """Whoever waits for this worker, in another thread, gets a SandboxError."""
@@ -867,7 +900,7 @@ class Worker:
             if not answer:
                 raise SandboxError("the worker died")
             why, *statuses = marshal.loads(answer)
-            if -signal.SIGKILL in statuses:
+            if "seccomp" not in self.missing and -signal.SIGKILL in statuses:
                 raise SandboxError("a process was killed from outside, perhaps for want of memory")
             return why, statuses, [os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds[2:]]
         finally:
@@ -976,16 +1009,6 @@ def same_token(got, want):
 # ---- The machine --------------------------------------------------------------------------------------------
 
 
-def check_machine():
-    """SandboxError unless programs can be confined here."""
-    system, machine = os.uname().sysname, os.uname().machine
-    if (system, machine) != ("Linux", "x86_64"):
-        raise SandboxError(f"programs run on Linux on x86_64 only, not on {system} on {machine}")
-    if libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1) < 1:  # asks for its version
-        raise SandboxError("programs need Landlock: Linux 5.13 or newer with `landlock` in /sys/kernel/security/lsm; "
-                           f"this is Linux {os.uname().release} without it, or a container that forbids it")
-
-
 def cgroup_values(name):
     """What the files `name` of this process's control groups (versions 1 and 2) and of those above say."""
     with contextlib.suppress(OSError), open("/proc/self/cgroup") as lines:
@@ -1025,7 +1048,8 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     Equal programs run once. May be called from any thread; the workers stay for the next call. SandboxError when the
     machine, not a program, is at fault.
     """
-    check_machine()
+    if sys.platform != "linux":
+        raise SandboxError("programs run on Linux only; elsewhere use a container")
     keys, jobs = [], {}
     for place, program in enumerate(programs):
         if not isinstance(program.get("code"), str) or not ("tests" in program or "cases" in program):
