@@ -33,12 +33,13 @@ output and threads (the machine's own where they are smaller).
 dies, the kernel kills for want of memory), the program runs once more; if that fails, too, `SandboxError` is raised.
 Each new worker first runs programs that are known to be right.
 
-**What crosses.** From C to T plain data; a value of a subclass becomes one of its base class. A call that returned None
-also gives its arguments that are lists, dicts or sets the content that they have afterwards. Other calls do not: else
-`x.clear(); return []` would meet `f(x) == sorted(x)`. A test may pass functions (C calls back), and importable
-functions and types (by name). The program itself compares and combines two of its objects. What cannot cross: operators
-between an object of the program and plain data, its type, its use in `with`, generators and instances of the test's own
-classes, the identity of lists, what both sides would share (`random.seed`, captured stdout, patches).
+**What crosses.** From C to T plain data; a value of a subclass becomes one of its base class, a namedtuple, Counter or
+array stays one. A call that returned None also gives its arguments that are lists, dicts, sets, deques or arrays the
+content that they have afterwards. Other calls do not: else `x.clear(); return []` would meet `f(x) == sorted(x)`. A
+test may pass functions and iterators (C calls back), and importable functions and types (by name). The program itself
+compares and combines two of its objects. What cannot cross: operators between an object of the program and plain data,
+its type, its use in `with`, instances of the test's own classes, the identity of lists, what both sides would share
+(`random.seed`, captured stdout, patches).
 
 **Not covered.** Kernel exploits; stat() of any path; reading the installed packages; tests that can be met without
 computing anything (`assert f(x)`, `np.allclose(f(x), 3)` by `[]`, two objects of the program that it says are equal); a
@@ -97,7 +98,7 @@ GONE = 3  # T's exit status when C did not answer any more
 
 
 class SandboxError(RuntimeError):
-    """The machine, not a program, is at fault."""
+    """The machine, not a program, is at fault. The message names its limits."""
 
 
 # ---- Plain data as JSON: None, bool, int, float, str as they are, the rest as [name of the class, part, ...]
@@ -109,13 +110,13 @@ def array(dtype, shape, values):
     return importlib.import_module("numpy").array(values, dtype).reshape(shape)
 
 
-@functools.lru_cache(maxsize=64)
-def namedtuple_class(name, fields):
-    if Handle.WITHHELD.isdisjoint(fields):
-        return collections.namedtuple(name, fields)  # which checks that they are names
-    raise ValueError(fields)
+def namedtuple(name, fields, *parts):
+    if (name, fields) not in NAMEDTUPLES and Handle.WITHHELD.isdisjoint(fields):
+        NAMEDTUPLES[name, fields] = collections.namedtuple(name, fields)  # which checks that they are names
+    return NAMEDTUPLES[name, fields]._make(parts)
 
 
+NAMEDTUPLES = {}  # (name, fields): in C the program's class, in T one like it, until the next program
 PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "int": (lambda value: [int.__int__(value)], int),  # also of a subclass, as in the next two
     "float": (lambda value: [float.__float__(value)], float),
@@ -125,7 +126,6 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "dict": (lambda value: [[*value], [*value.values()]], lambda keys, values: dict(zip(keys, values))),
     "complex": (lambda value: [value.real, value.imag], complex),
     "range": (lambda value: [value.start, value.stop, value.step], range),
-    "list_iterator": (list, lambda *parts: iter(parts)),
     "slice": (lambda value: [value.start, value.stop, value.step], slice),
     "collections.deque": (list, lambda *parts: collections.deque(parts)),
     "collections.Counter": (lambda value: [dict(value)], collections.Counter),
@@ -137,9 +137,9 @@ PLAIN = {  # name of the class: (value -> parts; parts -> value)
     "datetime.datetime": (lambda value: [value.isoformat()], datetime.datetime.fromisoformat),
     "datetime.timedelta": (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
     "numpy.ndarray": (lambda value: [value.dtype.str, value.shape, value.ravel().tolist()], array),
-    "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value],
-                   lambda name, fields, *parts: namedtuple_class(name, fields)._make(parts)),
+    "namedtuple": (lambda value: [type(value).__name__, type(value)._fields, *value], namedtuple),
 }
+CHANGEABLE = (list, dict, set, collections.deque)  # and arrays
 
 
 def pack(value, peer):
@@ -151,6 +151,7 @@ def pack(value, peer):
         return pack(value.item(), peer)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        NAMEDTUPLES.setdefault((kind.__name__, kind._fields), kind)
         name = "namedtuple"
     elif name not in PLAIN or name == "numpy.ndarray" and value.dtype.kind not in "biufcSU":
         bases = (int, float, str, bytes, list, tuple, set, frozenset, dict)  # a value of a subclass travels as these
@@ -170,12 +171,21 @@ def unpack(message, peer):
     return PLAIN[name][1](*[unpack(part, peer) if type(part) is list else part for part in parts])
 
 
+def replace(old, new):
+    """Gives a list, dict, set, deque or array the content of another one."""
+    if type(old).__name__ == "ndarray":
+        old[...] = new
+    else:
+        old.clear()
+        (old.update if isinstance(old, (dict, set)) else old.extend)(new)
+
+
 class Peer:
     """One end of the channel between C and T: a JSON text per line. Either asks, and answers while it waits for an
     answer."""
 
     def __init__(self, pipe):
-        self.pipe = pipe
+        self.pipe, self.lock = pipe, _thread.RLock()  # a program's threads may call back
         self.shown, self.numbers = [], {}  # what the other side knows by number; id -> number
 
     def send(self, *message):
@@ -200,7 +210,8 @@ class Peer:
 
     def ask(self, request, /, *args, **named):
         packed = [pack(arg, self) for arg in args], {name: pack(arg, self) for name, arg in named.items()}
-        kind, *message = self.exchange(request, *packed)
+        with self.lock:
+            kind, *message = self.exchange(request, *packed)
         if kind == "error":
             kind, args, state = (unpack(part, self) for part in message)
             error = kind(*args)
@@ -210,10 +221,8 @@ class Peer:
             raise error
         value, contents = unpack(message[0], self), message[1]
         for old, new in zip((*args, *named.values()), contents if value is None else []):
-            if isinstance(old, (list, dict, set)):
-                new = unpack(new, self)
-                old.clear()
-                (old.extend if isinstance(old, list) else old.update)(new)
+            if isinstance(old, CHANGEABLE) or type(old).__name__ == "ndarray":
+                replace(old, unpack(new, self))
         return value
 
     def answer(self, request, args, named):
@@ -303,7 +312,7 @@ class Candidate(Peer):
             return ["named", "builtins", value.__name__]
         if isinstance(value, type) and issubclass(value, BaseException):
             bases = [self.outgoing(base) for base in value.__bases__ if issubclass(base, BaseException)]
-            return ["exception", self.number(value), value.__name__, *bases]
+            return ["exception", self.number(value), value.__name__, value.__module__, *bases]
         return ["mine", self.number(value)]
 
     def incoming(self, tag, *parts):
@@ -312,7 +321,10 @@ class Candidate(Peer):
         if tag == "named":
             module, name = parts
             return operator.attrgetter(name)(importlib.import_module(module))
-        return lambda *args, **named: self.ask("call", parts[0], *args, **named)
+        number, request = parts
+        if request == "next":
+            return iter(lambda: self.ask("next", number), object())  # which StopIteration ends
+        return lambda *args, **named: self.ask("call", number, *args, **named)
 
 
 # ---- T, the tester ------------------------------------------------------------------------------------------
@@ -342,7 +354,7 @@ class Program(Peer):
             os._exit(GONE)  # no `except` in a test catches that
 
     def perform(self, request, /, number, *args, **named):
-        return self.shown[number](*args, **named)
+        return next(self.shown[number]) if request == "next" else self.shown[number](*args, **named)
 
     def outgoing(self, value):
         if type(value) is Handle or isinstance(value, type) and "_number" in vars(value):
@@ -353,8 +365,10 @@ class Program(Peer):
             with contextlib.suppress(AttributeError):
                 if operator.attrgetter(name)(sys.modules[home]) == value:
                     return ["named", home, name]  # C uses its own: with T's `eval` it could forge
+        if hasattr(type(value), "__next__"):
+            return ["mine", self.number(value), "next"]
         if callable(value):
-            return ["mine", self.number(value)]
+            return ["mine", self.number(value), "call"]
         raise TypeError(f"a test cannot pass a {type(value).__name__} to the program")
 
     def incoming(self, tag, *parts):
@@ -364,10 +378,18 @@ class Program(Peer):
         if number not in self.known and tag == "mine":
             self.known[number] = Handle(self, number)
         elif number not in self.known and tag == "exception":
-            name, *bases = rest
-            members = {"_number": number, "__str__": lambda error: getattr(error, "text", "")}
-            self.known[number] = type(name, tuple(unpack(base, self) for base in bases), members)
+            name, home, *bases = rest
+            same = getattr(sys.modules.get(home), name, None)  # `except json.JSONDecodeError` is to catch it
+            found = isinstance(same, type) and issubclass(same, Exception) and same.__module__ != "unittest.case"
+            bases = (same,) if found else tuple(unpack(base, self) for base in bases)
+            members = {"__init__": Exception.__init__} if found else {}  # the library's own may want other arguments
+            self.known[number] = type(name, bases, members | {"__str__": said, "_number": number})
         return self.known[number]
+
+
+def said(error):
+    """str() of an exception whose class is like one of C's: what C said when it raised it."""
+    return vars(error).get("text", Exception.__str__(error))
 
 
 class Handle:
@@ -389,7 +411,10 @@ class Handle:
         return self._program.ask("getattr", self, name)
 
     def __instancecheck__(self, value):
-        return type(value) is Handle and self._program.ask("isinstance", value, self)
+        return type(value) in (Handle, *NAMEDTUPLES.values()) and self._program.ask("isinstance", value, self)
+
+    def __subclasscheck__(self, kind):
+        return type(kind) is Handle and self._program.ask("issubclass", kind, self)
 
 
 def request_method(name):
@@ -512,6 +537,7 @@ def tester(control):
         grown = len(sys.modules) > modules or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > TESTER_STAYS_KB
         if grown or not job["harmless"]:
             os._exit(0)
+        NAMEDTUPLES.clear()
         for fd in fds:
             os.close(fd)
         control.send(b"1")
@@ -1029,6 +1055,17 @@ def usable_cores():
     return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def machine_limits():
+    """The limits of this machine that may have ended an honest program, in words."""
+    limits = {"ulimit -v": "AS", "ulimit -f": "FSIZE", "ulimit -n": "NOFILE", "ulimit -t": "CPU", "ulimit -u": "NPROC"}
+    found = [f"{name}: {resource.getrlimit(getattr(resource, f'RLIMIT_{kind}'))[1]}" for name, kind in limits.items()]
+    for name in ("pids.max", "memory.max", "memory.limit_in_bytes"):
+        found += [f"cgroup {name}: {value}" for value, in cgroup_values(name)]
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        found += [" ".join(line.split()) for line in lines if line.startswith("MemAvailable")]
+    return "limits of this machine (-1 and max: none): " + "; ".join(found)
+
+
 def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=False):
     """Runs programs against their tests -> [{"passed": bool, "reason": text}].
 
@@ -1065,10 +1102,12 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
     with ThreadPoolExecutor(max(1, min(workers or usable_cores(), len(jobs)))) as pool:
         try:
             verdicts = dict(zip(jobs, pool.map(lambda program: run_one(program, memory_mb, stopped), jobs.values())))
-        except BaseException:  # Ctrl-C too
+        except BaseException as error:  # Ctrl-C too
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             close_workers()  # what other threads run there is tried once more
+            if isinstance(error, RuntimeError) and "new thread" in str(error):
+                raise SandboxError(f"{error}; {machine_limits()}") from error
             raise
     return [dict(verdicts[key]) for key in keys]
 
@@ -1090,8 +1129,7 @@ def run_one(program, memory_mb, stopped):
             except (SandboxError, OSError) as fault:
                 worker.close()
                 if stopped.is_set() or not retry:
-                    raise SandboxError(f"{fault}. Compare the limits of this machine: `ulimit -a`, and pids.max and "
-                                       "memory.max of the control group") from fault
+                    raise SandboxError(f"{fault}; {machine_limits()}") from fault
     finally:
         Worker.idle.append(worker)
 
