@@ -1130,7 +1130,7 @@ def print_end(stages: list[tuple[str, dict]], shown: list[str], run: Run) -> Non
     for key in keys:
         run.say(f"{key:{width}}" + "".join(f"{m[key]:12.3f}" for _, m in stages))
     run.say("ce_code: cross-entropy of the code, nats per token, with the model's thoughts; _act: without\n")
-    if run.args.algo == "ra3" and run.args.model == TINY_DEFAULTS.model:
+    if run.args.algo == "ra3" and run.args.model == TINY_DEFAULTS.model and "eval/pass@1" in last:
         run.say("Next-token prediction alone (--algo ntp) ends with pass@1 0.06 to 0.15, see README.md\n")
     for text in shown:
         run.say("\n".join(text.splitlines()[:16]) + "\n")

@@ -1,15 +1,20 @@
-"""One update of grpo_rlvr.py on a small random model of every family: sampling and training agree on it."""
+"""One update of grpo_rlvr.py on a small random model of every family, and of every script on a model in bf16:
+sampling and training agree."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 import transformers
 
+import common
 import grpo_rlvr
-from common import TINY, load_tokenizer
+import ra3
+import rmt
+from common import TINY, load_model, load_tokenizer
 
-TOKENIZER = load_tokenizer(str(next(p for p in (TINY / "code" / "model", TINY / "model") if p.exists())))
+TOKENIZER = load_tokenizer(f"{TINY}/code/model")
 SIZES = {
     "vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
@@ -57,3 +62,42 @@ def test_sampling_and_training_agree(family, tmp_path, monkeypatch):
     update = json.loads(lines[1])
     assert abs(update["policy/rollout_ratio"] - 1) < 1e-3 and update["policy/rollout_gap"] < 1e-3
     assert update["optim/grad_norm"] > 0 and (tmp_path / "run" / "checkpoints" / "final" / "config.json").exists()
+
+
+SMALL = {  # script -> the smallest run of it
+    ra3: dataclasses.replace(
+        ra3.TINY_DEFAULTS, rl_updates=1, ntp_updates=1, rl_batch_size=4, ntp_batch_size=4, eval_snippets=4,
+        eval_problems="",
+    ),
+    rmt: rmt.Args(
+        **rmt.TINY_RUN | {"updates": 1, "train_texts": 100, "prompts_per_update": 4, "eval_positions": 4}
+    ),
+    grpo_rlvr: grpo_rlvr.Args(
+        **grpo_rlvr.TINY_MATH | {"updates": 1, "prompts_per_update": 4, "eval_problems": 4, "minibatches": 2, "beta": 0.1}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
+def test_a_model_as_on_a_gpu(script, tmp_path, monkeypatch):
+    """Sharded, with fp32 weights and bf16 compute."""
+    policy = common.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+    def load(name, tokenizer, ranks, *rest, **options):
+        return common.shard(load_model(name, tokenizer, ranks, *rest, **options), ranks)
+
+    monkeypatch.setattr(common, "MixedPrecisionPolicy", lambda **_: policy)
+    monkeypatch.setattr(script, "load_model", load)
+    args = dataclasses.replace(SMALL[script], output_dir=str(tmp_path))
+    script.main(args)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    norms = [row["optim/grad_norm"] for row in rows[1:]]
+    assert min(norms) > 0 and rows[-1]["optim/skipped"] == 0
+    for ratio in [row["policy/rollout_ratio"] for row in rows if "policy/rollout_ratio" in row]:
+        assert 1e-7 < abs(ratio - 1) < 0.01  # it is not fp32
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        for folder in (args.model, max((tmp_path / "checkpoints").glob("[ef]*")))
+    )
+    changes = [(a.float() - b.float()).abs().max().item() for a, b in zip(before.parameters(), after.parameters())]
+    assert after.dtype == torch.float32 and min(changes) > 0 and max(changes) < 1e-2
