@@ -1168,6 +1168,8 @@ def bootstrap(model, v: Vocabulary, context: int, run: Run, args: Args, ranks: R
             with open(target, "a", encoding="utf-8") as handle:
                 handle.writelines(json.dumps(line) + "\n" for line in lines)
         run.say(f"{count} snippets")
+    if not count:
+        raise UserError(f"no text of {', '.join(args.dataset)} can be used")
 
 
 # ---------------------------------------------------------------- main

@@ -982,6 +982,8 @@ def test_bootstrap_only(quick, tmp_path, monkeypatch):
     for resume, words in (("", "already holds a run; choose another"), ("auto", "--seed 0 -> 3")):
         with pytest.raises(UserError, match=words):
             run(quick, tmp_path / "d", bootstrap_only=True, resume=resume, seed=3)
+    with pytest.raises(UserError, match="no text of .* can be used"):
+        run(quick, tmp_path / "e", bootstrap_only=True, dataset=(data_file(tmp_path / "e.jsonl", ["x" * 20_000]),))
 
 
 def test_what_cannot_work_is_refused(quick, tmp_path):
