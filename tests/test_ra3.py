@@ -298,6 +298,9 @@ def test_sources_are_mixed_by_their_weights(tmp_path):
     tokens = {name: sum(len(s.ids) for s in snippets if s.source == name) for name in "ab"}
     shares = {f"data/token_share/{name}": n / sum(tokens.values()) for name, n in tokens.items()}
     assert stream.metrics() == {"data/unusable": 0, "data/decisions": 1, **shares}
+    (tmp_path / "other").mkdir()  # two files of one name
+    files = (files[0], data_file(tmp_path / "other" / "a.jsonl", ["x = 1\n"]))
+    assert {name for source in files for _, name, _ in ra3.source_pieces(source, dataclasses.replace(args, dataset=files))} == set(files)
 
 
 def test_prose_and_unreadable_texts_are_counted_and_refused_when_there_is_nothing_else(tmp_path):
