@@ -430,10 +430,12 @@ def segment(piece: tuple[str, list | None, bool], source: str, v: Vocabulary, ar
     while waiting:
         begin, end = waiting.pop()
         own = [(offset - begin, kind) for offset, kind in actions if begin <= offset < end]
-        own = own[:1] if args.granularity == "snippet" else own
         snippet = tokenised(text[begin:end], own, last and end == len(text), source, v)
         if snippet is None:
             return []
+        if args.granularity == "snippet":  # the first boundary: the first action may have none
+            one = {name: getattr(snippet, name)[:1] for name in ("boundaries", "indents", "kinds")}
+            snippet = replace(snippet, **one)
         if len(snippet.ids) <= args.max_snippet_tokens and snippet.width(args.max_latent_tokens) <= context:
             snippets.append(snippet)
             continue

@@ -219,9 +219,10 @@ def test_long_texts_are_cut_before_actions_and_fit_with_the_longest_thoughts():
         assert [i for s in snippets for i in range(len(s.kinds))] and sum(len(s.kinds) for s in snippets) == 100
         fullest = max(s.width(16) if limit > 200 else len(s.ids) for s in snippets)
         assert min(limit, context) / 2 < fullest <= min(limit, context)
-    one = pieces_of(text, v, 200, granularity="snippet")
-    assert [s.text for s in one] == [s.text for s in pieces_of(text, v, 200, 10**9)] and [len(s.kinds) for s in one] == [1] * len(one)
-    assert all(s.boundaries.tolist() == [1] and s.kinds[0] in ("first", "assign") for s in one)
+    for v in map(vocabulary, ("qwen", "prepended")):  # there, a snippet's first line has no boundary
+        one, all_of_them = (pieces_of(text, v, 200, granularity=name) for name in ("snippet", "line"))
+        assert [s.text for s in one] == [s.text for s in all_of_them] and [len(s.kinds) for s in one] == [1] * len(one)
+        assert all(s.boundaries == o.boundaries[:1] and s.kinds == o.kinds[:1] for s, o in zip(one, all_of_them))
 
 
 def test_cut_text_cuts_at_statements_of_all_blocks():
