@@ -1233,19 +1233,20 @@ def main(args: Args) -> None:
     longest = min(4 * args.max_snippet_tokens, context)  # of a row with its thoughts
     pi = load_model(name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
     v = Vocabulary(tokenizer, pi.config.get_text_config().vocab_size, ranks.device)
-    q = None  # in a dry run pi stands for it
+    q, of_q = None, v  # in a dry run pi stands for it
     if args.algo == "ra3" and not args.bootstrap_only and (args.q_model or not args.dry_run):
         q = load_model(args.q_model or name, tokenizer, ranks, longest, recompute=args.gradient_checkpointing)
-        sizes = {model.config.get_text_config().vocab_size for model in (pi, q)}
-        if len(sizes) > 1 or load_tokenizer(args.q_model or name).get_vocab() != tokenizer.get_vocab():
+        if load_tokenizer(args.q_model or name).get_vocab() != tokenizer.get_vocab():
             raise UserError(f"--q-model {args.q_model} has another vocabulary than {name}")
+        if args.q_model:  # its embedding may have other rows that are no token (Qwen2.5-7B, not 1.5B)
+            of_q = Vocabulary(tokenizer, q.config.get_text_config().vocab_size, ranks.device)
     if args.rollout == "drafted" and not (pi.can_draft and (q or pi).can_draft):
         args = replace(args, rollout="forced")
     problems = list(read_rows(args.eval_problems)) if args.eval_problems else []
     for row, key in itertools.product(problems, ("prompt", "test", "entry_point")):
         column(row, key, args.eval_problems)  # refuses a file without it
     if args.dry_run:
-        dry_run(None if args.algo == "ntp" else q or pi, v, longest, args, ranks)
+        dry_run(None if args.algo == "ntp" else q or pi, of_q, longest, args, ranks)
         return
     run = Run(args, __file__, ranks, [*args.dataset, *filter(None, [args.eval_problems])])
     if args.bootstrap_only:
@@ -1310,7 +1311,7 @@ def main(args: Args) -> None:
             if optimizer is None:
                 optimizer = new_optimizer(pi, args.ntp_learning_rate, args.weight_decay, BETAS)
             first, count = iteration * args.ntp_updates + state["done"], args.ntp_updates - state["done"]
-            for rollouts, seconds, cursor in bootstrapped(q, streams["M"], first, count, v, args, ranks):
+            for rollouts, seconds, cursor in bootstrapped(q, streams["M"], first, count, of_q, args, ranks):
                 metrics = m_step(pi, optimizer, rollouts, seconds, args, ranks, interrupt)
                 shown = finish(metrics, cursor, state["done"] + 1 == args.ntp_updates)
             state |= {"phase": "E" if learns_q else "M", "done": 0}

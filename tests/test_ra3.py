@@ -948,6 +948,13 @@ def test_external_thoughts_need_no_e_step(quick, tmp_path):
     assert json.loads((tmp_path / "l" / "args.json").read_text())["rollout"] == "forced"
     save_model(tmp_path / "short", tokenizer, max_position_embeddings=80)  # its context holds for both
     run(quick, tmp_path / "c", q_model=str(tmp_path / "short"), em_iterations=1)
+    padded = AutoModelForCausalLM.from_pretrained(quick.model)  # each token has a twin that is none
+    padded.resize_token_embeddings(2 * len(tokenizer))
+    padded.lm_head.weight.data[len(tokenizer) :] = padded.lm_head.weight.data[: len(tokenizer)]
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    run(quick, tmp_path / "p", q_model=str(tmp_path / "padded"), em_iterations=1)
+    assert any(row["rollout/format_rate"] < 1 for row in rows_of(tmp_path / "p")[1:])
     # as many tokens, but others
     other = json.loads(tokenizer.backend_tokenizer.to_str())
     words = list(other["model"]["vocab"])[1:]
