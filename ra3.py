@@ -1191,6 +1191,7 @@ def check(args: Args, ranks: Ranks) -> None:
     wrong = {
         "--algo ntp has no thoughts, so it takes no --q-model": args.algo == "ntp" and args.q_model,
         "--group-size must be at least 2: advantages compare rollouts of one snippet": args.group_size < 2,
+        "--dataset needs at least one source": not sources,
         f"--dataset-weights needs {sources} numbers, one for each --dataset": weights and len(weights) != sources,
         f"--dataset-weights must be positive, got {weights}": min(weights, default=1) <= 0,
         f"--max-snippet-tokens {args.max_snippet_tokens} leaves no room for code": args.max_snippet_tokens < 4,

@@ -1001,7 +1001,7 @@ def test_what_cannot_work_is_refused(quick, tmp_path):
     wrong = {"at least 2": {"group_size": 1}, "takes no --q-model": {"algo": "ntp", "q_model": "x"}}
     wrong |= {"--ntp-updates must be positive": {"ntp_updates": 0}, "does not divide": {"rl_batch_size": 0}}
     wrong |= {"--dataset-weights must be positive": {"dataset_weights": (0.0, 0.0)}, "needs 2 numbers": {"dataset_weights": (1.0,)}}
-    wrong |= {"leaves no room": {"max_snippet_tokens": -3}}
+    wrong |= {"leaves no room": {"max_snippet_tokens": -3}, "--dataset needs": {"dataset": ()}}
     for words, changes in wrong.items():
         with pytest.raises(UserError, match=words) as caught:
             ra3.check(dataclasses.replace(ARGS, **changes), RANKS)
