@@ -221,7 +221,8 @@ def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]],
         if not all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
             skipped += 1
             continue
-        ids = tokenizer.encode("\n".join(map(str, values)), add_special_tokens=False, verbose=False)
+        text = "\n".join(map(str, values)).encode("utf-8", "replace").decode()  # lone surrogates
+        ids = tokenizer.encode(text, add_special_tokens=False)
         cuts = [ids[i : i + args.max_text_tokens] for i in range(0, len(ids), args.max_text_tokens)]
         texts += [bos_ids(tokenizer) + cut for cut in cuts if len(cut) > 1]
         if len(texts) >= POOL * wanted:

@@ -413,7 +413,8 @@ def test_texts_are_split_once_and_for_all(tokenizer, tmp_path):
 
 
 def test_rows_without_text_are_skipped_and_counted(tokenizer, tmp_path):
-    good = [{"problem": f"Add {i} and {i}", "solution": i} for i in range(20)]  # numbers are text
+    good = [{"problem": f"Add {i} and {i}", "solution": i} for i in range(19)]  # numbers are text
+    good += [{"problem": "half an emoji \ud83d", "solution": "cut off"}]
     bad = [{"problem": None, "solution": "x"}, {"problem": "x", "solution": " "}, {"problem": [1], "solution": "x"}]
     args = rmt.Args(dataset=rows_file(tmp_path / "a.jsonl", bad + good), train_texts=15, eval_texts=5)
     train, heldout, words = rmt.read_texts(args, tokenizer)
