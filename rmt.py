@@ -782,7 +782,7 @@ def main(args: Args) -> None:
 
             # 4 update
             begin = time.time()
-            taken = [[t for j, t, _ in chosen if j == k] for k in range(len(texts))]
+            taken = [[t for k, t, _ in chosen if texts[k] is text] for text in texts]  # a text may come twice
             kept = [np.setdiff1d(np.arange(1, len(text)), cols) for text, cols in zip(texts, taken)]
             learnt = learn(model, ref_model, optimizer, samples, texts, kept, args, ranks, interrupt.check)
             update_s = time.time() - begin

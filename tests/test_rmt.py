@@ -479,6 +479,18 @@ def test_run_folder(whole):
     assert [name for name in sorted(set().union(*metrics)) if f"`{name}`" not in documented] == []
 
 
+def test_a_text_that_an_update_has_twice_is_masked_in_both(tmp_path, monkeypatch):
+    """As at the end of an epoch, or here, where an update has more texts than there are."""
+    choose_positions, learn, seen = rmt.choose_positions, rmt.learn, []
+    monkeypatch.setattr(rmt, "choose_positions", lambda *args: seen.append(choose_positions(*args)) or seen[0])
+    monkeypatch.setattr(rmt, "learn", lambda *args: seen.append(args) or learn(*args))
+    small(tmp_path / "run", train_texts=2, prompts_per_update=4, updates=1, thresholds=(0.1, 0.2, 0.3))
+    chosen, (_, _, _, _, texts, kept, *_) = seen
+    for text, cols in zip(texts, kept):
+        taken = {t for k, t, _ in chosen if texts[k] == text}
+        assert taken and sorted({*cols.tolist()} | taken) == [*range(1, len(text))] and not {*cols.tolist()} & taken
+
+
 def test_console(whole, capfd, tmp_path):
     """Lines of at most 120 columns; at the end the evaluations side by side, two samples, and the files."""
     small(tmp_path / "run", beta=0.0, updates=1)
