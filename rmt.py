@@ -703,7 +703,7 @@ def report(run: Run, stages: list[dict], answers: list[Sample], tokenizer) -> No
     accuracies = ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy")
     for kind in (*accuracies, "budget", "thought_tokens", "completion_tokens", "malformed"):
         keys = [f"eval/{kind}", *(f"eval/{kind}_{name}" for name in LEVELS if kind in accuracies)]
-        cells = [" -> ".join(f"{stage[key]:#.3g}" for stage in stages) for key in keys]
+        cells = [" -> ".join(f"{stage[key]:.3f}" for stage in stages) for key in keys]
         lines.append(f"{kind:24}" + "".join(f"{cell:>18}" for cell in cells))
     for sign in (1, -1):  # right where prediction is wrong; wrong where prediction is right
         sample = max(answers, key=lambda s: (sign * (s.exact - (s.predicted == s.truth[0])), s.level))

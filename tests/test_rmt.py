@@ -500,6 +500,9 @@ def test_console(whole, capfd, tmp_path):
     assert sum(bool(re.match(r"(ntp|ntr\w*) +([\d.]+ -> [\d.]+ *){4}$", line)) for line in lines) == 5
     assert sum(line.startswith(("right, ", "wrong, ", "malformed, ")) for line in lines) == 2
     assert lines[-1].startswith(str(tmp_path / "run")) and "samples.html" in lines[-1]
+    stage, sample = dict.fromkeys(run_metrics(whole)[0], 1577.0), rmt.Sample(0, ["a"], [5], [6], [])
+    rmt.report(SimpleNamespace(say=print, path=""), [stage], [sample], load_tokenizer(SMALL["model"]))
+    assert "completion_tokens                 1577.000" in capfd.readouterr().out.splitlines()
 
 
 def test_a_resumed_run_reads_the_entropies_from_disk(whole, tmp_path, monkeypatch):
