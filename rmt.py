@@ -209,8 +209,10 @@ def prompt_frame(tokenizer, budget: int, args: Args) -> tuple[list[int], list[in
     if args.chat_template and tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         prompt, bos = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), []
-    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in prompt.split("@@TEXT@@"))
-    return bos + head, tail, prompt.rstrip().endswith(THINK_OPEN)
+    head, tail = prompt.split("@@TEXT@@")
+    # the tail after a letter: some tokenizers put a space before whatever they encode
+    head, letter, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (head, "a", "a" + tail))
+    return bos + head, tail[len(letter) :], prompt.rstrip().endswith(THINK_OPEN)
 
 
 def read_texts(args: Args, tokenizer) -> tuple[list[list[int]], list[list[int]], str]:

@@ -379,6 +379,9 @@ def test_prompt_is_the_one_the_tiny_model_knows(tokenizer):
     )
     free, _, opens = rmt.prompt_frame(tokenizer, 0, rmt.Args())
     assert "token. Think within <think></think>, then put" in tokenizer.decode(free) and not opens
+    spaced = SimpleNamespace(encode=lambda text, **_: [*f" {text}"], bos_token_id=None, chat_template=None)
+    head, tail, _ = rmt.prompt_frame(spaced, 12, rmt.Args())  # it puts a space before whatever it encodes
+    assert "".join(head).startswith(" Complete the") and "".join(tail) == "\n### Prediction\n"
 
 
 @pytest.mark.parametrize("suffix, opened", [("<|a|>", False), ("<|a|><think>{{ '\\n' }}", True)])
