@@ -472,7 +472,7 @@ def run_case(program, name, case):
     function, args, expected = program.ask("find", name), case["input"], case["output"]
     if lines := isinstance(args, str):
         args = [json.loads(line) for line in args.split("\n") if line.strip()]
-    if isinstance(expected, str):
+    if lines and isinstance(expected, str):  # beside a list of arguments it is the value: the text "12" is no number
         with contextlib.suppress(ValueError):
             expected = json.loads(expected)
     try:
@@ -1074,7 +1074,7 @@ def run_tests(programs, timeout_s=6.0, memory_mb=1024, workers=None, all_cases=F
           win over the code's) and "entry_point" (the name under test, which wins over the setup's);
       "cases": [{"input", "output"}], each a run of the code as a script: texts, numbers or lists of lines;
       "cases" and "fn_name", each a call of that function or method of `class Solution`: an input is a list of arguments
-          or a text with a JSON value per line, an output is a value or its JSON text.
+          or a text with a JSON value per line, an output is a value or, beside a text, its JSON text.
     Optional: "timeout_s", "all_cases" of its own. Other keys are ignored.
 
     timeout_s: of the whole of "tests", or of one case: CPU time, and time on the clock unless the machine is busy.

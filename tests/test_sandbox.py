@@ -658,7 +658,7 @@ HONEST = {  # name: (code, tests)
 }
 HONEST_CALLS = {  # name: (code, fn_name, [(input, output)])
     "json lines": (ADD, "add", [("1\n2", "3"), ('"a"\n"b"\n', '"ab"'), ("[1]\n[2]", "[1, 2]")]),
-    "values": (ADD, "add", [([1, 2], 3), (["a", "b"], "ab"), ([[1], [2]], [1, 2])]),
+    "values": (ADD, "add", [([1, 2], 3), (["a", "b"], "ab"), (["1", "2"], "12"), ([[1], [2]], [1, 2])]),
     "Solution": ("class Solution:\n    def add(self, a, b): return a + b", "add", [("1\n2", "3")]),
     "tuples are lists": ("def f(x): return tuple(x), [(1, 2)]", "f", [("[1, 2]", "[[1, 2], [[1, 2]]]")]),
     "rounding": ("def f(): return [0.1 + 0.2]", "f", [("", "[0.3]")]),
