@@ -664,6 +664,7 @@ HONEST_CALLS = {  # name: (code, fn_name, [(input, output)])
     "rounding": ("def f(): return [0.1 + 0.2]", "f", [("", "[0.3]")]),
     "null, true, text": ("def f(x): return x", "f", [("null", "null"), ("true", "true"), ('"é\\n"', '"é\\n"'), (["x"], "x")]),
     "objects": ("def f(d): return {k: v + 1 for k, v in d.items()}", "f", [('{"a": 1}', '{"a": 2}')]),
+    "keys that are numbers": ("def f(x): return {x: 1, 2: 2}", "f", [("1", '{"1": 1, "2": 2}'), ([1], {"1": 1, "2": 2})]),
     "line separator in a text": ("def f(a, b): return a + b", "f", [('"a\u2028"\n"b"', '"a\u2028b"')]),
     "large integer": ("def f(n): return 10 ** n", "f", [("5000", "1" + "0" * 5000), ([5000], 10 ** 5000)]),
     "deep": ("def f(x): return x", "f", [("[" * 500 + "]" * 500, "[" * 500 + "]" * 500)]),
