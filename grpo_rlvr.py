@@ -227,6 +227,8 @@ def parsed(value):
 
 def math_problem(row: dict) -> tuple[str, dict]:
     """(prompt, checks) of a row with Skywork-OR1's columns, whose answers may be JSON lists."""
+    if row.get("ability") == "code":  # Skywork's folder holds both
+        raise ValueError("code, not math")
     message = need(row.get("prompt"), "prompt")
     question = message if isinstance(message, str) else message[-1]["content"]
     answer = need((row.get("reward_model") or {}).get("ground_truth"), "answer")

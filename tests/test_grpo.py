@@ -480,6 +480,8 @@ MATH_ROWS = [
     ({"reward_model": None}, "", "1 no answer"),
     ({"prompt": [{"role": "user", "content": None}]}, "", "1 no question"),
     ({"prompt": []}, "", "1 no prompt"),
+    ({"ability": "math"}, "", "2"),
+    ({"ability": "code", "reward_model": {"ground_truth": '{"inputs": ["1"]}'}}, "", "1 code, not math"),
 ]
 
 
