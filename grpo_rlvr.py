@@ -289,7 +289,7 @@ def signature_of(source: str, name: str) -> str | None:
     None if the source has no such function, or if its arguments use names that are not in NAMES.
     """
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        nodes = list(ast.walk(ast.parse(re.sub(r"(?m)^```.*", "", source))))  # PrimeIntellect's have a fence
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         return None
     for node in nodes:

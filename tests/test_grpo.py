@@ -449,6 +449,7 @@ CODE_ROWS = [  # row, the signature of its problem or the reason why there is no
     (f_with("def f(x,  # the number\n      y=1):\n    return x"), "def f(x, y=1):"),
     (f_with("def f(x: List[int], y=r'\\d') -> Optional[int]:\n    return x"), "def f(x: List[int], y='\\\\d'):"),
     (f_with("f = lambda x: x"), "def f(arg1):"),
+    (f_with("```python\ndef f(x, y=1):\n    return x\n```"), "def f(x, y=1):"),
     (f_with(None), "def f(arg1):"),
 ]  # fmt: skip
 
