@@ -262,7 +262,7 @@ def code_problem(row: dict) -> tuple[str, dict]:
         raise ValueError("a test without input or output")
     names = [part.get(key) for part in (about, parsed(row.get("metadata"))) for key in ("fn_name", "func_name")]
     fn_name = None if about.get("testtype") == "stdin" else next(filter(None, names), None)
-    if "testtype" not in about:  # LiveCodeBench's tests all stay
+    if not about.get("testtype"):  # LiveCodeBench's tests all stay
         cases = sorted(cases, key=lambda case: len(str(case["input"])), reverse=True)[:MAX_TESTS]
     if fn_name and all(isinstance(case["output"], list) and len(case["output"]) == 1 for case in cases):
         cases = [{**case, "output": case["output"][0]} for case in cases]  # TACO puts a result into a list

@@ -396,6 +396,7 @@ def test_code_schemas(tmp_path):
         {"problem": "prime", "tests": json.dumps(prime), "solutions": [solution]},
         {"problem": "taco", "tests": json.dumps(taco), "solutions": ["import sys"]},
         {"problem": "codeforces", "tests": [{"input": "1\n", "output": "2\n"}]},
+        {"problem": "null", "tests": [{"input": "1\n", "output": "2\n", "testtype": None, "fn_name": None}] * 20},
         {"task_id": "H/0", "prompt": 'humaneval = 1\ndef f(n):\n    """Doubles.\n    """\n', "entry_point": "f",
          "test": "def check(c):\n    assert c(2) == 4", "canonical_solution": "    return 2 * n\n"},
         {"task_id": 11, "text": "mbpp", "code": "def g(a,\n  b=set()): return a", "test_setup_code": "",
@@ -414,7 +415,7 @@ def test_code_schemas(tmp_path):
     assert prompts["prime"].endswith("def total(a, *, b: int=3):\n")
     assert checks["prime"]["cases"] == [{"input": [2, 3], "output": 5}]
     assert prompts["taco"].endswith("def main():\n") and checks["taco"]["fn_name"] is None
-    assert len(checks["taco"]["cases"]) == grpo_rlvr.MAX_TESTS  # those with the longest inputs
+    assert len(checks["taco"]["cases"]) == len(checks["null"]["cases"]) == grpo_rlvr.MAX_TESTS  # the longest inputs
     assert checks["taco"]["cases"][0] == {"input": ["1 2", "3"], "output": ["6"]}
     assert checks["codeforces"]["cases"] == [{"input": "1\n", "output": "2\n"}]
     assert prompts["humaneval"] == 'humaneval = 1\ndef f(n):\n    """Doubles.\n    """\n'
