@@ -283,7 +283,10 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
         for key in [key for key in vars(text_config) if "dropout" in key or key.endswith("pdrop")]:
             setattr(text_config, key, 0.0)  # gradient checkpointing needs train mode, in which dropout is on
         dtype = torch.float32 if train or on_cpu else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval()
+        options = {"config": config, "dtype": dtype, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(name, **options)
+        if found["missing_keys"]:  # they would be random
+            raise UserError(f"it has no weights for {', '.join(sorted(found['missing_keys'])[:3])}")
     except Exception as error:  # as for the tokenizer
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
     if longest > context_of(name):

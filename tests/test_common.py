@@ -1,6 +1,7 @@
 """common.py: the model and its check, sampling, the training forward, batches, data, the run folder."""
 
 import ast
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -575,6 +576,11 @@ def test_export_of_a_head_of_its_own(folder, tied, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(run.path / "checkpoints" / "x")
     ids = torch.arange(6)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    loaded.config.tie_word_embeddings = tied
+    loaded.base_model.save_pretrained(tmp_path)  # without a head
+    load_tokenizer(folder).save_pretrained(tmp_path)
+    with contextlib.nullcontext() if tied else pytest.raises(UserError, match="no weights for lm_head.weight"):
+        load(str(tmp_path))
 
 
 def test_which_run_is_resumed(folder, tmp_path, monkeypatch):
