@@ -299,11 +299,16 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
     model.requires_grad_(train)
     model.run = types.MethodType(run_function, model)
     model.to(ranks.device)
-    if longest:
-        check_forward(model, name, longest)
-    if recompute:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    try:
+        if longest:
+            check_forward(model, name, longest)
+        if recompute:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+    except UserError:
+        raise
+    except Exception as error:  # a model with a cache or an interface of its own, or one that does not fit
+        raise UserError(f"cannot use the model {name}: {first_line(error)}") from None
     model.recompute, model.shares_prompts = recompute, bool(longest) and model.shares_prompts and not recompute
     return model if on_cpu and ranks.world_size == 1 else shard(model, ranks)
 
@@ -341,11 +346,10 @@ def check_forward(model, name: str, longest: int) -> None:
         logits = model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, :-1]
         own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=model.device)[:, None])[:, 0]
         filled, _ = token_logprobs(model, [row + filler], where)
-        ids, mask = pad_left([row[:8], other[:3]], model.device)
+        ids, mask, cache = prefill(model, [row[:8], other[:3]])
         sampler = Sampler(torch.full((2, 6), 0.5), ids.shape[1], 1.0, model.device)
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=6, logits_processor=LogitsProcessorList([sampler])
-        )
+        options = {"logits_processor": LogitsProcessorList([sampler]), cache_argument(model): cache}
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, **options)
         done = [row[:8] + out[0, 8:].tolist(), other[:3] + out[1, 8:].tolist()], [np.arange(8, 14), np.arange(3, 9)]
         again, _ = token_logprobs(model, *done)
         # may a row continue on a cache of which a part is masked? Not with a recurrent state

@@ -172,6 +172,8 @@ LONGROPE = {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0] * 
         ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}, "scaled or capped"),
         ("Phi3", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE}, "rows of 40 tokens"),
         ("Llama", {"max_position_embeddings": 16, "rope_parameters": DYNAMIC}, "rows of 40 tokens"),
+        ("Mamba", {}, "cannot use the model"),  # no left padding on a cache
+        ("Mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1}, "generate and"),  # nor does generate go on with it
     ],
 )
 def test_a_model_that_training_would_get_wrong_is_refused(kind, changes, words, tmp_path, monkeypatch):
