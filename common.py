@@ -735,7 +735,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[dict]:
     if source == "stdlib":
         yield from _python_files(Path(sysconfig.get_paths()["stdlib"]), ("test", "tests", "idlelib"))
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(TABLES))
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(TABLES) and p.is_file())
         if len(files) < sum(1 for _ in path.rglob("*.py")):  # a data set may come with a script
             yield from _python_files(path)
             return
@@ -774,10 +774,10 @@ def _file_rows(file: Path) -> Iterator[dict]:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
         elif file.suffix in (".txt", ".py"):
-            yield {"text": file.read_text(encoding="utf-8", errors="replace"), "path": str(file)}
+            yield {"text": file.read_text(encoding="utf-8-sig", errors="replace"), "path": str(file)}
         else:
             opener = gzip.open if file.suffix == ".gz" else open
-            with opener(file, "rt", encoding="utf-8") as handle:
+            with opener(file, "rt", encoding="utf-8-sig") as handle:  # Windows writes a BOM
                 if file.suffix == ".json":
                     yield from json.load(handle)
                     return
@@ -796,7 +796,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
     import datasets
 
     name, _, part = source.partition(":")
-    is_pattern = any(mark in part for mark in "*./")
+    is_pattern = "*" in part or "/" in part or part.endswith((*TABLES, ".json", ".arrow", ".csv", ".txt", ".zst"))
     try:
         files, config = (part, None) if is_pattern else (None, part or None)
         yield from datasets.load_dataset(name, name=config, data_files=files, split=split, streaming=True)

@@ -399,10 +399,12 @@ def test_problems_are_drawn_without_replacement_from_any_cursor():
 # ---------------------------------------------------------------- data
 
 
-def test_read_rows(tmp_path):
+def test_read_rows(tmp_path, monkeypatch):
     rows = [{"text": "a"}, {"text": "b\u00e9"}]
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    (tmp_path / "x.jsonl").write_text(lines, encoding="utf-8")
+    for name, encoding in (("x.jsonl", "utf-8"), ("bom.jsonl", "utf-8-sig"), ("spark.jsonl/part-0.jsonl", "utf-8")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines, encoding=encoding)
     (tmp_path / "w.json").write_text(json.dumps(rows))
     with gzip.open(tmp_path / "y.jsonl.gz", "wt", encoding="utf-8") as handle:
         handle.write(lines)
@@ -410,8 +412,13 @@ def test_read_rows(tmp_path):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "z.parquet")
-    for name in ("x.jsonl", "w.json", "y.jsonl.gz", "z.parquet"):
+    for name in ("x.jsonl", "bom.jsonl", "spark.jsonl", "w.json", "y.jsonl.gz", "z.parquet"):
         assert list(read_rows(str(tmp_path / name))) == rows
+    assert list(read_rows(str(tmp_path))) == 5 * rows
+    monkeypatch.setattr("datasets.load_dataset", lambda path, **options: [options["name"], options["data_files"]])
+    assert list(read_rows("org/name:20231101.en")) == ["20231101.en", None]  # a config
+    for pattern in ("folder/*.arrow", "a.jsonl"):
+        assert list(read_rows(f"org/name:{pattern}")) == [None, pattern]
     code = tmp_path / "code" / "sub"
     code.mkdir(parents=True)
     (code / "a.py").write_bytes(b"# -*- coding: latin-1 -*-\r\nx = '\xe9'\r\n")
