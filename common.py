@@ -910,9 +910,10 @@ class Run:
                 return str(own[-1])
         first, number = f"runs/{self.stem}{time.strftime('%Y%m%d-%H%M%S')}", 1
         path = first
+        Path("runs").mkdir(exist_ok=True)  # an error if it is a link to nowhere
         while True:
             with contextlib.suppress(FileExistsError):
-                Path(path).mkdir(parents=True)
+                Path(path).mkdir()
                 return path
             number += 1
             path = f"{first}_{number}"

@@ -619,6 +619,10 @@ def test_which_run_is_resumed(folder, tmp_path, monkeypatch):
     third = Arguments(folder, resume="auto", bootstrap_only=True)
     (second.path / "args.json").write_text(json.dumps(dataclasses.asdict(third) | {"data_fingerprint": common.fingerprint([])}))
     assert start(folder, resume="auto", bootstrap_only=True).path == second.path
+    monkeypatch.chdir(other)
+    Path("runs").symlink_to("nowhere")  # as to a scratch disk that is not mounted
+    with pytest.raises(UserError, match="File exists: runs"):
+        start(folder)
 
 
 def test_metrics_are_json_and_the_console_shows_what_there_is(folder, tmp_path, capsys):
