@@ -111,6 +111,7 @@ def array(dtype, shape, values):
 
 
 def namedtuple(name, fields, *parts):
+    fields = tuple(map(str, fields))  # of one text, "isdigit", the class would make a name
     if (name, fields) not in NAMEDTUPLES and Handle.WITHHELD.isdisjoint(fields):
         NAMEDTUPLES[name, fields] = collections.namedtuple(name, fields)  # which checks that they are names
     return NAMEDTUPLES[name, fields]._make(parts)

@@ -214,6 +214,11 @@ CHEATS_OF_TESTS = {
     "namedtuple with the methods of a text": (
         "import collections\ndef add(a, b): return collections.namedtuple('P', 'isdigit startswith')(callable, lambda x: True)",
         "assert add('1', '2').startswith('12')"),
+    "namedtuple whose names are one text": ("class P(tuple): _fields = 'isdigit'\ndef f(): return P([callable])",
+                                            "assert f().isdigit(len)"),
+    "namedtuple with an object for a name": (
+        "class N:\n    def __str__(self): return 'isdigit'\nclass P(tuple): _fields = (N(),)\n"
+        "def f(): return P([lambda: True])", "assert f().isdigit()"),
     "namedtuple with the methods of a set": ("import collections\ndef f(): return collections.namedtuple('P', 'issubset')(lambda x: True)",
                                              "assert f().issubset({1, 2})"),
     "object with the hash of the answer": ("class H:\n    def __hash__(self): return 3\n    def __eq__(self, o): return True\n"
