@@ -581,6 +581,7 @@ CANDIDATE = {
     "tgkill": [(0, ALL_BITS, {ANY_PID}), (2, ALL_BITS, SIGNALS)],
     "prlimit64": [(0, ALL_BITS, {0}), (1, ALL_BITS, LIMITS)],  # with a pid it sets the limits of another process
     "prctl": [(0, ALL_BITS, {PR_SET_NAME, PR_GET_NAME})],
+    "sendmsg": [(0, ALL_BITS, set())],  # never: open files on their way count for all processes of this user
     # not of datagrams, which can be sent to any name
     "socketpair": [(0, ALL_BITS, {socket.AF_UNIX}), (1, 0xF, {socket.SOCK_STREAM})],
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -655,7 +656,7 @@ def confine(readable, without):
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("800")  # short of memory, the kernel ends the sandbox before the training
     lower_limit(resource.RLIMIT_CORE, 0)
-    lower_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    lower_limit(resource.RLIMIT_NOFILE, 1 << 16)  # on the way to Z and T, the files of all workers count together
     lower_limit(resource.RLIMIT_FSIZE, OUTPUT_MB * MIB)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of this user traces the zygote or reads its memory
@@ -713,6 +714,7 @@ def candidate(code, fds, limits):
         os.dup2(fd, number)
     os.closerange(first + len(fds), 256)
     lower_limit(resource.RLIMIT_AS, int(memory_mb * MIB))
+    lower_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
     if own_filter:
         own_filter.apply()
     if script:

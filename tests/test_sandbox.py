@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -435,6 +436,8 @@ ATTACKS = {
     "another filter": "hit = libc.prctl(22, 1, 0, 0, 0) == 0",
     "terminal input": "import fcntl; fcntl.ioctl(0, 0x5412, b'x'); hit = True",
     "datagrams to any name": "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); hit = True",
+    "files on their way, which count for all": "import array, socket; a, b = socket.socketpair()\n"
+                                               "a.sendmsg([b'x'], [(1, 1, array.array('i', [3] * 250))]); hit = True",
     "reconnect the socket pair": "import socket; a, b = socket.socketpair(); a.connect('\\0x'); hit = True",
     "test in the heap": """
         head, tail = b"marker", b"_1538"  # in one piece only in the tests
@@ -1054,6 +1057,15 @@ def test_a_program_does_not_get_the_socket_of_a_caller_with_many_files():
     finally:
         for fd in files:
             os.close(fd)
+
+
+def test_files_on_their_way_to_other_workers_count_for_none():
+    """The kernel limits them per user; with 64 workers there are hundreds."""
+    sandbox.close_workers()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(ours, [b"1"], [0] * 250)
+        assert passed(run_tests([{"code": ADD, "tests": ASSERTS}])) == [True]
 
 
 def test_signals_that_the_caller_blocks_reach_a_program():
