@@ -505,7 +505,7 @@ def explain(error):
         return "wrong answer"
     if isinstance(error, MemoryError):
         return "memory"
-    return f"exception: {report or f'{type(error).__name__}: {error}'}"
+    return f"exception: {report or f'{type(error).__name__}: {error}'}"[:300]  # all of it may not fit the file
 
 
 def judge(program, job):

@@ -876,6 +876,7 @@ def test_reasons():
     assert result(code="import os\ndef add(a, b): os._exit(3)", tests=ASSERTS) == "exited with status 3"
     assert result(code="def add(a, b): raise ValueError('a\x1b[31mb')", tests=ASSERTS) == "exception: ValueError: a [31mb"
     assert result(code=ADD, tests="class A: pass\nadd(A(), 1)").endswith("a test cannot pass a A to the program")
+    assert result(code="def f(): return '\\\\' * 5 * 10**6", tests="{}[f()]").startswith("exception: KeyError: ")  # 20 MB
     assert result(code="print(3)", cases=STDIN) == "wrong answer"
     assert result(code="print(4)", cases=[{"input": "", "output": 4}, {"input": 1, "output": ["4", ""]}]) == "passed"
 
