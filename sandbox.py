@@ -429,8 +429,8 @@ def request_method(name):
 
 OPERATORS = ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and",
              "or", "xor", "lshift", "rshift")
-for _name in ("call", "setattr", "len", "bool", "str", "repr", "hash", "iter", "next", "getitem", "setitem", "delitem",
-              "neg", "pos", "abs", "invert", *OPERATORS):
+for _name in ("call", "setattr", "delattr", "len", "bool", "str", "repr", "hash", "iter", "next", "getitem", "setitem",
+              "delitem", "neg", "pos", "abs", "invert", *OPERATORS):
     setattr(Handle, f"__{_name}__", request_method(_name))
 
 

@@ -648,7 +648,7 @@ HONEST = {  # name: (code, tests)
              "assert len({V(1), V(1), V(2)}) == 2 and {V(1): 5}[V(1)] == 5"),
     "a built-in class": ("to_int = int", "assert to_int('3') == 3"),
     "stateful class": ("class Stack:\n    def __init__(self): self.x = []\n    def push(self, v): self.x.append(v)\n"
-                       "    def pop(self): return self.x.pop()", "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2"),
+                       "    def pop(self): return self.x.pop()", "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2\ndel s.x\nassert not hasattr(s, 'x')"),
     "constants": ("LIMIT = 7\ndef f(): return LIMIT", "assert LIMIT == 7 and f() == LIMIT"),
     "redefined builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert sum(1, 2) == 3"),
     "named like a module": ("def copy(a): return a", "assert copy(3) == 3"),
