@@ -381,7 +381,8 @@ def report(folder: Path, files: list[Path], titles: dict[str, str], label: str, 
             sample = chosen[len(chosen) // 2]
             text = sample.get("solution") or sample.get("prompt", "") + sample.get("completion", "")
             program = "\n    ".join(line[:100] for line in text.strip("\n").split("\n")[-12:])
-            print(f"\n{sample['task_id']}: {sample['reason']}\n    {program}")
+            # half of a character, as in a text that JavaScript has cut, cannot be printed
+            print(f"\n{sample['task_id']}: {sample['reason']}\n    {program}".encode(errors="replace").decode())
     print(f"\nsamples  {folder / 'samples.jsonl'}\nresults  {folder / 'results.json'}", flush=True)
 
 

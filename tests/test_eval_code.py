@@ -382,16 +382,18 @@ def test_a_benchmark_without_a_sample_is_left_out(tmp_path):
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == ["humaneval"]
 
 
-def test_what_is_null_or_empty_in_samples(tmp_path):
+def test_what_is_null_or_empty_in_samples(tmp_path, capsys):
     """A table of mixed rows has nulls for `completion` or `solution`; a null completion is an empty one."""
-    rows = [HUMANEVAL | {"task_id": f"HumanEval/{number}"} for number in range(4)]
+    rows = [HUMANEVAL | {"task_id": f"HumanEval/{number}"} for number in range(5)]
     samples = [
         {"task_id": "HumanEval/0", "completion": ADD_BODY, "solution": None},
         {"task_id": "HumanEval/1", "completion": None, "solution": HUMANEVAL["prompt"] + ADD_BODY},
         {"task_id": "HumanEval/2", "completion": None, "solution": None},
-        {"task_id": "HumanEval/3", "solution": ""},
+        {"task_id": "HumanEval/3", "completion": "\ud83d"},
+        {"task_id": "HumanEval/4", "solution": ""},
     ]
-    assert score(tmp_path, "humaneval", rows, samples, workers=1)["humaneval"]["pass@1"] == 0.5
+    assert score(tmp_path, "humaneval", rows, samples, workers=1)["humaneval"]["pass@1"] == 0.4
+    assert "HumanEval/3: exception: SyntaxError" in capsys.readouterr().out  # half of a character is printed as ?
 
 
 def test_files_are_read_as_utf_8(tmp_path):
