@@ -222,7 +222,7 @@ def need(value, what: str):
 
 def parsed(value):
     """The value of a column that may hold JSON in a string; {} if it is empty."""
-    return json.loads(value) if isinstance(value, str) and value else value or {}
+    return (json.loads(value) if isinstance(value, str) and value else value) or {}
 
 
 def math_problem(row: dict) -> tuple[str, dict]:

@@ -435,7 +435,7 @@ def f_with(solution):
 
 
 CODE_ROWS = [  # row, the signature of its problem or the reason why there is none
-    ({"question": None, "input_output": None, "problem": "Add.", "solutions": [],
+    ({"question": None, "input_output": None, "problem": "Add.", "solutions": [], "metadata": "null",
       "tests": '[{"type": "stdin_stdout", "input": "1 2", "output": "3"}]'}, "def main():"),
     ({"question": None, "input_output": io(["1"], ["1"])}, "1 no question"),
     ({"question": "Add.", "input_output": io([], [])}, "1 no tests"),
