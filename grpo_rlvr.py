@@ -865,6 +865,9 @@ def main(args: Args) -> None:
             for key in [key for key in hints if metrics[key] == 1]:
                 run.say(f"note: {hints.pop(key)}")
             last = update == args.updates
+            saves = last or (args.save_every and update % args.save_every == 0)
+            if saves:  # before the evaluation, which may stop the run
+                run.export(model, "final" if last else f"update_{update:06d}")
             try:
                 if last or (args.eval_every and update % args.eval_every == 0):
                     stop = (lambda: None) if last else interrupt.check  # the last evaluation is finished
@@ -872,8 +875,7 @@ def main(args: Args) -> None:
                     metrics |= evaluated
             finally:
                 run.log(metrics, CONSOLE, args.updates, not math.isfinite(learnt["optim/grad_norm"]))
-            if last or (args.save_every and update % args.save_every == 0):
-                run.export(model, "final" if last else f"update_{update:06d}")
+            if saves:
                 run.save(state, models, optimizer)
                 run.curves(PANELS)
     except Stop:

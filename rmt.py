@@ -805,6 +805,9 @@ def main(args: Args) -> None:
             for key in [key for key in hints if metrics[key] == 1]:
                 run.say(f"note: {hints.pop(key)}")
             last, console = update == args.updates, CONSOLE
+            saves = last or (args.save_every and update % args.save_every == 0)
+            if saves:  # before the state, and before the evaluation, which may stop the run
+                run.export(model, "final" if last else f"update_{update:06d}")
             try:
                 if last or (args.eval_every and update % args.eval_every == 0):
                     stop = (lambda: None) if last else interrupt.check  # the last evaluation is finished
@@ -812,8 +815,7 @@ def main(args: Args) -> None:
                     metrics, console = metrics | after, CONSOLE[:2] + HELDOUT
             finally:
                 run.log(metrics, console, args.updates, not math.isfinite(learnt["optim/grad_norm"]))
-            if last or (args.save_every and update % args.save_every == 0):
-                run.export(model, "final" if last else f"update_{update:06d}")  # before the state
+            if saves:
                 run.save(state, models, optimizer)
                 run.curves([(title, keys, "update") for title, keys in CURVES.items()])
     except Stop:

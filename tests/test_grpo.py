@@ -24,7 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import grpo_rlvr
-from common import TINY, Ranks, UserError, launch, load_model, load_tokenizer, uniforms
+from common import TINY, Ranks, Stop, UserError, launch, load_model, load_tokenizer, uniforms
 from grpo_rlvr import Args, Problem, Sample, group_advantages, grpo_loss, loss_normalizer, signature_of
 
 REPO = Path(__file__).parent.parent
@@ -339,6 +339,20 @@ def test_dynamic_sampling_and_overlong_filter(toy, monkeypatch):
     assert seen and all(any(s.advantage for s in seen[i : i + 4]) for i in range(0, len(seen), 4))
     assert any(not s.ended for s in seen) and all(s.in_loss == s.ended for s in seen)
     assert all(row["rollout/groups"] > 0 for row in metrics_of(args)[1:])
+
+
+def test_a_stop_inside_an_evaluation_loses_no_model(toy, monkeypatch):
+    def stopped(rollouts, problems, args, run, update, stop):
+        if update:
+            raise Stop
+        return {"eval/pass@1": 0.0}, []
+
+    monkeypatch.setattr(grpo_rlvr, "evaluate", stopped)
+    args = toy(updates=2, save_every=1, eval_every=1)
+    with pytest.raises(Stop):
+        grpo_rlvr.main(args)
+    saved = sorted(path.name for path in Path(args.output_dir, "checkpoints").iterdir())
+    assert saved == ["state_000001", "update_000001"]
 
 
 def test_metrics_count_what_passed_and_the_run_says_what_cannot_be_learnt(toy, monkeypatch, capfd):
