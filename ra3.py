@@ -1089,8 +1089,9 @@ def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, r
         metrics |= think_rates(sums, f"eval/think_rate/{source}")
     if problems:
         metrics["eval/pass@1"] = pass_at_1(model, problems, v, args, run.ranks)
+    given = [expert_logprobs(model, rows, v, args, given_decision=True) for rows in (rollouts, plain)]  # for l_t (D5)
     samples = []
-    for r, p, logprobs, logprobs_act in zip(rollouts, plain, thinking, acting):
+    for r, p, logprobs, logprobs_act in zip(rollouts, plain, *given):
         lines, lines_act = line_likelihoods(r, logprobs), line_likelihoods(p, logprobs_act)
         marked = {  # the marks become HTML
             t: f"\x02{text.rstrip()}\x03   [l_t {lines[t]:.2f}, without {lines_act[t]:.2f}]\n"

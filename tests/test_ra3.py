@@ -632,6 +632,14 @@ def test_gain_is_the_reward_over_never_thinking(small, thinks, monkeypatch):
     assert math.isclose(metrics["reward/gain"], (total - without) / 10, abs_tol=1e-6)
     assert (metrics["rollout/think_rate"] > 0) == thinks == (abs(metrics["reward/gain"]) > 1e-3)
     assert thinks or metrics["reward/gain"] == 0
+    # the samples of an evaluation show the same l_t
+    shown = []
+    run = types.SimpleNamespace(ranks=RANKS, samples=lambda title, legend, blocks: shown.extend(blocks))
+    ra3.evaluate(q, [snippet] * 6, [], "x", v, args, run)
+    rows = [r.without_malformed() for r in drawn[1][0]]
+    likelihoods = [ra3.line_likelihoods(r, lp) for r, lp in zip(rows, ra3.expert_logprobs(q, rows, v, args, True))]
+    expected = sorted(f"{likelihood[t]:.2f}" for r, likelihood in zip(rows, likelihoods) for t in r.thoughts)
+    assert sorted(re.findall(r"l_t (\S+),", "".join(shown))) == expected and bool(expected) == thinks
 
 
 def test_an_update_without_decisions(small):
