@@ -543,7 +543,7 @@ def held_out(args: Args, v: Vocabulary, context: int, ranks: Ranks) -> list[Snip
 
 def source_pieces(source: str, args: Args) -> Iterator[tuple[tuple, str, int]]:
     """(piece, name of the source in the metrics, hash of the text) for every piece of a source's Python texts."""
-    names = {other: Path(other.split(":")[-1].split("/*")[0]).name.split(".")[0] for other in args.dataset}
+    names = {other: Path(other.split(":")[-1].split("/*")[0]).name.split(".")[0] or other for other in args.dataset}
     name = names[source] if list(names.values()).count(names[source]) == 1 else source
     for row in read_rows(source):
         text = column(row, args.text_column, source)
