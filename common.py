@@ -271,10 +271,10 @@ def token_texts(tokenizer, vocab_size: int) -> list[str]:
 def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = True, recompute: bool = False):
     """The causal language model `name` (hub id or folder) on this rank's device, ready for `token_logprobs`.
 
-    longest: tokens of the longest row of the run; 0 for a model that only samples. train: weights in fp32, with
-    gradients; else no gradients, and bf16 on a GPU. recompute: gradient checkpointing. On a GPU, or with several
-    ranks, the model is sharded (FSDP2; bf16 compute on a GPU). UserError if it does not load, if it has fewer
-    tokens than the tokenizer, if `longest` exceeds its context, or if `check_forward` refuses it.
+    longest: tokens of the longest row of the run; 0 for a model that only samples (scaled logits will do). train:
+    weights in fp32, with gradients; else no gradients, and bf16 on a GPU. recompute: gradient checkpointing. On a
+    GPU, or with several ranks, the model is sharded (FSDP2; bf16 compute on a GPU). UserError if it does not load,
+    has fewer tokens than the tokenizer, if `longest` exceeds its context, or if `check_forward` refuses it.
     """
     on_cpu = ranks.device.type == "cpu"
     try:
@@ -300,8 +300,7 @@ def load_model(name: str, tokenizer, ranks: Ranks, longest: int, train: bool = T
     model.run = types.MethodType(run_function, model)
     model.to(ranks.device)
     try:
-        if longest:
-            check_forward(model, name, longest)
+        check_forward(model, name, longest)
         if recompute:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -328,9 +327,9 @@ def run_function(model, function: Callable, *args, **kw):
 
 
 def check_forward(model, name: str, longest: int) -> None:
-    """UserError unless, on short rows, `token_logprobs` agrees with the model's own forward and with `generate`,
-    also for a row of `longest` tokens. Sets model.shares_prompts (completions may continue on their prompt's
-    cache) and model.can_draft (parts of that cache may be masked, too).
+    """UserError unless, on short rows, the model's own forward agrees with `generate` on a cache and, if `longest`,
+    with `token_logprobs`, also for a row of `longest` tokens. Sets model.shares_prompts (completions may continue
+    on their prompt's cache) and model.can_draft (parts of that cache may be masked, too).
     """
     vocab_size, close = model.config.get_text_config().vocab_size, 1e-3 if model.dtype == torch.float32 else 0.3  # nats
     generator = torch.Generator().manual_seed(0)
@@ -340,18 +339,22 @@ def check_forward(model, name: str, longest: int) -> None:
     def far(mine, theirs) -> bool:
         return not (mine.float().cpu() - theirs.float().cpu()).abs().mean() < close  # true of NaN, too
 
+    def own(ids: list[int], start: int) -> torch.Tensor:
+        ids = torch.tensor(ids, device=model.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, start - 1 : -1]
+        return logits.float().log_softmax(-1).gather(-1, ids[start:, None])[:, 0]
+
     with torch.no_grad():
         where = [np.arange(1, 12)]
         plain, _ = token_logprobs(model, [row], where)  # [11]
-        logits = model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, :-1]
-        own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=model.device)[:, None])[:, 0]
+        scaled = far(plain, own(row, 1))
         filled, _ = token_logprobs(model, [row + filler], where)
         ids, mask, cache = prefill(model, [row[:8], other[:3]])
         sampler = Sampler(torch.full((2, 6), 0.5), ids.shape[1], 1.0, model.device)
         options = {"logits_processor": LogitsProcessorList([sampler]), cache_argument(model): cache}
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, **options)
         done = [row[:8] + out[0, 8:].tolist(), other[:3] + out[1, 8:].tolist()], [np.arange(8, 14), np.arange(3, 9)]
-        again, _ = token_logprobs(model, *done)
+        again = torch.cat([own(done[0][0], 8), own(done[0][1], 3)])
         # may a row continue on a cache of which a part is masked? Not with a recurrent state
         cache = DynamicCache(config=model.config)
         states = read_on(model, [row[:6] + other[:3]], [0], torch.zeros(1, 0, dtype=torch.long), cache)
@@ -363,7 +366,7 @@ def check_forward(model, name: str, longest: int) -> None:
         shared, _ = token_logprobs(model, *done, prompt_lengths=[8, 3])
         model.shares_prompts &= not far(again, shared)
         model.can_draft = attends and not any(cache.is_sliding)  # a window would count what is masked
-    if far(plain, own):
+    if longest and scaled:
         raise UserError(f"{name} is not supported: its logits are not its output layer's (scaled or capped)")
     if far(plain, filled):
         raise UserError(
@@ -371,7 +374,7 @@ def check_forward(model, name: str, longest: int) -> None:
             "(rope_scaling); shorten the rows, or remove rope_scaling from its config.json"
         )
     if far(again, sampler.logprobs.flatten()):
-        raise UserError(f"{name} is not supported: generate and the training forward give other probabilities")
+        raise UserError(f"{name} is not supported: generate and the forward pass give other probabilities")
 
 
 def cache_argument(model) -> str:

@@ -183,7 +183,8 @@ def test_a_model_that_training_would_get_wrong_is_refused(kind, changes, words, 
     with pytest.raises(UserError, match=words) as caught:
         load(name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
-    load(name, longest=0, train=False)  # only sampling, which leaves logits to the model
+    with pytest.raises(UserError) if "Mamba" in kind else contextlib.nullcontext():
+        load(name, longest=0, train=False)  # only sampling, which leaves logits to the model
     if "rows" in words:
         load(name, longest=16)  # up to the original context the positions are fixed
 
