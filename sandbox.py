@@ -534,12 +534,14 @@ def tester(control):
         _, fds, *_ = socket.recv_fds(control, 1, 3)
         job, verdict, pipe = fds
         job = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))
-        for failure in judge(Program(pipe), job):
+        program = Program(pipe)
+        for failure in judge(program, job):
             os.write(verdict, json.dumps(failure).encode() + b"\n")
         grown = len(sys.modules) > modules or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > TESTER_STAYS_KB
         if grown or not job["harmless"]:
             os._exit(0)
         NAMEDTUPLES.clear()
+        program.pipe = -1  # a generator's `finally` may run later, as garbage, and must not ask the next
         for fd in fds:
             os.close(fd)
         control.send(b"1")

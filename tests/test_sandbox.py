@@ -947,6 +947,10 @@ def test_nothing_reaches_the_next_test():
     look = {"code": "def f(): return -1", "tests": look}
     found = run_tests([program for i, spoil in enumerate(programs) for program in (spoil, look | {"code": f"{look['code']}#{i}"})], workers=1)
     assert passed(found[1::2]) == [True] * len(ways), list(zip(ways, found[1::2]))
+    late = "def g():\n    try: yield f()\n    finally: f()\nx = g()\nnext(x)"  # its end is when T collects garbage
+    look = "x = [[f()] for i in range(3000)]\nassert x[-1] == [3000]"
+    counter = "n = 0\ndef f():\n    global n; n += 1; return n"
+    assert all(passed(run_tests([{"code": counter + f"#{i}", "tests": tests} for i in range(3) for tests in (late, look)], workers=1)))
     hashes = {"code": "def f(): return hash('text')", "tests": "assert f() == hash('text')"}
     assert run_tests([hashes])[0]["passed"]
 
