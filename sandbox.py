@@ -990,8 +990,9 @@ def harmless(code):
     far_reaching = {"eval", "exec", "compile", "open", "vars", "globals", "locals", "getattr", "setattr", "delattr"}
     modules = sys.stdlib_module_names - {"math", "typing"} | {"numpy"}
     stores = {opcode.opmap["STORE_ATTR"], opcode.opmap["DELETE_ATTR"]}
-    return (stores.isdisjoint(code.co_code[::2]) and (far_reaching | modules).isdisjoint(code.co_names)
-            and not any(name.startswith(("_", "gi_", "cr_", "ag_")) for name in code.co_names)
+    names = [part for name in code.co_names for part in name.split(".")]  # `from os.path import join`
+    return (stores.isdisjoint(code.co_code[::2]) and (far_reaching | modules).isdisjoint(names)
+            and not any(name.startswith(("_", "gi_", "cr_", "ag_")) for name in names)
             and all(harmless(part) for part in code.co_consts if isinstance(part, types.CodeType)))
 
 
