@@ -924,6 +924,9 @@ class Run:
     def _open(self) -> dict | None:
         if getattr(self.args, "track", False) and importlib.util.find_spec("wandb") is None:
             raise UserError("--track needs Weights & Biases: pip install wandb")
+        for source in map(Path, self.data):  # the run's own files would be new data on --resume
+            if source.is_dir() and source.resolve() in self.path.resolve().parents:
+                raise UserError(f"{self.path} lies inside the data, {source}: choose an --output-dir outside it")
         found = (self._complete() or [None])[-1] if self.args.resume else None
         outputs = [(self.path / name).exists() for name in ("bootstrapped.jsonl", "metrics.jsonl")]
         if self.args.resume not in ("", "auto") and found is None and not outputs[0]:

@@ -521,6 +521,8 @@ def test_checkpoints_are_whole_or_absent(folder, unused, tmp_path, monkeypatch):
         start(folder, where)
     with pytest.raises(UserError, match="nothing to resume"):
         start(folder, resume=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="lies inside the data"):  # its files would be new data on --resume
+        start(folder, str(tmp_path / "new"), data=[str(tmp_path)])
 
 
 def test_what_may_change_on_resume(folder, tmp_path):
