@@ -543,8 +543,8 @@ def held_out(args: Args, v: Vocabulary, context: int, ranks: Ranks) -> list[Snip
 
 def source_pieces(source: str, args: Args) -> Iterator[tuple[tuple, str, int]]:
     """(piece, name of the source in the metrics, hash of the text) for every piece of a source's Python texts."""
-    names = {other: Path(other.split(":")[-1].split("/*")[0]).name.split(".")[0] or other for other in args.dataset}
-    name = names[source] if list(names.values()).count(names[source]) == 1 else source
+    name, *others = (Path(s.split(":")[-1].split("/*")[0]).name.split(".")[0] for s in (source, *args.dataset))
+    name = source if others.count(name) > 1 or not name else name
     for row in read_rows(source):
         text = column(row, args.text_column, source)
         language = row.get("lang") or row.get("program_lang") or "python"  # OpenCoder's columns
@@ -813,11 +813,11 @@ def sample(
 
 
 @torch.no_grad()
-def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, given_decision=False):
-    """Log-probability of each token of the code given all before it, thoughts included: one array a rollout.
+def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args) -> list[np.ndarray]:
+    """Log-probability of each token of the code given all before it, thoughts included: [2, tokens] a rollout.
 
-    With `given_decision` the first token of an action is conditioned on not opening a thought: log p minus the
-    log-probability of act, unless the code itself has a comment there (D5). Equal rows are scored once.
+    The second row is given the decisions (D5): the first token of an action is conditioned on not opening a thought,
+    log p minus the log-probability of act, unless the code itself has a comment there. Equal rows are scored once.
     """
     keys = [r.ids.tobytes() + r.expert.tobytes() for r in rollouts]
     distinct, scored = list(dict(zip(keys, rollouts)).items()), {}
@@ -825,10 +825,9 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
         for batch in micro_batches([len(r.ids) for _, r in distinct], args.micro_batch_tokens):
             own_keys, chosen = zip(*(distinct[i] for i in batch))
             code = [np.flatnonzero(r.expert) for r in chosen]
-            acts = [c[:0] for c in code]  # where the probability of act is wanted, too
-            if given_decision:
-                acts = [c[np.diff(r.actions[c], prepend=-1) > 0] for r, c in zip(chosen, code)]
-                acts = [a[~np.isin(r.ids[a], list(v.opens_ids))] for r, a in zip(chosen, acts)]
+            # where the probability of act is wanted, too
+            acts = [c[np.diff(r.actions[c], prepend=-1) > 0] for r, c in zip(chosen, code)]
+            acts = [a[~np.isin(r.ids[a], list(v.opens_ids))] for r, a in zip(chosen, acts)]
             targets = [np.append(r.ids[c], np.full(len(a), ACT)) for r, c, a in zip(chosen, code, acts)]
             where = [np.append(c, a) for c, a in zip(code, acts)]
             logprobs, _ = token_logprobs(
@@ -837,8 +836,8 @@ def expert_logprobs(model, rollouts: list[Rollout], v: Vocabulary, args: Args, g
             )  # fmt: skip
             parts = np.split(logprobs.double().cpu().numpy(), np.cumsum(list(map(len, where)))[:-1])
             for key, c, a, part in zip(own_keys, code, acts, parts):
-                part[np.searchsorted(c, a)] -= part[len(c) :]
-                scored[key] = part[: len(c)]
+                scored[key] = np.stack([part[: len(c)]] * 2)
+                scored[key][1, np.searchsorted(c, a)] -= part[len(c) :]
     return [scored[key] for key in keys]
 
 
@@ -947,7 +946,7 @@ def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks,
     interrupt.check()
     # 2 score; also the snippets without thoughts, for `reward/gain`
     plain = [all_act(r.snippet) for r in rollouts[::G]]
-    logprobs = expert_logprobs(pi, rollouts + plain, v, args, given_decision=True)
+    logprobs = [given for _, given in expert_logprobs(pi, rollouts + plain, v, args)]
     penalty = 0.0 if number < args.penalty_warmup else args.penalty  # D4
     rewards = [torch.from_numpy(step_rewards(r, lp, penalty)) for r, lp in zip(rollouts, logprobs)]
     act_rewards = sum(step_rewards(r, lp, 0.0).sum() for r, lp in zip(plain, logprobs[len(rollouts) :])) * G
@@ -1080,7 +1079,7 @@ def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, r
         mine = [i for i, r in enumerate(drawn) if r.snippet.source == source]
         sums = rollout_sums([drawn[i] for i in mine])
         for name, logprobs in (("ce_code", thinking), ("ce_code_act", acting)):
-            sums[name] = -sum(logprobs[i].sum() for i in mine)
+            sums[name] = -sum(logprobs[i][0].sum() for i in mine)
         sums = all_sum(sums, run.ranks)
         totals.update(sums)
         for name in ("ce_code", "ce_code_act"):
@@ -1089,15 +1088,17 @@ def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, r
         metrics |= think_rates(sums, f"eval/think_rate/{source}")
     if problems:
         metrics["eval/pass@1"] = pass_at_1(model, problems, v, args, run.ranks)
-    given = [expert_logprobs(model, rows, v, args, given_decision=True) for rows in (rollouts, plain)]  # for l_t (D5)
-    samples = []
-    for r, p, logprobs, logprobs_act in zip(rollouts, plain, *given):
-        lines, lines_act = line_likelihoods(r, logprobs), line_likelihoods(p, logprobs_act)
+    samples, gains = [], [0.0]
+    for r, p, (_, given), (_, given_act) in zip(rollouts, plain, thinking, acting):
+        lines, lines_act = line_likelihoods(r, given), line_likelihoods(p, given_act)
+        gains.extend(lines - lines_act)
         marked = {  # the marks become HTML
             t: f"\x02{text.rstrip()}\x03   [l_t {lines[t]:.2f}, without {lines_act[t]:.2f}]\n"
             for t, text in r.texts(v).items()
         }
         samples.append((max((lines - lines_act)[list(marked)], default=-math.inf), bootstrap_text(r.snippet, marked)))
+    gain, decisions = all_sum([float(sum(gains)), len(gains) - 1], run.ranks)
+    metrics |= {"eval/gain": gain / decisions} if decisions else {}
     samples.sort(key=lambda item: -item[0])
     blocks = [f"<pre>{html.escape(text)}</pre>" for _, text in samples[:6] + samples[6::40]]
     blocks = [block.replace("\x02", "<span class=thought>").replace("\x03", "</span>") for block in blocks]
@@ -1138,7 +1139,7 @@ def print_end(stages: list[tuple[str, dict]], shown: list[str], run: Run) -> Non
         run.say("Next-token prediction alone (--algo ntp) ends with pass@1 0.06 to 0.15, see README.md\n")
     for text in shown:
         run.say("\n".join(text.splitlines()[:16]) + "\n")
-    if run.args.algo == "ra3" and last.get("eval/ce_code", 0) >= last.get("eval/ce_code_act", 1):
+    if run.args.algo == "ra3" and last.get("eval/gain", 1) <= 0:
         run.say("Thoughts did not help: the base model writes no useful comments here, or the penalty is too large.\n")
     run.say(f"samples {run.path}/samples.html   curves {run.path}/curves.png   models {run.path}/checkpoints/")
 

@@ -574,7 +574,7 @@ def test_expert_logprobs_are_a_plain_forward_whatever_the_micro_batch(small, mon
     for given_decision, tokens in itertools.product((False, True), (1, 10**6)):
         args = dataclasses.replace(args, micro_batch_tokens=tokens)
         rows.clear()
-        found = ra3.expert_logprobs(model, [*rollouts, *rollouts[::-1]], v, args, given_decision)
+        found = [rows[int(given_decision)] for rows in ra3.expert_logprobs(model, [*rollouts, *rollouts[::-1]], v, args)]
         assert len(rows) == len({r.ids.tobytes() for r in rollouts})  # equal rows are scored once
         for r, logprobs in zip([*rollouts, *rollouts[::-1]], found, strict=True):
             plain = model(torch.from_numpy(r.ids)[None]).logits[0].log_softmax(-1).detach()
@@ -591,12 +591,12 @@ def test_a_line_that_begins_with_the_experts_own_comment(small):
     model, v, _, args = small(max_latent_tokens=5)
     (commented,), (bare,) = pieces_of("a\n#a\na\n", v), pieces_of("a\na\n", v)
     assert v.opens[commented.ids[commented.boundaries]].tolist() == [False, True]
-    plain, given = (ra3.expert_logprobs(model, [ra3.all_act(commented)], v, args, flag)[0] for flag in (False, True))
+    ((plain, given),) = ra3.expert_logprobs(model, [ra3.all_act(commented)], v, args)
     assert np.flatnonzero(plain != given).tolist() == [0] and (given <= 0).all()
     # the same tokens, but its comment is a thought: scored on its own
     rows = [ra3.all_act(commented), ra3.rolled_out(bare, {1: [5, 1, 4]}, v)]
     assert rows[0].ids.tolist() == rows[1].ids.tolist()
-    assert [len(logprobs) for logprobs in ra3.expert_logprobs(model, rows, v, args)] == [8, 5]
+    assert [len(logprobs) for logprobs, _ in ra3.expert_logprobs(model, rows, v, args)] == [8, 5]
 
 
 class Watch:
@@ -624,7 +624,7 @@ def test_gain_is_the_reward_over_never_thinking(small, thinks, monkeypatch):
     monkeypatch.setattr(ra3, "sample", lambda *a: drawn.append(original(*a)) or drawn[-1])
     metrics = ra3.e_step(q, pi, Watch(q), [snippet, *pieces_of("a\n=\n1\n", v)], 0, v, args, RANKS, never())
     rewards, plain = (
-        [ra3.step_rewards(r, lp, c) for r, lp in zip(rows, ra3.expert_logprobs(pi, rows, v, args, True))]
+        [ra3.step_rewards(r, lp, c) for r, (_, lp) in zip(rows, ra3.expert_logprobs(pi, rows, v, args))]
         for rows, c in ((drawn[0][0], 0.3), ([ra3.all_act(r.snippet) for r in drawn[0][0]], 0.0))
     )
     total, without = np.concatenate(rewards).sum(), np.concatenate(plain).sum()
@@ -635,10 +635,13 @@ def test_gain_is_the_reward_over_never_thinking(small, thinks, monkeypatch):
     # the samples of an evaluation show the same l_t
     shown = []
     run = types.SimpleNamespace(ranks=RANKS, samples=lambda title, legend, blocks: shown.extend(blocks))
-    ra3.evaluate(q, [snippet] * 6, [], "x", v, args, run)
+    evaluated, _ = ra3.evaluate(q, [snippet] * 6, [], "x", v, args, run)
     rows = [r.without_malformed() for r in drawn[1][0]]
-    likelihoods = [ra3.line_likelihoods(r, lp) for r, lp in zip(rows, ra3.expert_logprobs(q, rows, v, args, True))]
+    likelihoods = [ra3.line_likelihoods(r, lp) for r, (_, lp) in zip(rows, ra3.expert_logprobs(q, rows, v, args))]
     expected = sorted(f"{likelihood[t]:.2f}" for r, likelihood in zip(rows, likelihoods) for t in r.thoughts)
+    ((_, plain),) = ra3.expert_logprobs(q, [ra3.all_act(snippet)], v, args)
+    without = ra3.line_likelihoods(ra3.all_act(snippet), plain).mean()
+    assert math.isclose(evaluated["eval/gain"], np.mean(likelihoods) - without, abs_tol=1e-6)
     assert sorted(re.findall(r"l_t (\S+),", "".join(shown))) == expected and bool(expected) == thinks
 
 
@@ -674,7 +677,7 @@ def test_policy_gradient_equals_the_derivative_of_the_expected_return(small):
     anchor, *_ = small(seed=5)  # another model scores, frozen
     model, v, snippet, args = small()
     rollouts = [r for _, r in enumerate_rollouts(snippet, args)]
-    rewards = [ra3.step_rewards(r, lp, args.penalty) for r, lp in zip(rollouts, ra3.expert_logprobs(anchor, rollouts, v, args))]
+    rewards = [ra3.step_rewards(r, lp, args.penalty) for r, (lp, _) in zip(rollouts, ra3.expert_logprobs(anchor, rollouts, v, args))]
     probs = torch.stack([exact_logq(model, r).sum() for r in rollouts]).exp()
     expected_return = (probs * torch.tensor([r.sum() for r in rewards])).sum()
     exact = torch.autograd.grad(expected_return, list(model.parameters()))
