@@ -66,9 +66,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from common import (
     EVENT as ACT, LOGITS_PER_CHUNK, TINY, Interrupt, Ranks, Run, Sampler, Stop, UserError, all_gather_list,
-    all_sum, cache_argument, check_sizes, column, context_of, copy_weights, gathered, inverse_cdf, launch,
-    load_model, load_tokenizer, memory_plan, micro_batches, new_optimizer, only, optimizer_step, pad_left,
-    read_on, read_rows, run_tests, setup, token_logprobs, uniforms, write_whole,
+    all_sum, cache_argument, check_sizes, column, context_of, copy_weights, eos_ids, gathered, inverse_cdf,
+    launch, load_model, load_tokenizer, memory_plan, micro_batches, new_optimizer, only, optimizer_step,
+    pad_left, read_on, read_rows, run_tests, setup, token_logprobs, uniforms, write_whole,
 )  # fmt: skip
 
 
@@ -1109,16 +1109,16 @@ def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, r
 @torch.no_grad()
 def pass_at_1(model, problems: list[dict], v: Vocabulary, args: Args, ranks: Ranks) -> float:
     """Share of problems (HumanEval's columns) whose greedy completion, up to text in column 0, passes its tests."""
-    programs, mine, eos = [], problems[ranks.share(len(problems))], v.tokenizer.eos_token_id
+    programs, mine, eos = [], problems[ranks.share(len(problems))], eos_ids(v.tokenizer, args.model)
     with gathered(model):
         for first in range(0, len(mine), args.rollout_rows):
             batch = mine[first : first + args.rollout_rows]
             ids, mask = pad_left([[v.separator, *v.encode(row["prompt"])] for row in batch], model.device)
             out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=EVAL_TOKENS, eos_token_id=eos, synced_gpus=False
+                input_ids=ids, attention_mask=mask, max_new_tokens=EVAL_TOKENS, eos_token_id=[*eos], synced_gpus=False
             )
-            rows = [row[: row.index(eos)] if eos in row else row for row in out[:, ids.shape[1] :].tolist()]
-            for row, text in zip(batch, v.decode(rows)):
+            for row, tokens in zip(batch, out[:, ids.shape[1] :].tolist()):
+                (text,) = v.decode([list(itertools.takewhile(lambda token: token not in eos, tokens))])
                 body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
                 tests = f"{row['test']}\ncheck({row['entry_point']})"
                 programs.append({"code": row["prompt"] + body, "tests": tests})

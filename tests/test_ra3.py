@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import common
 import ra3
@@ -757,7 +757,9 @@ def test_pass_at_1_takes_the_completion_up_to_text_in_column_0(small, tmp_path, 
     v = vocabulary("qwen")
     save_model(tmp_path, v.tokenizer)
     model = load_model(str(tmp_path), v.tokenizer, RANKS, longest=0, train=False)
-    completions = ["    return a + 1\n\n\nraise SystemExit\n", "    return a\n", "    return a + 1<|end|>(", "    a = a\n" * 40 + "    return a + 1"]
+    more = GenerationConfig(eos_token_id=[v.tokenizer.eos_token_id, v.tokenizer("$").input_ids[0]])
+    more.save_pretrained(tmp_path)  # as that of a chat model
+    completions = ["    return a + 1\n\n\nraise SystemExit\n", "    return a\n", "    return a + 1<|end|>(", "    a = a\n" * 40 + "    return a + 1$("]
     rows = [{"prompt": f"def f{i}(a):\n", "test": f"def check(g):\n    assert g(1) == 2 and f{i}(2) == 3", "entry_point": f"f{i}"} for i in range(4)]
     ids = [v.tokenizer(text).input_ids for text in completions]
     asked = []
@@ -769,7 +771,7 @@ def test_pass_at_1_takes_the_completion_up_to_text_in_column_0(small, tmp_path, 
         return torch.cat([input_ids, answers], 1)
 
     monkeypatch.setattr(model, "generate", generate)
-    args = dataclasses.replace(ARGS, rollout_rows=2)
+    args = dataclasses.replace(ARGS, rollout_rows=2, model=str(tmp_path))
     assert ra3.pass_at_1(model, rows, v, args, RANKS) == 0.75
     assert asked == [[row["prompt"] for row in rows[:2]], [row["prompt"] for row in rows[2:]]]
 
