@@ -1248,6 +1248,9 @@ def main(args: Args) -> None:
     problems = list(read_rows(args.eval_problems)) if args.eval_problems else []
     for row, key in itertools.product(problems, ("prompt", "test", "entry_point")):
         column(row, key, args.eval_problems)  # refuses a file without it
+    needed = max([len(v.encode(row["prompt"])) + 1 + EVAL_TOKENS for row in problems], default=0)
+    if needed > context:
+        raise UserError(f"--eval-problems: a prompt and its completion take {needed} tokens; {name} takes {context}")
     if args.dry_run:
         dry_run(None if args.algo == "ntp" else q or pi, of_q, longest, args, ranks)
         return

@@ -1019,7 +1019,10 @@ def test_what_cannot_work_is_refused(quick, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             ra3.check(dataclasses.replace(ARGS, **changes), RANKS)
         assert "\n" not in str(caught.value)
-    for file, words in (("none.jsonl", "no such data file"), (quick.dataset[0], "has no column `prompt`; it has: text")):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a = 1\n" * 1000, "test": "", "entry_point": ""}))
+    refused = {"none.jsonl": "no such data file", quick.dataset[0]: "has no column `prompt`; it has: text"}
+    for file, words in (refused | {str(long): "a prompt and its completion take"}).items():
         with pytest.raises(UserError, match=words):
             run(quick, tmp_path / "e", eval_problems=file)
 
