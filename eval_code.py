@@ -406,8 +406,8 @@ def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: Rank
 def main(args: Args) -> None:
     ranks = setup(args.seed)
     check_sizes(args, "max_new_tokens batch_size temperature top_p", "limit n_samples workers")
-    if args.top_p > 1 or min(args.k) < 1:
-        raise UserError("--top-p is at most 1, and every --k at least 1")
+    if args.top_p > 1 or min(args.k, default=0) < 1 or not args.benchmarks:
+        raise UserError("--top-p is at most 1, every --k at least 1, and --benchmarks needs a name")
     if not args.samples and max(args.k) > max(1, args.n_samples):  # pass@1 is greedy
         raise UserError(f"pass@{max(args.k)} needs --n-samples {max(args.k)} or more; or choose another --k")
     label = short_path(args.samples or args.model)

@@ -675,6 +675,8 @@ def test_other_arguments_are_refused(finished):
         ({"top_p": 0.0}, "--top-p must be positive"),
         ({"top_p": 1.5}, "--top-p is at most 1"),
         ({"k": (0, 1)}, "every --k at least 1"),
+        ({"k": ()}, "every --k at least 1"),
+        ({"benchmarks": ()}, "--benchmarks needs a name"),
         ({"n_samples": -1}, "--n-samples must not be negative"),
         ({"samples": "{rows}"}, "{rows} has no column `completion`"),
         ({"samples": "{empty}"}, "{empty} has no sample of 1 of 1 tasks .HumanEval/0 of humaneval"),
