@@ -1280,6 +1280,8 @@ def main(args: Args) -> None:
         phase, iteration = state["phase"], state["iteration"] + 1
         state["update"], state["done"], state["cursors"][phase] = state["update"] + 1, state["done"] + 1, cursor
         update, learner, held, shown = state["update"], models[phase]["policy"], {}, []
+        if last:  # before the evaluation, in which the run may be killed
+            run.export(learner, f"em_{iteration:03d}" + "_q" * (phase == "E"))
         if last or (args.eval_every and update % args.eval_every == 0):
             title = f"after {phase}{iteration}" if last else f"update {update}"
             held, shown = evaluate(learner, snippets, problems, title, v, args, run)
@@ -1289,7 +1291,6 @@ def main(args: Args) -> None:
             run.say("warning: less than one decision a snippet; RA3 is then plain prediction. Is --dataset code?")
         if last:
             stages.append((title, held))
-            run.export(learner, f"em_{iteration:03d}" + "_q" * (phase == "E"))
             run.curves(PANELS)
         if last or update % args.save_every == 0:
             run.save(state, models[phase], optimizer)

@@ -880,6 +880,20 @@ def test_a_run_killed_after_every_checkpoint_ends_bit_for_bit_the_same(whole, qu
     assert rows_of(whole) == rows_of(tmp_path / "c")
 
 
+def test_a_failure_inside_an_evaluation_loses_no_model(quick, tmp_path, monkeypatch):
+    evaluate = ra3.evaluate
+
+    def failing(model, snippets, problems, title, *rest):
+        if title == "after M1":
+            raise MemoryError
+        return evaluate(model, snippets, problems, title, *rest)
+
+    monkeypatch.setattr(ra3, "evaluate", failing)
+    with pytest.raises(MemoryError):
+        run(quick, tmp_path / "l", em_iterations=1)
+    assert (tmp_path / "l" / "checkpoints" / "em_001").exists()
+
+
 def test_a_signal_inside_an_update_saves_the_last_finished_one(whole, quick, tmp_path, monkeypatch):
     """After the rollout, after the scores, between micro-batches; every start ends with one until the run is done."""
     check, places = common.Interrupt.check, set()
