@@ -928,7 +928,7 @@ class Run:
             if source.is_dir() and source.resolve() in self.path.resolve().parents:
                 raise UserError(f"{self.path} lies inside the data, {source}: choose an --output-dir outside it")
         found = (self._complete() or [None])[-1] if self.args.resume else None
-        outputs = [(self.path / name).exists() for name in ("bootstrapped.jsonl", "metrics.jsonl")]
+        outputs = [(self.path / name).exists() for name in ("bootstrapped.jsonl", "metrics.jsonl", "batches")]
         if self.args.resume not in ("", "auto") and found is None and not outputs[0]:
             raise UserError(f"nothing to resume in {self.path}: it holds no complete checkpoint")
         now = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))

@@ -391,6 +391,8 @@ def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: Rank
     now, may_change = json.loads(json.dumps(asdict(args))), ("output_dir", "workers")
     contents = [problem.checks for problem in problems], [sample for _, sample in jobs]
     now["contents"] = zlib.crc32(json.dumps(contents).encode())  # files may have changed under their names
+    if (folder / "checkpoints").exists():  # its args.json is what a run is resumed by
+        raise UserError(f"{folder} holds a training run; choose another --output-dir")
     if any((folder / "batches").glob("*.jsonl")):
         before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         differ = [name for name in now if name not in may_change and now[name] != before.get(name)]

@@ -517,8 +517,10 @@ def test_checkpoints_are_whole_or_absent(folder, unused, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="more") as caught:  # other keys: the file is not damaged
         start(folder, where, resume="auto").restore({"policy": model}, new_optimizer(model, 0.1, 0.0))
     assert "delete" not in str(caught.value)
-    with pytest.raises(UserError, match="already holds a run"):
-        start(folder, where)
+    (tmp_path / "evaluation" / "batches").mkdir(parents=True)  # of eval_code.py
+    for taken in (where, str(tmp_path / "evaluation")):
+        with pytest.raises(UserError, match="already holds a run"):
+            start(folder, taken)
     with pytest.raises(UserError, match="nothing to resume"):
         start(folder, resume=str(tmp_path / "none"))
     with pytest.raises(UserError, match="lies inside the data"):  # its files would be new data on --resume

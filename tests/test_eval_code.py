@@ -652,7 +652,10 @@ def test_a_finished_evaluation_is_only_reported_again(finished, monkeypatch, cap
     assert "HumanEval" not in said  # it is not that benchmark
 
 
-def test_other_arguments_are_refused(finished):
+def test_other_arguments_and_the_folder_of_a_run_are_refused(finished, tmp_path):
+    (tmp_path / "checkpoints").mkdir()  # args.json is a run's there
+    with pytest.raises(common.UserError, match="holds a training run; choose another --output-dir"):
+        eval_code.main(Args(**SMALL, output_dir=str(tmp_path)))
     with pytest.raises(common.UserError, match="other arguments .seed: 0 -> 3, temperature: 0.6 -> 0.8."):
         args = Args(**SMALL | {"temperature": 0.8, "seed": 3}, output_dir=str(finished))
         eval_code.main(args)
