@@ -212,7 +212,7 @@ def load_problems(args: Args) -> tuple[list[Problem], dict[str, str]]:
         rows = read_rows(source, split)
         if name == "livecodebench":
             first, last = LCB_WINDOW
-            rows = (row for row in rows if first <= str(row.get("contest_date", first))[:10] <= last)
+            rows = (row for row in rows if first <= str(row.get("contest_date") or first)[:10] <= last)
         for index, row in enumerate(itertools.islice(rows, args.limit or None)):
             where = f"{source}, row {index}"
             try:

@@ -166,6 +166,7 @@ ADD_BODY = "    return a + b\n"
         ("livecodebench", lcb_row(True, True), "        return sum(xs) + y\n", "        return 4\n"),
         ("livecodebench", lcb_row(True, False), "        return sum(xs) + y\n", "        return 4\n"),
         ("livecodebench", lcb_row(False, True), "    print(sum(map(int, input().split())))", "    print(3)"),
+        ("livecodebench", lcb_row(True, True) | {"contest_date": None}, "        return sum(xs) + y\n", "        return 4\n"),
         ("codeforces", CODEFORCES, "    print(2 * int(input()))\n", "    print(0)\n"),
     ],
 )
