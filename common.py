@@ -749,7 +749,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[dict]:
             yield from _file_rows(file)
     elif path.is_file():
         yield from _file_rows(path)
-    elif source.startswith((".", "/")) or (
+    elif source.startswith((".", "/")) or source.endswith("/") or (
         path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".txt", ".py") and ":" not in source
     ):
         raise UserError(f"no such data file or folder: {source}")

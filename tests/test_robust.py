@@ -581,6 +581,7 @@ ALL = {
     "no weights": ({"model": "@no_weights"}, "cannot load the model"),
     "torn weights": ({"model": "@torn"}, "cannot load the model"),
     "no data": ({"dataset": "@none.jsonl"}, "no such data file or folder"),
+    "no folder": ({"dataset": "my_code/"}, "no such data file or folder"),
     "missing column": ({"dataset": "@other.jsonl"}, "it has: body, lang"),
     "no objects": ({"dataset": "@list.jsonl"}, "it has: list"),
     "empty data": ({"dataset": "@empty.jsonl"}, "empty.jsonl"),
