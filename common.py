@@ -241,7 +241,8 @@ def load_tokenizer(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # not found, no network, a torn file: there are as many kinds as formats
-        raise UserError(f"no tokenizer at {name}: {first_line(error)}") from None
+        hint = " (the models of a run are in its folder `checkpoints`)" * Path(name, "checkpoints").exists()
+        raise UserError(f"no tokenizer at {name}{hint}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no eos token: set it in its tokenizer_config.json")
     tokenizer.clean_up_tokenization_spaces = False  # decode(encode(text)) must be the text

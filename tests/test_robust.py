@@ -564,6 +564,7 @@ def broken(tmp_path, model_dir):
     copy("short", config=lambda c: c | {"max_position_embeddings": 16})
     copy("eos", generation_config=lambda c: c | {"eos_token_id": [10**6]})
     (tmp_path / "other.jsonl").write_text('{"body": "x", "lang": "python"}\n')
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
@@ -576,6 +577,7 @@ def broken(tmp_path, model_dir):
 ALL = {
     "no such model": ({"model": "./nowhere"}, "at ./nowhere"),
     "no tokenizer": ({"model": "@no_tokenizer"}, "no tokenizer at"),
+    "a run, not its model": ({"model": "@run"}, "@run (the models of a run are in its folder `checkpoints`)"),
     "no eos": ({"model": "@no_eos"}, "has no eos token"),
     "an eos beyond the model": ({"model": "@eos"}, "has more tokens than the model"),
     "no weights": ({"model": "@no_weights"}, "cannot load the model"),
