@@ -958,7 +958,8 @@ class Run:
         for name, text in {**self.written, "env.txt": environment(self.ranks)}.items():
             write_whole(self.path / name, text)
         for source in {self.script.resolve(), Path(__file__).resolve()}:
-            shutil.copy(source, self.path / source.name)
+            with contextlib.suppress(shutil.SameFileError):  # a run may go on with its own copy
+                shutil.copy(source, self.path / source.name)
 
     # -- metrics
 

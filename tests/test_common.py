@@ -682,6 +682,7 @@ def test_the_folder_says_how_the_run_was_made(folder, tmp_path):
     assert json.loads((run.path / "args.json").read_text())["penalty"] == 0.1
     environment = (run.path / "env.txt").read_text()
     assert "torch: " in environment and "commit: " in environment and (run.path / "common.py").exists()
+    Run(run.args, run.path / "common.py", RANKS)  # this copy can go on with the run
 
 
 def test_a_signal_becomes_a_stop_and_the_second_ctrl_c_does_not_wait(capsys):
