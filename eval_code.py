@@ -389,7 +389,8 @@ def report(folder: Path, files: list[Path], titles: dict[str, str], label: str, 
 def open_folder(folder: Path, problems, jobs: list[Job], args: Args, ranks: Ranks) -> None:
     """Begin or continue an evaluation. UserError if it began with other arguments, problems or samples."""
     now, may_change = json.loads(json.dumps(asdict(args))), ("output_dir", "workers")
-    contents = [problem.checks for problem in problems], [sample for _, sample in jobs]
+    weights = [file.stat().st_mtime for file in sorted(Path(args.model).glob("*model*"))]  # none of a hub id
+    contents = [problem.checks for problem in problems], [sample for _, sample in jobs], weights
     now["contents"] = zlib.crc32(json.dumps(contents).encode())  # files may have changed under their names
     if (folder / "checkpoints").exists():  # its args.json is what a run is resumed by
         raise UserError(f"{folder} holds a training run; choose another --output-dir")

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -651,6 +652,16 @@ def test_a_finished_evaluation_is_only_reported_again(finished, monkeypatch, cap
     said = capsys.readouterr().out
     assert "code/model" in said and "humaneval.jsonl (5)" in said and "0 of 20 completions" in said
     assert "HumanEval" not in said  # it is not that benchmark
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path):
+    """A longer run exports its `checkpoints/final` once more."""
+    shutil.copytree(eval_code.TINY_DEFAULTS.model, tmp_path / "model")
+    args = Args(**SMALL | {"model": str(tmp_path / "model"), "n_samples": 0, "k": (1,)}, output_dir=str(tmp_path / "out"))
+    eval_code.main(args)
+    os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
+    with pytest.raises(common.UserError, match="other arguments .contents: "):
+        eval_code.main(args)
 
 
 def test_other_arguments_and_the_folder_of_a_run_are_refused(finished, tmp_path):
