@@ -784,12 +784,14 @@ def think(model, cache, mask, index, token, noise, place, v: Vocabulary, args: A
 
 @torch.no_grad()
 def sample(
-    model, batches: list[list[Snippet]], key: str, first: int, v: Vocabulary, args: Args, ranks: Ranks
-) -> list[list[Rollout]]:
+    model, batches: list[list[Snippet]], key: str, first: int, v: Vocabulary, args: Args, ranks: Ranks,
+    stop=lambda: None,
+) -> list[list[Rollout]]:  # fmt: skip
     """This rank's rollouts of each of the global batches, all sampled at once. Without a model q always acts.
 
     The snippets are numbered from `first` on, through all batches. Each has the noise of (seed, key, number),
     so that draws are the same on any number of ranks. Rows of similar length are rolled out together.
+    stop: called before each of these rollouts, by every rank equally often; it may raise Stop.
     """
     numbers = accumulate([first, *map(len, batches)])
     shares = [[(s, n + i) for i, s in enumerate(b)][ranks.share(len(b))] for b, n in zip(batches, numbers)]
@@ -801,6 +803,7 @@ def sample(
         rows.sort(key=lambda row: len(row[0].ids), reverse=True)
         with gathered(model):
             for begin in range(0, len(rows), args.rollout_rows):
+                stop()
                 snippets, own = zip(*rows[begin : begin + args.rollout_rows])
                 widths = [s.width(args.max_latent_tokens) + 1 for s in snippets]
                 noise = [uniforms([width], args.seed, key, n) for width, n in zip(widths, own)]
@@ -941,7 +944,7 @@ def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks,
     G, clock = args.group_size, [time.perf_counter()]
     # 1 sample
     rows = [s for s in snippets for _ in range(G)]  # groups of G
-    (rollouts,) = sample(q, [rows], "E", number * len(rows), v, args, ranks)  # R
+    (rollouts,) = sample(q, [rows], "E", number * len(rows), v, args, ranks, interrupt.check)  # R
     clock.append(time.perf_counter())
     interrupt.check()
     # 2 score; also the snippets without thoughts, for `reward/gain`
@@ -973,7 +976,7 @@ def e_step(q, pi, optimizer, snippets, number: int, v, args: Args, ranks: Ranks,
     }  # fmt: skip
 
 
-def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args, ranks: Ranks):
+def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args, ranks: Ranks, stop=lambda: None):
     """M-step 1 for `count` updates, numbered from `first`: yields (this rank's rollouts, seconds, cursor).
 
     q is frozen, so several updates are sampled at once: a GPU takes about as long for many rows as for a few.
@@ -983,7 +986,7 @@ def bootstrapped(q, stream: SnippetStream, first: int, count: int, v, args: Args
         clock = time.perf_counter()
         updates = range(min(at_once, first + count - begin))
         batches = [(stream.batch(args.ntp_batch_size), stream.cursor) for _ in updates]
-        rolled = sample(q, [b for b, _ in batches], "M", begin * args.ntp_batch_size, v, args, ranks)
+        rolled = sample(q, [b for b, _ in batches], "M", begin * args.ntp_batch_size, v, args, ranks, stop)
         seconds = (time.perf_counter() - clock) / len(batches)
         yield from ((rollouts, seconds, cursor) for rollouts, (_, cursor) in zip(rolled, batches))
 
@@ -1318,7 +1321,8 @@ def main(args: Args) -> None:
             if optimizer is None:
                 optimizer = new_optimizer(pi, args.ntp_learning_rate, args.weight_decay, BETAS)
             first, count = iteration * args.ntp_updates + state["done"], args.ntp_updates - state["done"]
-            for rollouts, seconds, cursor in bootstrapped(q, streams["M"], first, count, of_q, args, ranks):
+            sampled = bootstrapped(q, streams["M"], first, count, of_q, args, ranks, interrupt.check)
+            for rollouts, seconds, cursor in sampled:
                 metrics = m_step(pi, optimizer, rollouts, seconds, args, ranks, interrupt)
                 shown = finish(metrics, cursor, state["done"] + 1 == args.ntp_updates)
             state |= {"phase": "E" if learns_q else "M", "done": 0}

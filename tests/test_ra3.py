@@ -895,13 +895,15 @@ def test_a_failure_inside_an_evaluation_loses_no_model(quick, tmp_path, monkeypa
 
 
 def test_a_signal_inside_an_update_saves_the_last_finished_one(whole, quick, tmp_path, monkeypatch):
-    """After the rollout, after the scores, between micro-batches; every start ends with one until the run is done."""
+    """Between two rollouts, after them, after the scores, between micro-batches; every start ends with one until the run is done."""
     check, places = common.Interrupt.check, set()
+    roll, rolled = ra3.rollout_drafted, []
+    monkeypatch.setattr(ra3, "rollout_drafted", lambda *given: rolled.append(number) or roll(*given))
     for number in range(30):
         calls = itertools.count()
 
         def interrupted(self, calls=calls, number=number):
-            if next(calls) == (number, 5)[number > 5]:
+            if next(calls) == min(number, 8):
                 os.kill(os.getpid(), signal.SIGTERM)
             check(self)
 
@@ -914,6 +916,7 @@ def test_a_signal_inside_an_update_saves_the_last_finished_one(whole, quick, tmp
             state = json.loads((folder / "state.json").read_text())
             assert state["update"] == rows_of(tmp_path / "s")[-1]["update"] == int(folder.name[6:])
             places.add((state["phase"], state["iteration"], state["done"]))
+    assert rolled.count(1) == 1  # of the two of an update
     assert ("E", 0, 0) in places and {place[:2] for place in places} >= {("M", 0), ("E", 1)}
     assert all(equal(weights(whole, name), weights(tmp_path / "s", name)) for name in EXPORTS)
     assert rows_of(whole) == rows_of(tmp_path / "s")
