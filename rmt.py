@@ -602,7 +602,7 @@ CURVES = {  # title: keys of metrics.jsonl, and their labels
     "reasoning at held-out positions": {f"eval/ntr_{name}": name for name in LEVELS},
     "right boxes in training, by level": {f"reward/match_{name}": name for name in LEVELS},
     "tokens of a thought": {"rollout/thought_tokens": "written", "rollout/budget": "budget"},
-    "reward": {"reward/mean": "reward", "reward/length": "its length part"},
+    "reward": {"reward/mean": "reward", "reward/length": "length reward alone"},
     "shares that teach nothing": {"rollout/malformed": "malformed", "reward/groups_without_spread": "equal rewards"},
     "next-token loss of the texts (nats per token)": {"policy/ntp_ce": ""},
 }
