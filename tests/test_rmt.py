@@ -91,6 +91,8 @@ def test_positions_are_different_and_levels_may_be_empty():
     found = [(0, 0, 0), (0, 1, 1), (1, 0, 1), (3, 0, 0)]
     for update in range(1, 200):
         assert sorted(choose(levels, update)) == found  # all, each once
+    jump = rmt.Args(updates=4, t1=0.25, t2=0.26, p1=(1.0, 0.0, 0.0), p2=(0.0, 1.0, 0.0))  # after one update of four
+    assert [rmt.choose_positions(levels[:1], update, jump)[0][2] for update in (1, 2, 3, 4)] == [0, 0, 1, 1]
     easy = [choose([levels[0]], update, (0.1, 0.3, 0.6))[0][2] == 0 for update in range(1, 2001)]
     assert np.mean(easy) == pytest.approx(0.25, abs=0.05)  # hard's 0.6 shared out as 1 : 3
     assert sorted(choose(levels, probs=(1.0, 0.0, 0.0))) == [found[0], found[3]]
@@ -350,7 +352,7 @@ def test_a_step_raises_the_rewarded_response_and_the_text(llama):
     assert after[0] == pytest.approx(after[1], rel=1e-4)
 
 
-def test_weights_of_the_terms_scale_their_gradients(llama):
+def test_weights_of_the_terms_scale_their_gradients(llama, monkeypatch):
     """lambda: 0 leaves L_NTP out. beta: the KL to another model pulls, to the same one it does not."""
     sample, norms = rmt.Sample(0, [], [5, 6], [7, 8], [0.0, 0.0], True), {}
     for weight in (0.0, 0.1, 0.2):
@@ -366,6 +368,10 @@ def test_weights_of_the_terms_scale_their_gradients(llama):
         optimizer, args = torch.optim.SGD(model.parameters(), lr=0.0), rmt.Args(ntp_weight=0.0, beta=1.0)
         metrics = learn(model, optimizer, [sample], [], [], args, ref_model)
         assert (metrics["optim/grad_norm"] < 1e-4) is same and (abs(metrics["policy/kl"]) < 1e-6) is same
+    both = model, optimizer, [sample], [[9, 10, 11]], [np.array([2])], rmt.Args(beta=1.0), other
+    metrics = learn(*both)
+    monkeypatch.setattr(rmt, "micro_batches", lambda *args: [*common.micro_batches(*args), []])
+    assert learn(*both) == pytest.approx(metrics, rel=1e-5)  # a rank with less work than others
 
 
 # ---------------------------------------------------------------- prompts and data
@@ -472,6 +478,8 @@ def test_run_folder(whole):
         assert row["eval/ntr_prefix"] >= row["eval/ntr"] and row["eval/ntr_prefix_greedy"] >= row["eval/ntr_greedy"]
     assert [row["eval/budget"] for row in (metrics[0], metrics[3])] == [6, 3]
     assert all(row["policy/rollout_ratio"] == pytest.approx(1, abs=1e-3) for row in metrics[1:])
+    for row in metrics[1:]:
+        assert row["policy/loss"] == pytest.approx(row["policy/rl_loss"] + 0.1 * row["policy/ntp_loss"], abs=1e-5)
     assert all(row["optim/skipped"] == 0 and math.isfinite(row["optim/grad_norm"]) for row in metrics[1:])
     for name in ("curves.png", "samples.html", "args.json", "rmt.py"):
         assert (whole / name).exists(), name
@@ -485,10 +493,13 @@ def test_run_folder(whole):
 def test_a_text_that_an_update_has_twice_is_masked_in_both(tmp_path, monkeypatch):
     """As at the end of an epoch, or here, where an update has more texts than there are."""
     choose_positions, learn, seen = rmt.choose_positions, rmt.learn, []
+    made, new_optimizer = [], rmt.new_optimizer
+    monkeypatch.setattr(rmt, "new_optimizer", lambda model, *rest: made.append(rest) or new_optimizer(model, *rest))
     monkeypatch.setattr(rmt, "choose_positions", lambda *args: seen.append(choose_positions(*args)) or seen[0])
     monkeypatch.setattr(rmt, "learn", lambda *args: seen.append(args) or learn(*args))
     small(tmp_path / "run", train_texts=2, prompts_per_update=4, updates=1, thresholds=(0.1, 0.2, 0.3))
     chosen, (_, _, _, _, texts, kept, *_) = seen
+    assert made == [(2e-4, 0.01)]  # the learning rate, and the default weight decay
     for text, cols in zip(texts, kept):
         taken = {t for k, t, _ in chosen if texts[k] == text}
         assert taken and sorted({*cols.tolist()} | taken) == [*range(1, len(text))] and not {*cols.tolist()} & taken
@@ -541,8 +552,11 @@ def test_the_proxy_is_checked_before_its_pass(tokenizer, llama, tmp_path, monkey
         small(tmp_path / "run", proxy_model=save_llama(tmp_path / "good"))
 
 
-def test_a_model_without_the_format_is_told_so_once(tmp_path, capfd):
+def test_a_model_without_the_format_is_told_so_once(tmp_path, capfd, monkeypatch):
+    keys, uniforms = [], rmt.uniforms
+    monkeypatch.setattr(rmt, "uniforms", lambda shape, *key: keys.append(key) or uniforms(shape, *key))
     small(tmp_path / "run", model=save_llama(tmp_path / "model"), updates=2)
+    assert [key for key in keys if key[0] == 0 and len(key) == 3] == [(0, k, of) for k in (1, 2) for of in ("positions", "rollout")]
     assert capfd.readouterr().out.count("every response is malformed, so RL learns nothing: start from a model that writes <think>") == 1
 
 
@@ -560,8 +574,22 @@ def test_levels_without_a_position():
     assert [sum(level == d for *_, level in found) for d in range(3)] == [4, 3, 1]
 
 
-def test_a_run_of_no_updates_evaluates(whole, tmp_path):
+def test_a_run_of_no_updates_evaluates(whole, tokenizer, tmp_path, monkeypatch):
+    """On held-out texts; what stands before a position is in the prompt, and no more."""
+    seen, evaluate = [], rmt.evaluate
+    monkeypatch.setattr(rmt, "evaluate", lambda *args: seen.append((*args, *evaluate(*args))) or seen[-1][-2:])
+    temperatures, rollout = [], rmt.rollout
+    monkeypatch.setattr(rmt, "rollout", lambda *args: temperatures.append(args[3]) or rollout(*args))
     small(tmp_path / "none", updates=0)
+    assert temperatures == [0.8, 0.8, 0.0, 0.0]
+    ((rollouts, texts, chosen, args, *_, metrics, samples),) = seen
+    assert texts == rmt.read_texts(args, tokenizer)[1]
+    head, tail, _ = rmt.prompt_frame(tokenizer, args.initial_budget, args)
+    right = [[], [], []]
+    for (k, t, level), s in zip(chosen, samples, strict=True):
+        assert s.prompt_ids == head + texts[k][len(rmt.bos_ids(tokenizer)) : t] + tail and s.truth[0] == rollouts.texts[texts[k][t]]
+        right[level].append(rollouts.model(torch.tensor([texts[k][:t]])).logits[0, -1].argmax() == texts[k][t])
+    assert [metrics[f"eval/ntp_{name}"] for name in rmt.LEVELS] == [np.mean(values) for values in right]
     assert list(map(without_times, run_metrics(tmp_path / "none"))) == [without_times(run_metrics(whole)[0])]
 
 
