@@ -266,6 +266,9 @@ def test_stop_token_is_trained_and_truncation_can_be_masked(model_dir):
     grpo_rlvr.train_minibatch(model, optimizer, [sample], *rest)
     grpo_rlvr.note_old_logprobs(model, [sample], args)
     assert sample.old_logprobs[0] > before + 1e-4
+    with_kl = Args(minibatches=1, beta=1.0, temperature=0.5)
+    sums, _ = grpo_rlvr.train_minibatch(model, optimizer, [sample], 1.0, with_kl, ONE, nothing, ref_model=model)
+    assert sums["kl"] < 1e-6  # to itself, at the temperature of both
     sample.in_loss = False
     sums, norm = grpo_rlvr.train_minibatch(model, optimizer, [sample], *rest)
     assert norm == 0 and sums["tokens"] == 0
@@ -309,15 +312,23 @@ def test_two_ranks_have_the_metrics_of_one(toy, tmp_path):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
-def test_several_minibatches_have_true_old_logprobs(toy, monkeypatch):
-    gaps, real = [], grpo_rlvr.grpo_loss
+def test_several_minibatches_have_true_old_logprobs(toy, monkeypatch, tmp_path):
+    gaps, tokens, normalizers, real = [], [], [], grpo_rlvr.grpo_loss
 
     def spy(logprobs, old_logprobs, *rest):
         gaps.append((logprobs - old_logprobs).abs().max().item())
+        tokens.append(rest[2].sum().item())
+        normalizers.append(rest[-1])
         return real(logprobs, old_logprobs, *rest)
 
+    made, new_optimizer = [], grpo_rlvr.new_optimizer
+    monkeypatch.setattr(grpo_rlvr, "new_optimizer", lambda model, *rest: made.append(rest) or new_optimizer(model, *rest))
     monkeypatch.setattr(grpo_rlvr, "grpo_loss", spy)
     grpo_rlvr.main(toy(updates=1, minibatches=2, micro_batch_tokens=10_000))
+    assert made == [(1e-2, 0.01)]  # the learning rate, and the default weight decay
+    assert normalizers == [sum(tokens) / 2] * 2  # of the whole update, over its steps
+    grpo_rlvr.main(toy(updates=1, minibatches=2, micro_batch_tokens=10_000, loss_type="bnpo", output_dir=f"{tmp_path}/bnpo"))
+    assert normalizers[2:] == tokens[2:]  # of the step
     assert gaps[0] < 1e-5 and gaps[1] > 1e-3  # the first step is on-policy, the second is not
 
 
@@ -334,15 +345,23 @@ def test_dynamic_sampling_and_overlong_filter(toy, monkeypatch):
         return real(model, optimizer, samples, *rest)
 
     monkeypatch.setattr(grpo_rlvr, "train_minibatch", spy)
+    keys, uniforms = [], grpo_rlvr.uniforms
+    monkeypatch.setattr(grpo_rlvr, "uniforms", lambda shape, *key: keys.append(key) or uniforms(shape, *key))
     args = toy(updates=2, dynamic_sampling=3, filter_overlong=True)
     grpo_rlvr.main(args)
+    keys = [key for key in keys if "evaluation" not in key]
+    assert len(set(keys)) == len(keys) > 3  # every round of every update has noise of its own
+    assert metrics_of(args)[-1]["data/epoch"] == pytest.approx(len(keys) * 4 / 36, abs=1e-5)  # and problems
     assert seen and all(any(s.advantage for s in seen[i : i + 4]) for i in range(0, len(seen), 4))
     assert any(not s.ended for s in seen) and all(s.in_loss == s.ended for s in seen)
     assert all(row["rollout/groups"] > 0 for row in metrics_of(args)[1:])
 
 
 def test_a_stop_inside_an_evaluation_loses_no_model(toy, monkeypatch):
+    evaluated = []
+
     def stopped(rollouts, problems, args, run, update, stop):
+        evaluated.append(problems)
         if update:
             raise Stop
         return {"eval/pass@1": 0.0}, []
@@ -353,13 +372,17 @@ def test_a_stop_inside_an_evaluation_loses_no_model(toy, monkeypatch):
         grpo_rlvr.main(args)
     saved = sorted(path.name for path in Path(args.output_dir, "checkpoints").iterdir())
     assert saved == ["state_000001", "update_000001"]
+    assert evaluated == [grpo_rlvr.load_problems(args, TOKENIZER)[1]] * 2  # the held-out ones
 
 
 def test_metrics_count_what_passed_and_the_run_says_what_cannot_be_learnt(toy, monkeypatch, capfd):
     """A fork with partial credit: the reward is 0.5 everywhere, and nothing passes."""
     monkeypatch.setattr(grpo_rlvr, "reward", lambda problem, text: (0.5, False, "half: <b>"))
+    temperatures, rollout = [], grpo_rlvr.rollout
+    monkeypatch.setattr(grpo_rlvr, "rollout", lambda *args: temperatures.append(args[3]) or rollout(*args))
     args = toy(updates=2)
     grpo_rlvr.main(args)
+    assert temperatures[:2] == temperatures[-2:] == [0.0, 0.8]  # an evaluation: greedy, then sampled
     for row in metrics_of(args)[1:]:
         assert (row["reward/mean"], row["reward/passed"], row["reward/solved_groups"]) == (0.5, 0, 0)
         assert row["reward/fail_half"] == 1 and row["reward/groups_without_spread"] == 1
@@ -550,6 +573,8 @@ def test_levels_are_of_the_training_problems(problems_file, tmp_path):
     args = Args(task="math", difficulty_key="M", dataset=problems_file, eval_dataset=str(tmp_path / "heldout.jsonl"))
     train, heldout, _ = grpo_rlvr.load_problems(args, TOKENIZER)
     assert {problem.level for problem in train} == set(range(1, 14)) and len(heldout) == 1
+    train, heldout, _ = grpo_rlvr.load_problems(Args(task="math", dataset=problems_file, eval_problems=9), TOKENIZER)
+    assert sorted(int(problem.name) for problem in train + heldout) == list(range(40)) and len(heldout) == 9
 
 
 def test_prompts_do_not_end_with_an_appended_eos(tmp_path):
