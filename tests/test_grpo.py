@@ -324,8 +324,10 @@ def test_several_minibatches_have_true_old_logprobs(toy, monkeypatch, tmp_path):
     made, new_optimizer = [], grpo_rlvr.new_optimizer
     monkeypatch.setattr(grpo_rlvr, "new_optimizer", lambda model, *rest: made.append(rest) or new_optimizer(model, *rest))
     monkeypatch.setattr(grpo_rlvr, "grpo_loss", spy)
-    grpo_rlvr.main(toy(updates=1, minibatches=2, micro_batch_tokens=10_000))
-    assert made == [(1e-2, 0.01)]  # the learning rate, and the default weight decay
+    step = grpo_rlvr.optimizer_step
+    monkeypatch.setattr(grpo_rlvr, "optimizer_step", lambda *args: made.append(args[3]) or step(*args))
+    grpo_rlvr.main(toy(updates=1, minibatches=2, micro_batch_tokens=10_000, max_grad_norm=0.7))
+    assert made == [(1e-2, 0.01), 0.7, 0.7]  # the learning rate, the default weight decay; the norm of each step
     assert normalizers == [sum(tokens) / 2] * 2  # of the whole update, over its steps
     grpo_rlvr.main(toy(updates=1, minibatches=2, micro_batch_tokens=10_000, loss_type="bnpo", output_dir=f"{tmp_path}/bnpo"))
     assert normalizers[2:] == tokens[2:]  # of the step

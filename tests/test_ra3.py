@@ -641,6 +641,9 @@ def test_gain_is_the_reward_over_never_thinking(small, thinks, monkeypatch):
     expected = sorted(f"{likelihood[t]:.2f}" for r, likelihood in zip(rows, likelihoods) for t in r.thoughts)
     ((_, plain),) = ra3.expert_logprobs(q, [ra3.all_act(snippet)], v, args)
     without = ra3.line_likelihoods(ra3.all_act(snippet), plain).mean()
+    for name, rolled in (("ce_code", rows), ("ce_code_act", [ra3.all_act(snippet)])):
+        code = np.concatenate([lp for lp, _ in ra3.expert_logprobs(q, rolled, v, args)])  # not given the decisions
+        assert math.isclose(evaluated[f"eval/{name}"], -code.mean(), abs_tol=1e-6)
     assert math.isclose(evaluated["eval/gain"], np.mean(likelihoods) - without, abs_tol=1e-6)
     assert sorted(re.findall(r"l_t (\S+),", "".join(shown))) == expected and bool(expected) == thinks
 
@@ -954,7 +957,7 @@ def test_every_step_starts_from_pi_with_a_fresh_optimizer(quick, tmp_path, monke
     monkeypatch.setattr(ra3, "uniforms", lambda shape, *key: numbers.append(key[1:]) or uniforms(shape, *key))
     trained, ntp_loss = [], ra3.ntp_loss
     monkeypatch.setattr(ra3, "ntp_loss", lambda *args: trained.append((args[1], args[3])) or ntp_loss(*args))
-    run(quick, tmp_path / "a", ntp_learning_rate=0.0, rollout_rows=4, micro_batch_tokens=10**6, max_latent_tokens=2)
+    run(quick, tmp_path / "a", ntp_learning_rate=0.0, rollout_rows=4, micro_batch_tokens=10**6, max_latent_tokens=1)
     for rollouts, tokens in trained:  # well-formed thoughts only; all but the separators
         assert not any(r.malformed for r in rollouts) and tokens == sum(len(r.ids) - 1 for r in rollouts)
     for step, count in (("E", 2 * 2 * 4 * 3), ("M", 2 * 2 * 4)):  # each rollout of the run has noise of its own

@@ -497,9 +497,11 @@ def test_a_text_that_an_update_has_twice_is_masked_in_both(tmp_path, monkeypatch
     monkeypatch.setattr(rmt, "new_optimizer", lambda model, *rest: made.append(rest) or new_optimizer(model, *rest))
     monkeypatch.setattr(rmt, "choose_positions", lambda *args: seen.append(choose_positions(*args)) or seen[0])
     monkeypatch.setattr(rmt, "learn", lambda *args: seen.append(args) or learn(*args))
+    step = rmt.optimizer_step
+    monkeypatch.setattr(rmt, "optimizer_step", lambda *args: made.append(args[3]) or step(*args))
     small(tmp_path / "run", train_texts=2, prompts_per_update=4, updates=1, thresholds=(0.1, 0.2, 0.3))
     chosen, (_, _, _, _, texts, kept, *_) = seen
-    assert made == [(2e-4, 0.01)]  # the learning rate, and the default weight decay
+    assert made == [(2e-4, 0.01), 1.0]  # the learning rate, the default weight decay; the norm
     for text, cols in zip(texts, kept):
         taken = {t for k, t, _ in chosen if texts[k] == text}
         assert taken and sorted({*cols.tolist()} | taken) == [*range(1, len(text))] and not {*cols.tolist()} & taken
