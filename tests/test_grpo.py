@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -375,6 +376,17 @@ def test_a_stop_inside_an_evaluation_loses_no_model(toy, monkeypatch):
     saved = sorted(path.name for path in Path(args.output_dir, "checkpoints").iterdir())
     assert saved == ["state_000001", "update_000001"]
     assert evaluated == [grpo_rlvr.load_problems(args, TOKENIZER)[1]] * 2  # the held-out ones
+
+
+def test_greedy_and_sampled_pass_at_1_are_told_apart():
+    right = {0.0: [True, True, True, False], 0.8: [True, False, False, False]}
+
+    def rollouts(problems, noise, temperature, stop):
+        return [Sample([1], [2], [0.0], passed=passed) for passed in right[temperature]], {}
+
+    problems, run = [Problem("x", "", [1], {})] * 4, SimpleNamespace(samples=lambda *args: None)
+    metrics, _ = grpo_rlvr.evaluate(rollouts, problems, Args(temperature=0.8), run, 0, nothing)
+    assert (metrics["eval/pass@1"], metrics["eval/pass@1_sampled"]) == (0.75, 0.25)
 
 
 def test_metrics_count_what_passed_and_the_run_says_what_cannot_be_learnt(toy, monkeypatch, capfd):

@@ -470,6 +470,7 @@ def test_run_folder(whole):
     metrics = run_metrics(whole)
     assert [row["update"] for row in metrics] == [0, 1, 2, 3]
     assert [row["rollout/budget"] for row in metrics[1:]] == [6, 4, 3]  # 6 x 0.5^(t/3), t = 0, 1, 2
+    assert [row["data/epoch"] for row in metrics[1:]] == pytest.approx([4 / 24, 8 / 24, 12 / 24], abs=1e-5)
     kinds = ("ntp", "ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy")
     for row in (metrics[0], metrics[3]):
         for kind in kinds:
@@ -574,6 +575,21 @@ def test_levels_without_a_position():
         rmt.heldout_positions(levels, 4)
     found = rmt.heldout_positions([*levels, np.array([2])], 9)  # nested: what is hard is also easy
     assert [sum(level == d for *_, level in found) for d in range(3)] == [4, 3, 1]
+
+
+def test_greedy_and_sampled_reasoning_are_told_apart(tokenizer, monkeypatch):
+    class Rollouts:
+        model, texts = None, [""]
+
+        def __call__(self, places, noise, budget, temperature, stop):
+            return [rmt.Sample(d, [""], [1], [2], [], exact=temperature > 0, prefix=True) for *_, d in places]
+
+    Rollouts.tokenizer = tokenizer
+    monkeypatch.setattr(rmt, "score_texts", lambda *args: [np.zeros((2, 3))])
+    chosen, run = [(0, 1, level) for level in range(3)], SimpleNamespace(ranks=None, samples=lambda *args: None)
+    metrics, _ = rmt.evaluate(Rollouts(), [[1, 2, 3]], chosen, rmt.Args(), run, 0, None)
+    found = [metrics[f"eval/{kind}"] for kind in ("ntr", "ntr_greedy", "ntr_prefix", "ntr_prefix_greedy", "ntp")]
+    assert found == [1, 0, 1, 1, 0]
 
 
 def test_a_run_of_no_updates_evaluates(whole, tokenizer, tmp_path, monkeypatch):
