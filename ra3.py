@@ -1069,7 +1069,7 @@ def shared_metrics(sums: dict[str, float], clock: list[float]) -> dict[str, floa
 
 
 def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, run: Run) -> tuple[dict, list[str]]:
-    """Cross-entropy (nats per token) of held-out code with the model's own thoughts and without; pass@1.
+    """Cross-entropy (nats per token) of held-out code with the model's own thoughts and without; their gain; pass@1.
 
     The noise is the same every time. Malformed thoughts are left out, as in the M-step. Returns the metrics and
     the texts of the two snippets in which a thought helped most.
@@ -1091,7 +1091,7 @@ def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, r
         metrics |= think_rates(sums, f"eval/think_rate/{source}")
     if problems:
         metrics["eval/pass@1"] = pass_at_1(model, problems, v, args, run.ranks)
-    samples, gains = [], [0.0]
+    samples, gains = [], []
     for r, p, (_, given), (_, given_act) in zip(rollouts, plain, thinking, acting):
         lines, lines_act = line_likelihoods(r, given), line_likelihoods(p, given_act)
         gains.extend(lines - lines_act)
@@ -1100,7 +1100,7 @@ def evaluate(model, snippets, problems, title: str, v: Vocabulary, args: Args, r
             for t, text in r.texts(v).items()
         }
         samples.append((max((lines - lines_act)[list(marked)], default=-math.inf), bootstrap_text(r.snippet, marked)))
-    gain, decisions = all_sum([float(sum(gains)), len(gains) - 1], run.ranks)
+    gain, decisions = all_sum([float(sum(gains)), len(gains)], run.ranks)
     metrics |= {"eval/gain": gain / decisions} if decisions else {}
     samples.sort(key=lambda item: -item[0])
     blocks = [f"<pre>{html.escape(text)}</pre>" for _, text in samples[:6] + samples[6::40]]
@@ -1137,7 +1137,8 @@ def print_end(stages: list[tuple[str, dict]], shown: list[str], run: Run) -> Non
     run.say(f"\n{'held out':{width}}" + "".join(f"{title:>12}" for title, _ in stages))
     for key in keys:
         run.say(f"{key:{width}}" + "".join(f"{m[key]:12.3f}" for _, m in stages))
-    run.say("ce_code: cross-entropy of the code, nats per token, with the model's thoughts; _act: without\n")
+    run.say("ce_code: cross-entropy of the code, nats per token, with the model's thoughts; _act: without")
+    run.say("gain: what its thoughts add to a line's mean log-likelihood, given the decisions to think or act\n")
     if run.args.algo == "ra3" and run.args.model == TINY_DEFAULTS.model and "eval/pass@1" in last:
         run.say("Next-token prediction alone (--algo ntp) ends with pass@1 0.06 to 0.15, see README.md\n")
     for text in shown:
